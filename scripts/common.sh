@@ -1,0 +1,89 @@
+# Sourced by the launchers: the Python to use, messages, and small checks.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { echo "[$(date +%H:%M:%S)] $*"; }
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Prints the header comment of a script as its help text.
+print_help() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$1"; }
+
+# Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the active virtual environment, else .venv, else python.
+pick_python() {
+    if [[ -n ${CONDA_ENV:-} ]]; then
+        command -v conda >/dev/null || die "CONDA_ENV=$CONDA_ENV is set, but there is no conda on PATH"
+        PYTHON=$(conda run -n "$CONDA_ENV" python -c 'import sys; print(sys.executable)') ||
+            die "CONDA_ENV=$CONDA_ENV: no such conda environment, or no Python in it"
+    elif [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
+        PYTHON=$VIRTUAL_ENV/bin/python
+    elif [[ -x $ROOT/.venv/bin/python ]]; then
+        PYTHON=$ROOT/.venv/bin/python
+    else
+        PYTHON=$(command -v python || command -v python3) || die "no Python found; run: bash scripts/setup_env.sh"
+    fi
+    "$PYTHON" -c 'import importlib.metadata as m; m.version("siop-verl")' 2>/dev/null ||
+        die "this project is not installed in $PYTHON; run: bash scripts/setup_env.sh (CPU) or pip install -r requirements.txt (GPU)"
+    export PYTHON
+}
+
+# Number of GPUs that nvidia-smi lists; 0 without it.
+count_gpus() {
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+        nvidia-smi -L | grep -c '^GPU'
+    else
+        echo 0
+    fi
+}
+
+# Environment that every process of this project gets on a machine without a GPU.
+use_cpu() {
+    export VERL_PLATFORM=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # Set but empty, it makes verl look for a GPU that is not there.
+    unset CUDA_VISIBLE_DEVICES
+}
+
+port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# trainer_args DATA: sets TRAINER_ARGS, MODEL_PATH and DEVICE for verl.trainer.siop.main from the environment variables
+# of train_siop.sh. Without DATA, the toy world's data, model, tool and settings are taken.
+trainer_args() {
+    local data=$1 toy=${TOY_DIR:-runs/toy}
+    TRAINER_ARGS=(--config-dir "$ROOT/config")
+    if [[ -z $data ]]; then
+        [[ -f $toy/eval.parquet ]] ||
+            die "no data named and no toy world in $toy; build it with: $PYTHON -m examples.toy_world.build --out $toy"
+        MODEL_PATH=${MODEL_PATH:-$toy/model}
+        VAL_FILES=${VAL_FILES:-$toy/eval.parquet}
+        # Data without a training part (eval_siop.sh --toy-seed) is only evaluated.
+        TRAIN_FILES=$([[ -f $toy/train.parquet ]] && echo "$toy/train.parquet" || echo "$VAL_FILES")
+        TOOL_CONFIG=${TOOL_CONFIG:-$toy/tool_config.yaml}
+        TRAINER_ARGS+=(experiment=toy)
+    fi
+    [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the model to train"
+    [[ -n ${VAL_FILES:-} ]] || die "set VAL_FILES to the validation data (parquet)"
+    local gpus=${N_GPUS:-$(count_gpus)}
+    if [[ $gpus -eq 0 ]]; then
+        use_cpu
+        DEVICE=CPU
+        TRAINER_ARGS+=(hardware=cpu)
+    else
+        DEVICE="$gpus GPU(s)"
+        TRAINER_ARGS+=("trainer.n_gpus_per_node=$gpus")
+    fi
+    export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_DEDUP_LOGS=${RAY_DEDUP_LOGS:-0}
+    TRAINER_ARGS+=(
+        "actor_rollout_ref.model.path=$MODEL_PATH"
+        "data.train_files=${TRAIN_FILES:-$VAL_FILES}"
+        "data.val_files=$VAL_FILES"
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path=${TOOL_CONFIG:-config/local_search_tool_config.yaml}"
+        "data.seed=${SEED:-1}"
+        "actor_rollout_ref.rollout.seed=${SEED:-1}"
+    )
+}

@@ -1,0 +1,133 @@
+"""The transformers rollout: its tokens, log-probabilities and weights, against plain forwards of the same model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from transformers import AutoModelForCausalLM
+
+from verl.utils.siop.cpu.rollout import HfServer, Sampling, sample_next
+
+PROMPTS = [[72, 101, 108, 108, 111], [65], list(range(40, 70)), [10, 20, 30]]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> Any:
+    with initialize_config_module("verl.trainer.siop.config", version_base=None):
+        composed = compose(
+            "siop_trainer",
+            overrides=[
+                "hardware=cpu",
+                f"actor_rollout_ref.model.path={tiny_model}",
+                "data.train_files=x",
+                "data.val_files=x",
+                "data.max_prompt_length=64",
+                "data.max_response_length=32",
+                "actor_rollout_ref.rollout.max_model_len=80",
+                "actor_rollout_ref.model.external_lib=null",
+            ],
+        )
+    return composed.actor_rollout_ref
+
+
+@pytest.fixture
+def server(config: Any) -> Iterator[HfServer]:
+    yield HfServer(config.rollout, config.model)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+async def _generate_all(server: HfServer, params: list[dict[str, Any]], prompts: list[list[int]]) -> list[Any]:
+    calls = [server.generate(p, s, request_id=str(i)) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+    return await asyncio.gather(*calls)
+
+
+def _log_probs(model: torch.nn.Module, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1, :259] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def test_log_probs_match_a_full_forward(server: HfServer, model: torch.nn.Module) -> None:
+    temperatures = [1.0, 0.7, 1.3, 1.0]
+    params = [{"temperature": t, "logprobs": True, "repetition_penalty": 1.0} for t in temperatures]
+    outputs = asyncio.run(_generate_all(server, params, PROMPTS))
+    for prompt, temperature, output in zip(PROMPTS, temperatures, outputs, strict=True):
+        assert 1 <= len(output.token_ids) <= 32
+        expected = _log_probs(model, prompt, output.token_ids, temperature)
+        assert torch.allclose(torch.tensor(output.log_probs), expected, atol=1e-4)
+
+
+def test_greedy_matches_step_by_step_argmax_and_ignores_batch_mates(server: HfServer, model: torch.nn.Module) -> None:
+    params = [{"temperature": 0, "max_tokens": 6 + 3 * i} for i in range(len(PROMPTS))]
+    outputs = asyncio.run(_generate_all(server, params, PROMPTS))
+    for prompt, sampling, output in zip(PROMPTS, params, outputs, strict=True):
+        tokens: list[int] = []
+        while len(tokens) < sampling["max_tokens"] and 258 not in tokens:
+            with torch.no_grad():
+                tokens.append(int(model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1, :259].argmax()))
+        assert output.token_ids == tokens
+        assert output.log_probs is None
+
+
+def test_stops_at_a_stop_token_and_keeps_it(server: HfServer) -> None:
+    first = asyncio.run(_generate_all(server, [{"temperature": 0, "max_tokens": 5}], [PROMPTS[0]]))[0].token_ids
+    again = {"temperature": 0, "max_tokens": 5, "stop_token_ids": [first[1]]}
+    fresh = HfServer(server.config, server.model_config)
+    assert asyncio.run(_generate_all(fresh, [again], [PROMPTS[0]]))[0].token_ids == first[: first.index(first[1]) + 1]
+
+
+def test_no_room_and_unknown_parameters_are_refused_by_name(server: HfServer) -> None:
+    with pytest.raises(ValueError, match=r"96 tokens.*max_model_len is 80"):
+        asyncio.run(_generate_all(server, [{}], [[5] * 96]))
+    with pytest.raises(ValueError, match="min_p"):
+        asyncio.run(_generate_all(server, [{"min_p": 0.1}], [[5]]))
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        asyncio.run(_generate_all(server, [{"repetition_penalty": 1.1}], [[5]]))
+
+
+def test_a_failed_decode_reaches_every_caller(server: HfServer) -> None:
+    async def failing() -> list[Any]:
+        server.model.forward = None  # type: ignore[assignment]
+        calls = [server.generate([5], {}, request_id=str(i)) for i in range(3)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [type(x) for x in asyncio.run(failing())] == [TypeError] * 3
+
+
+def test_new_weights_are_used_and_wrong_names_refused(server: HfServer, model: torch.nn.Module) -> None:
+    async def run() -> tuple[list[int], list[int]]:
+        greedy = {"temperature": 0, "max_tokens": 8}
+        before = (await server.generate(PROMPTS[0], greedy, request_id="a")).token_ids
+        torch.manual_seed(3)
+        weights = {k: torch.randn_like(v) if v.dim() > 1 else v.clone() for k, v in server.model.state_dict().items()}
+        await server.update_weights(weights, global_steps=7)
+        output = await server.generate(PROMPTS[0], greedy, request_id="b")
+        assert output.extra_fields["global_steps"] == 7
+        with pytest.raises(KeyError, match="nowhere"):
+            await server.update_weights({**weights, "nowhere": torch.zeros(1)})
+        return before, output.token_ids
+
+    before, after = asyncio.run(run())
+    assert before != after
+
+
+def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(3, 1)
+    sampling = [Sampling(1, top_k=1), Sampling(1, top_p=0.7), Sampling(1)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample_next(logits, sampling, generator)[0] for _ in range(400)])
+    assert set(drawn[:, 0].tolist()) == {0}
+    assert set(drawn[:, 1].tolist()) == {0, 1}
+    assert set(drawn[:, 2].tolist()) == {0, 1, 2, 3}
+    # The log-probability is that of the restricted distribution.
+    assert float(sample_next(logits, sampling, generator)[1][0]) == pytest.approx(0.0, abs=1e-6)

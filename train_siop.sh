@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Trains an agent with SIOP in verl's PPO trainer. The retriever and the scorer must be up (launch_retriever.sh,
+# launch_siop_scorer.sh). Runs in the foreground; Ctrl-C stops it, the same command resumes from the last checkpoint.
+#
+#   bash train_siop.sh [-- HYDRA_OVERRIDE ...]
+#   MODEL_PATH=Qwen/Qwen3-4B TRAIN_FILES=train.parquet VAL_FILES=test.parquet bash train_siop.sh -- algorithm.siop_lambda=0.3
+#
+# Environment:
+#   TRAIN_FILES      parquet file(s) in verl's RL format, several as [a.parquet,b.parquet]; default: the toy world's
+#                    (TOY_DIR), with its model, tool and settings (config/experiment/toy.yaml)
+#   VAL_FILES        the same for validation
+#   MODEL_PATH       policy to train, a transformers model
+#   TOY_DIR          the toy world (runs/toy)
+#   EXPERIMENT       name of the run (siop)
+#   OUT_DIR          checkpoints, rollouts, TensorBoard files (runs/$EXPERIMENT)
+#   LOG_DIR          log files (logs)
+#   TOOL_CONFIG      tool configuration (config/local_search_tool_config.yaml)
+#   RETRIEVER_URL    the retriever's address (http://127.0.0.1:8000/retrieve)
+#   SIOP_SCORER_URL  the scorer's address (http://127.0.0.1:8390)
+#   N_GPUS           GPUs per node (all that nvidia-smi lists; 0 means CPU)
+#   NNODES           nodes (1); for more, start Ray on them and set RAY_ADDRESS
+#   SEED             seed of data order and sampling (1)
+#   CONDA_ENV        conda environment to run in (default: active Python, or .venv)
+#   SERPER_API_KEY   key of the web search tool, if TOOL_CONFIG is config/serper_tool_config.yaml
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/common.sh
+source scripts/common.sh
+
+case ${1:-} in
+    -h | --help)
+        print_help "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    "" | --) [[ $# -eq 0 ]] || shift ;;
+    *) die "unknown argument '$1'; Hydra overrides go after --, see bash train_siop.sh --help" ;;
+esac
+pick_python
+
+EXPERIMENT=${EXPERIMENT:-siop}
+OUT_DIR=${OUT_DIR:-runs/$EXPERIMENT}
+LOG_DIR=${LOG_DIR:-logs}
+trainer_args "${TRAIN_FILES:-}"
+mkdir -p "$OUT_DIR" "$LOG_DIR"
+log=$LOG_DIR/train-$EXPERIMENT.log
+export TENSORBOARD_DIR=${TENSORBOARD_DIR:-$OUT_DIR/tensorboard}
+
+say "training $MODEL_PATH on $DEVICE; Ctrl-C stops it"
+say "log: $log   checkpoints: $OUT_DIR/checkpoints   TensorBoard: $TENSORBOARD_DIR   rollouts: $OUT_DIR/rollouts"
+# tee must outlive Ctrl-C, or the trainer could not write while it shuts down.
+"$PYTHON" -u -m verl.trainer.siop.main "${TRAINER_ARGS[@]}" \
+    "trainer.experiment_name=$EXPERIMENT" \
+    "trainer.default_local_dir=$OUT_DIR/checkpoints" \
+    "trainer.rollout_data_dir=$OUT_DIR/rollouts" \
+    "trainer.nnodes=${NNODES:-1}" \
+    "$@" 2>&1 | tee -i "$log"

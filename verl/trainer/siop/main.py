@@ -1,0 +1,55 @@
+"""Entry point: ``python -m verl.trainer.siop.main data.train_files=… [any verl or algorithm.siop_* override]``."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+import ray
+from omegaconf import DictConfig
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+from verl.trainer.siop.preflight import check_before_start
+from verl.utils.siop.errors import SiopError
+from verl.utils.siop.plugin import require_registered
+
+
+class SiopTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
+    """verl's task runner, in whose process the ``siop`` trainer is registered before it is looked up."""
+
+    def run(self, config: DictConfig) -> None:
+        require_registered()
+        import verl.trainer.siop.trainer  # noqa: F401  (registers trainer_mode=siop)
+
+        super().run(config)
+
+
+@hydra.main(config_path="config", config_name="siop_trainer", version_base=None)
+def _run(config: DictConfig) -> None:
+    try:
+        require_registered()
+        auto_set_device(config)
+        check_before_start(config)
+        validate_config(
+            config=config,
+            use_reference_policy=need_reference_policy(config),
+            use_critic=need_critic(config),
+        )
+        run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(SiopTaskRunner))
+    except SiopError as error:
+        sys.exit(f"error: {error}")
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SiopError):
+            sys.exit(f"error: {error.cause}")
+        raise
+
+
+def main() -> None:
+    _run()
+
+
+if __name__ == "__main__":
+    main()

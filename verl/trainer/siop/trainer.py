@@ -1,0 +1,255 @@
+"""verl's synchronous PPO trainer with SIOP turn rewards in the place of the outcome reward."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
+
+from verl.trainer.siop.replay_buffer import column
+from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
+from verl.utils.siop.metrics import group_metrics
+from verl.utils.siop.scoring_client import ScoringClient
+from verl.utils.siop.siop_process_reward import (
+    GroupRewards,
+    Rollout,
+    SiopConfig,
+    SiopScorer,
+    SupportRequest,
+    compute_group_rewards,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class EveryGroupDropped(SiopError, RuntimeError):
+    """The scorer failed on every question of a batch, so there is nothing to learn from."""
+
+
+@dataclass
+class TimedScorer:
+    """A :class:`SiopScorer` that adds up the wall seconds spent waiting for each kind of call."""
+
+    scorer: SiopScorer
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    async def _timed(self, kind: str, call: Awaitable[T]) -> T:
+        start = time.perf_counter()
+        try:
+            return await call
+        finally:
+            self.seconds[kind] += time.perf_counter() - start
+
+    async def cluster(self, question: str, answers: list[str]) -> list[int]:
+        return await self._timed("cluster", self.scorer.cluster(question, answers))
+
+    async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
+        return await self._timed("entailment", self.scorer.entailment(pairs))
+
+    async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
+        return await self._timed("support", self.scorer.support(rollouts))
+
+
+@register_trainer("siop")
+class SiopTrainer(PPOTrainerSync):
+    """``trainer.v1.trainer_mode=siop``.
+
+    With ``algorithm.adv_estimator=siop`` the token rewards of a step (``rm_scores``) are replaced by SIOP's turn
+    rewards before the advantage is computed; with any other estimator it is verl's synchronous trainer.
+    """
+
+    # Upstream compares this name with "sync" to choose the synchronous replay buffer, batch size and checkpoint.
+    trainer_mode = property(lambda self: "sync", lambda self, value: None)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.uses_siop = config.algorithm.adv_estimator == "siop"
+        self.siop = SiopConfig.from_algorithm(config.algorithm)
+        self._records: dict[str, dict[str, Any]] = {}
+
+    # ------------------------------------------------------------------ rewards
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        self._records = {}
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        # Rollout order within a question is the order of its sessions, whatever order verl's balancing left.
+        keys.sort(key=_session)
+        fields = ["uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "extra_fields"]
+        data = tq.kv_batch_get(
+            keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "reward_model", "data_source"]
+        )
+        self._outcome_metrics(keys, data, metrics)
+        if self.uses_siop:
+            with marked_timer("siop_rewards", self.timing_raw, color="brown"):
+                self._write_turn_rewards(keys, data, batch.partition_id, metrics)
+        return super()._compute_advantage(batch, metrics)
+
+    def _outcome_metrics(self, keys: list[str], data: TensorDict, metrics: dict) -> None:
+        """EM and F1 where labels exist, under their own names: ``critic/score`` shows the turn rewards."""
+        found: dict[str, list[float]] = {}
+        for key, fields in zip(keys, column(data, "extra_fields"), strict=True):
+            info = fields.get("reward_extra_info", {})
+            # None where the row has no label.
+            outcome = {name: float(info[name]) for name in ("em", "f1") if info.get(name) is not None}
+            self._records[key] = dict(outcome)
+            for name, value in outcome.items():
+                found.setdefault(name, []).append(value)
+        metrics.update({f"siop/outcome/{name}": float(np.mean(values)) for name, values in found.items()})
+
+    def _write_turn_rewards(self, keys: list[str], data: TensorDict, partition_id: str, metrics: dict) -> None:
+        rollouts = self._rollouts(keys, data)
+        scored, dropped, seconds = asyncio.run(self._score(rollouts))
+        rewards, kept = scored
+
+        masks = column(data, "response_mask")
+        turn_rewards: list[list[float]] = [[] for _ in masks]
+        for row, values in zip(kept, rewards.turn_rewards, strict=True):
+            turn_rewards[row] = values
+        placed = place_turn_rewards(turn_rewards, masks)
+        tq.kv_batch_put(
+            keys=keys,
+            partition_id=partition_id,
+            fields=TensorDict({"rm_scores": _jagged(placed)}, batch_size=len(keys)),
+        )
+        if dropped:
+            rows = [row for row, rollout in enumerate(rollouts) if rollout.uid in dropped]
+            tq.kv_batch_put(
+                keys=[keys[row] for row in rows],
+                partition_id=partition_id,
+                fields=TensorDict(
+                    {"response_mask": _jagged([torch.zeros_like(masks[row]) for row in rows])}, batch_size=len(rows)
+                ),
+            )
+
+        metrics.update(group_metrics(rewards, [rollouts[row] for row in kept], self.siop))
+        metrics["siop/dropped_groups"] = float(len(dropped))
+        metrics.update({f"siop/seconds/{kind}": value for kind, value in seconds.items()})
+        for index, row in enumerate(kept):
+            self._records[keys[row]].update(
+                question=rollouts[row].question,
+                answer=rewards.answers[index],
+                cluster=rewards.cluster_ids[index],
+                target=rewards.target_mass[index],
+                references=rewards.references[index],
+                support=rewards.support[index],
+                # As float32, the precision in which the update receives them.
+                turn_rewards=[float(np.float32(value)) for value in rewards.turn_rewards[index]],
+            )
+
+    def _rollouts(self, keys: list[str], data: TensorDict) -> list[Rollout]:
+        several = [key for key in keys if _session(key)[2] > 0]
+        if several:
+            raise SiopError(
+                f"the agent loop returned several trajectories for one session (for example {several[0]}); SIOP needs "
+                "one trajectory per session"
+            )
+        uids, prompts, responses, masks, messages, extras, labels = (
+            column(data, name)
+            for name in ("uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "reward_model")
+        )
+        return [
+            Rollout(
+                uid=str(uids[i]),
+                question=_question(messages[i], extras[i]),
+                prompt_ids=prompts[i].tolist(),
+                response_ids=responses[i].tolist(),
+                response_mask=masks[i].tolist(),
+                gold=parse_aliases(labels[i]) if self.siop.siop_use_gold_ref else None,
+            )
+            for i in range(len(keys))
+        ]
+
+    async def _score(self, rollouts: list[Rollout]) -> tuple[tuple[GroupRewards, list[int]], set[str], dict[str, float]]:
+        """Rewards of the rows that could be scored, those rows, the questions that could not, seconds by call."""
+        async with ScoringClient(
+            self.siop.siop_scorer_url,
+            strict=self.siop.siop_strict_entailment,
+            timeout_s=self.siop.siop_scorer_timeout_s,
+        ) as client:
+            scorer = TimedScorer(client)
+            rows = list(range(len(rollouts)))
+            dropped: set[str] = set()
+            try:
+                rewards = await compute_group_rewards(rollouts, self.tokenizer, self.siop, scorer)
+            except (ScorerError, ScorerUnavailable) as error:
+                if self.siop.siop_on_scorer_error == "raise":
+                    raise
+                logger.error("the scorer failed on the batch, asking question by question: %s", error)
+                dropped = await self._unscorable(rollouts, scorer)
+                rows = [row for row in rows if rollouts[row].uid not in dropped]
+                if not rows:
+                    raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error
+                rewards = await compute_group_rewards([rollouts[row] for row in rows], self.tokenizer, self.siop, scorer)
+            return (rewards, rows), dropped, dict(scorer.seconds)
+
+    async def _unscorable(self, rollouts: list[Rollout], scorer: SiopScorer) -> set[str]:
+        failed = set()
+        for uid in dict.fromkeys(rollout.uid for rollout in rollouts):
+            group = [rollout for rollout in rollouts if rollout.uid == uid]
+            try:
+                await compute_group_rewards(group, self.tokenizer, self.siop, scorer)
+            except (ScorerError, ScorerUnavailable) as error:
+                logger.error("question dropped (%r): %s", group[0].question, error)
+                failed.add(uid)
+        return failed
+
+    # ------------------------------------------------------------------ reports
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """One JSON line per rollout: texts, and what each stage of the method made of it."""
+        with marked_timer("dump_rollout_generations", timing_raw, color="green"):
+            keys = sorted(self._records, key=_session)
+            fields = ["prompts", "responses", "rm_scores", "reward_model"]
+            data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+            names = sorted({name for record in self._records.values() for name in record})
+            self._dump_generations(
+                inputs=[self.tokenizer.decode(ids) for ids in column(data, "prompts")],
+                outputs=[self.tokenizer.decode(ids) for ids in column(data, "responses")],
+                gts=[label.get("ground_truth") for label in column(data, "reward_model")],
+                scores=[float(scores.sum()) for scores in column(data, "rm_scores")],
+                reward_extra_infos_dict={
+                    "uid": keys,
+                    **{name: [self._records[key].get(name) for key in keys] for name in names},
+                },
+                dump_path=rollout_data_dir,
+            )
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        metrics.update(self.replay_buffer.take_validation_metrics())
+        return metrics
+
+
+def _question(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, Any] | None) -> str:
+    """The bare question: ``extra_info.question`` where the data has it, else the last user message."""
+    named = (extra_info or {}).get("question")
+    if named:
+        return str(named)
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    if not users or not isinstance(users[-1], str):
+        raise SiopError(f"no user message with text in the prompt, and no extra_info.question: {messages!r}")
+    return users[-1]
+
+
+def _session(key: str) -> tuple[str, int, int]:
+    """(uid, session, trajectory) of a TransferQueue key ``{uid}_{session}_{trajectory}``."""
+    uid, session, trajectory = key.rsplit("_", 2)
+    return uid, int(session), int(trajectory)
+
+
+def _jagged(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)

@@ -1,0 +1,44 @@
+"""Errors of the project: one root, children that also are the standard library's type, all picklable (Ray carries them)."""
+
+from __future__ import annotations
+
+
+class SiopError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+
+class SiopConfigError(SiopError, ValueError):
+    """A configuration key or value is wrong; the message names the key, the value and what is allowed."""
+
+
+class ScorerError(SiopError, RuntimeError):
+    """The scorer answered, but refused the request or sent a response that is not valid."""
+
+
+class ScorerUnavailable(SiopError, ConnectionError):
+    """The scorer could not be reached, or did not answer, within the allowed attempts.
+
+    Args:
+        url: the address that was called.
+        attempts: how often it was tried.
+        last_error: the last failure, as text.
+    """
+
+    def __init__(self, url: str, attempts: int, last_error: str) -> None:
+        super().__init__(url, attempts, last_error)
+        self.url, self.attempts, self.last_error = url, attempts, last_error
+
+    def __str__(self) -> str:
+        return f"no answer from the scorer at {self.url} after {self.attempts} attempt(s); last error: {self.last_error}"
+
+
+class RolloutError(SiopError, ValueError):
+    """A rollout cannot be used: its mask, its length, its question or its label is not what the method needs."""
+
+
+class InvalidRequest(SiopError, ValueError):
+    """A request to the scorer is not valid; the message names the offending field and its value (HTTP 422)."""
+
+
+class SequenceTooLong(InvalidRequest):
+    """A sequence or text is longer than the model takes; the message names it and both lengths (HTTP 413)."""
