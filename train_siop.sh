@@ -47,10 +47,11 @@ export TENSORBOARD_DIR=${TENSORBOARD_DIR:-$OUT_DIR/tensorboard}
 
 say "training $MODEL_PATH on $DEVICE; Ctrl-C stops it"
 say "log: $log   checkpoints: $OUT_DIR/checkpoints   TensorBoard: $TENSORBOARD_DIR   rollouts: $OUT_DIR/rollouts"
-# tee must outlive Ctrl-C, or the trainer could not write while it shuts down.
-"$PYTHON" -u -m verl.trainer.siop.main "${TRAINER_ARGS[@]}" \
+# The script becomes the trainer, so that a signal reaches it; tee outlives Ctrl-C, or the last lines would be lost.
+exec > >(tee -i "$log") 2>&1
+exec "$PYTHON" -u -m verl.trainer.siop.main "${TRAINER_ARGS[@]}" \
     "trainer.experiment_name=$EXPERIMENT" \
     "trainer.default_local_dir=$OUT_DIR/checkpoints" \
     "trainer.rollout_data_dir=$OUT_DIR/rollouts" \
     "trainer.nnodes=${NNODES:-1}" \
-    "$@" 2>&1 | tee -i "$log"
+    "$@"

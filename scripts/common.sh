@@ -49,8 +49,26 @@ use_cpu() {
 
 port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
+# run_watch LOG PID STEPS: while PID runs, prints a line for about every tenth step in its log.
+run_watch() {
+    local log=$1 pid=$2 steps=$3
+    while [[ ! -f $log ]] && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    tail -n +1 -F --pid="$pid" "$log" 2>/dev/null | awk -v steps="$steps" -v every="$(((steps + 9) / 10))" '
+        function metric(name,  i) { i = index($0, " " name ":"); return i ? substr($0, i + length(name) + 2) + 0 : "-" }
+        match($0, /step:[0-9]+ - /) {
+            step = substr($0, RSTART + 5, RLENGTH - 8) + 0
+            if (step % every == 0 || step == 1 || step == steps)
+                printf "           step %d/%d  turns %.2f  no answer %.2f  EM on training questions %.2f  %.1f s\n",
+                    step, steps, metric("siop/turns/mean"), metric("siop/no_answer"), metric("siop/outcome/em"),
+                    metric("timing_s/step")
+            fflush()
+        }' &
+    wait $! || true
+}
+
 free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
+# shellcheck disable=SC2034  # DEVICE is for the scripts that source this file.
 # trainer_args DATA: sets TRAINER_ARGS, MODEL_PATH and DEVICE for verl.trainer.siop.main from the environment variables
 # of train_siop.sh. Without DATA, the toy world's data, model, tool and settings are taken.
 trainer_args() {

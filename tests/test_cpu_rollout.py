@@ -11,7 +11,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM
-
 from verl.utils.siop.cpu.rollout import HfServer, Sampling, sample_next
 
 PROMPTS = [[72, 101, 108, 108, 111], [65], list(range(40, 70)), [10, 20, 30]]

@@ -9,10 +9,9 @@ import ray
 from omegaconf import DictConfig
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.siop.preflight import check_before_start
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
-
-from verl.trainer.siop.preflight import check_before_start
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.plugin import require_registered
 

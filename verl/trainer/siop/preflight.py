@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
-
 from verl.utils.siop import cpu
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.scoring_client import ScoringClient
@@ -111,7 +110,7 @@ def check_prompts(path: str, tokenizer: Any, data: DictConfig) -> None:
     rows = pq.read_metadata(Path(path).expanduser()).num_rows
     if not rows:
         raise DataError(f"{path}: the file has no rows")
-    extra = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    extra = {str(key): value for key, value in (data.get("apply_chat_template_kwargs") or {}).items()}
     for row, messages in enumerate(tqdm(_messages(path), total=rows, desc=f"check {path}", disable=rows < 5000)):
         if not messages or any(not m.get("role") or m.get("content") is None for m in messages):
             raise DataError(f"{path}: row {row}: 'prompt' must be a list of messages with role and content")

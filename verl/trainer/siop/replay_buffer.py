@@ -1,7 +1,8 @@
-"""verl's replay buffer for synchronous training, with checks that no failed rollout is scored as if it were a good one."""
+"""verl's replay buffer for synchronous training, with checks that no failed rollout is passed over in silence."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
-# Where a tool notes, in the agent loop's extra fields, that it failed for a reason that is not the model's.
-TOOL_ERROR = "tool_error"
+logger = logging.getLogger(__name__)
+
+
+class RolloutFailed(SiopError, RuntimeError):
+    """So many rollouts failed that what is left is not a fair sample."""
 
 
 def column(data: TensorDict, name: str) -> list[Any]:
@@ -26,17 +29,13 @@ def column(data: TensorDict, name: str) -> list[Any]:
     return [getattr(value, "data", value) for value in values]
 
 
-class RolloutFailed(SiopError, RuntimeError):
-    """Rollouts failed, or hold an observation that is the text of a failure."""
-
-
 class CheckedReplayBuffer(ReplayBuffer):
     """The sampler named in ``siop_trainer.yaml`` (``trainer.v1.sampler.custom_sampler``).
 
-    verl's agent loop hands the text of a tool's exception to the model as its observation, and its sampler goes on
-    without the sessions that failed. Training on the former would teach the agent to answer without search, and
-    validation without the latter would report a metric over other questions; both stop the run here. In training,
-    sessions that failed are left out and counted.
+    Upstream goes on with the sessions that are left when others fail. A failure is seldom independent of what the agent
+    did (with the retriever down, only rollouts that never search survive), so here a training question with a failed
+    session is dropped whole and counted, and the run stops when more than half of a step's questions, or any
+    validation question, are concerned.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -45,22 +44,36 @@ class CheckedReplayBuffer(ReplayBuffer):
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
-        failed = len(self.failure_keys[partition_id])
-        if partition_id == "val" and failed:
-            raise RolloutFailed(f"{failed} validation question(s) have failed rollouts; see the errors logged above")
-        data = tq.kv_batch_get(
-            keys=batch.keys, partition_id=partition_id, select_fields=["extra_fields", "response_mask"]
-        )
-        for fields in column(data, "extra_fields"):
-            if fields.get(TOOL_ERROR):
-                raise RolloutFailed(f"a tool failed during rollouts: {fields[TOOL_ERROR]}")
+        # Groups that ended since, beyond the batch, are looked at with their own batch.
+        failed = self.failure_keys[partition_id]
+        allowed = 0 if partition_id == "val" else batch_size // 2
+        if len(failed) > allowed:
+            raise RolloutFailed(
+                f"rollouts of {len(failed)} of {batch_size} {partition_id} questions failed; the reasons are logged above"
+            )
+        if failed:
+            logger.error("%d of %d questions dropped because a rollout of each failed", len(failed), batch_size)
+            batch = self._without(batch, failed)
         if partition_id == "val":
-            masks = column(data, "response_mask")
-            self._validation["turns"] += [len(get_assistant_turn_ranges(mask)) for mask in masks]
-            self._validation["response_tokens"] += [int(mask.sum()) for mask in masks]
+            self._note_validation(batch)
         else:
-            metrics["siop/failed_groups"] = failed
+            metrics["siop/failed_groups"] = float(len(failed))
         return batch, metrics
+
+    def _without(self, batch: KVBatchMeta, uids: set[str]) -> KVBatchMeta:
+        kept = [(key, tag) for key, tag in zip(batch.keys, batch.tags, strict=True) if key.split("_")[0] not in uids]
+        dropped = sorted(set(batch.keys) - {key for key, _ in kept})
+        if dropped:
+            tq.kv_clear(keys=dropped, partition_id=batch.partition_id)
+        return KVBatchMeta(
+            partition_id=batch.partition_id, keys=[key for key, _ in kept], tags=[tag for _, tag in kept]
+        )
+
+    def _note_validation(self, batch: KVBatchMeta) -> None:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        masks = column(data, "response_mask")
+        self._validation["turns"] += [len(get_assistant_turn_ranges(mask)) for mask in masks]
+        self._validation["response_tokens"] += [int(mask.sum()) for mask in masks]
 
     def take_validation_metrics(self) -> dict[str, float]:
         """Means over the validation rollouts since the last call: assistant turns and tokens the model generated."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +19,11 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
+from verl.trainer.siop.report import METRICS_FILE
 from verl.utils.debug import marked_timer
-
-from verl.trainer.siop.replay_buffer import column
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
-from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
 from verl.utils.siop.metrics import group_metrics
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import (
@@ -47,7 +49,7 @@ class TimedScorer:
     """A :class:`SiopScorer` that adds up the wall seconds spent waiting for each kind of call."""
 
     scorer: SiopScorer
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def _timed(self, kind: str, call: Awaitable[T]) -> T:
         start = time.perf_counter()
@@ -77,8 +79,15 @@ class SiopTrainer(PPOTrainerSync):
     # Upstream compares this name with "sync" to choose the synchronous replay buffer, batch size and checkpoint.
     trainer_mode = property(lambda self: "sync", lambda self, value: None)
 
+    replay_buffer: CheckedReplayBuffer
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        if not isinstance(self.replay_buffer, CheckedReplayBuffer):
+            raise SiopConfigError(
+                f"trainer.v1.sampler.custom_sampler={type(self.replay_buffer).__name__} is not allowed; the siop "
+                "trainer needs CheckedReplayBuffer or a subclass of it"
+            )
         self.uses_siop = config.algorithm.adv_estimator == "siop"
         self.siop = SiopConfig.from_algorithm(config.algorithm)
         self._records: dict[str, dict[str, Any]] = {}
@@ -113,14 +122,13 @@ class SiopTrainer(PPOTrainerSync):
 
     def _write_turn_rewards(self, keys: list[str], data: TensorDict, partition_id: str, metrics: dict) -> None:
         rollouts = self._rollouts(keys, data)
-        scored, dropped, seconds = asyncio.run(self._score(rollouts))
-        rewards, kept = scored
+        rewards, kept, dropped, seconds = asyncio.run(self._score(rollouts))
 
         masks = column(data, "response_mask")
         turn_rewards: list[list[float]] = [[] for _ in masks]
         for row, values in zip(kept, rewards.turn_rewards, strict=True):
             turn_rewards[row] = values
-        placed = place_turn_rewards(turn_rewards, masks)
+        placed = list(place_turn_rewards(turn_rewards, masks))
         tq.kv_batch_put(
             keys=keys,
             partition_id=partition_id,
@@ -174,7 +182,9 @@ class SiopTrainer(PPOTrainerSync):
             for i in range(len(keys))
         ]
 
-    async def _score(self, rollouts: list[Rollout]) -> tuple[tuple[GroupRewards, list[int]], set[str], dict[str, float]]:
+    async def _score(
+        self, rollouts: list[Rollout]
+    ) -> tuple[tuple[GroupRewards, list[int]], set[str], dict[str, float]]:
         """Rewards of the rows that could be scored, those rows, the questions that could not, seconds by call."""
         async with ScoringClient(
             self.siop.siop_scorer_url,
@@ -194,8 +204,9 @@ class SiopTrainer(PPOTrainerSync):
                 rows = [row for row in rows if rollouts[row].uid not in dropped]
                 if not rows:
                     raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error
-                rewards = await compute_group_rewards([rollouts[row] for row in rows], self.tokenizer, self.siop, scorer)
-            return (rewards, rows), dropped, dict(scorer.seconds)
+                kept = [rollouts[row] for row in rows]
+                rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
+            return rewards, rows, dropped, dict(scorer.seconds)
 
     async def _unscorable(self, rollouts: list[Rollout], scorer: SiopScorer) -> set[str]:
         failed = set()
@@ -231,6 +242,11 @@ class SiopTrainer(PPOTrainerSync):
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
         metrics.update(self.replay_buffer.take_validation_metrics())
+        folder = self.config.trainer.get("validation_data_dir")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            values = {name: float(value) for name, value in metrics.items()}
+            (Path(folder) / METRICS_FILE).write_text(json.dumps(values, indent=1, sort_keys=True))
         return metrics
 
 

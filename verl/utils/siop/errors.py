@@ -1,4 +1,4 @@
-"""Errors of the project: one root, children that also are the standard library's type, all picklable (Ray carries them)."""
+"""Errors of the project: one root, children that also are the standard library's type, all picklable for Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class ScorerUnavailable(SiopError, ConnectionError):
         self.url, self.attempts, self.last_error = url, attempts, last_error
 
     def __str__(self) -> str:
-        return f"no answer from the scorer at {self.url} after {self.attempts} attempt(s); last error: {self.last_error}"
+        return (
+            f"no answer from the scorer at {self.url} after {self.attempts} attempt(s); last error: {self.last_error}"
+        )
 
 
 class RolloutError(SiopError, ValueError):

@@ -13,7 +13,7 @@ from verl.utils.siop.errors import SiopError
 if cpu.is_active():
     cpu.activate()
 
-import verl.trainer.siop.advantage  # noqa: E402,F401  (registers the estimator)
+import verl.trainer.siop.advantage  # noqa: F401  (registers the estimator)
 
 
 class PluginNotLoaded(SiopError, ImportError):

@@ -61,7 +61,7 @@ sys.modules[_DEVICE_MODULE.__name__] = _DEVICE_MODULE
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """The host as verl's device. Workers hold *logical* Ray GPUs, because verl counts only "GPU" and "NPU" resources."""
+    """The host as verl's device. Workers hold *logical* Ray GPUs, because verl counts no other resource of a node."""
 
     device_name = "cpu"
     vendor_name = "cpu"

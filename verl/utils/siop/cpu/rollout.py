@@ -252,16 +252,13 @@ class HfReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         node_id = await self.workers[0].__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id())
         name = _server_name(self.config, self.replica_rank)
-        server = (
-            ray.remote(HfServer)
-            .options(
-                name=name,
-                num_cpus=0,
-                max_concurrency=self.max_concurrency,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
-            )
-            .remote(self.config, self.model_config, self.replica_rank)
-        )
+        actor: Any = ray.remote(HfServer)
+        server = actor.options(
+            name=name,
+            num_cpus=0,
+            max_concurrency=self.max_concurrency,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+        ).remote(self.config, self.model_config, self.replica_rank)
         await server.ready.remote()
         self.servers, self._server_handle, self._server_address = [server], server, name
 
@@ -288,11 +285,7 @@ class HfServerAdapter(BaseRollout):
 
     @torch.no_grad()
     async def update_weights(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        global_steps: int | None = None,
-        wire_format: str = "named_tensors",
-        **kwargs: Any,
+        self, weights: Iterable[tuple[str, torch.Tensor]], wire_format: str = "named_tensors", **kwargs: Any
     ) -> None:
         if wire_format != "named_tensors" or kwargs.get("peft_config"):
             raise ValueError("rollout hf_cpu takes full weights only (no delta flush, no LoRA adapter)")
@@ -302,4 +295,4 @@ class HfServerAdapter(BaseRollout):
             return
         if self.server is None:
             self.server = ray.get_actor(_server_name(self.config, self.replica_rank))
-        await self.server.update_weights.remote(named, global_steps)
+        await self.server.update_weights.remote(named, kwargs.get("global_steps"))

@@ -1,0 +1,199 @@
+"""Builds the toy world with one command: model, tokenizer, corpus, questions and tool config.
+
+    python -m examples.toy_world.build --out runs/toy                    # about three minutes on one core
+    python -m examples.toy_world.build --data-only --seed 90 --out DIR   # other facts for the same model, seconds
+
+Writes to the folder:
+
+    model/            Qwen3 of 0.3M parameters after the warm start, with tokenizer and chat template
+    corpus.jsonl      passages of the training and the held-out world
+    train.parquet     questions of the training world, in verl's format
+    eval.parquet      questions of the held-out world: entities with names that training never uses
+    tool_config.yaml  the search tool for verl
+    meta.json         what was built; a second call with the same arguments reuses it
+
+The labels in the question files are for evaluation. SIOP does not read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+
+from examples.toy_world.tokenizer import REFERENCE_PREFIX, REFERENCE_SUFFIX, build_tokenizer
+from examples.toy_world.warm_start import SEARCH_MAX_CHARS, SEARCH_TOPK, Schedule, warm_start
+from examples.toy_world.world import (
+    HELD_OUT_SIZES,
+    TRAIN_SIZES,
+    Question,
+    corpus,
+    held_out_world,
+    sample_questions,
+    train_world,
+    vocabulary,
+)
+
+# Raise when the same arguments would build something else than before.
+VERSION = 1
+DATA_SOURCE = "toy_two_hop"
+_QUESTIONS_PER_COMPANY = 7
+
+_TOOL_CONFIG = f"""\
+# The search tool of the toy world. The address comes from RETRIEVER_URL where that is set.
+tools:
+  - class_name: verl.tools.local_search_tool.LocalSearchTool
+    config:
+      type: native
+      retrieval_service_url: ${{oc.env:RETRIEVER_URL,http://127.0.0.1:8000/retrieve}}
+      topk: {SEARCH_TOPK}
+      timeout_s: 30
+      max_retries: 3
+      max_chars: {SEARCH_MAX_CHARS}
+    tool_schema:
+      type: function
+      function:
+        name: search
+        description: Searches for passages about a query and returns the best ones.
+        parameters:
+          type: object
+          properties:
+            query:
+              type: string
+              description: What to look for, in a few words.
+          required: [query]
+"""
+
+
+def question_row(question: Question, index: int, split: str) -> dict[str, Any]:
+    """A question as a row in verl's format."""
+    return {
+        "data_source": DATA_SOURCE,
+        "agent_name": "tool_agent",
+        "prompt": [{"role": "user", "content": question.text}],
+        "ability": "search",
+        "reward_model": {"style": "rule", "ground_truth": {"target": [question.gold]}},
+        "extra_info": {
+            "index": index,
+            "split": split,
+            "question": question.text,
+            "template": question.template,
+            "bridge": question.bridge,
+        },
+    }
+
+
+def write_data(out: Path, seed: int, train_questions: int, eval_questions: int) -> None:
+    """Writes corpus, questions and tool config.
+
+    Raises:
+        ValueError: more questions asked for than the worlds have.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for document in corpus(seed):
+            file.write(json.dumps(document) + "\n")
+    for split, world, count in (
+        ("train", train_world(seed), train_questions),
+        ("eval", held_out_world(seed), eval_questions),
+    ):
+        rows = [question_row(q, i, split) for i, q in enumerate(sample_questions(world, count, seed))]
+        pd.DataFrame(rows).to_parquet(out / f"{split}.parquet", index=False)
+    (out / "tool_config.yaml").write_text(_TOOL_CONFIG, encoding="utf-8")
+
+
+def write_model(out: Path, seed: int, schedule: Schedule) -> dict[str, float]:
+    """Trains and writes the model with its tokenizer; returns seconds and parameters."""
+    started = time.monotonic()
+    tokenizer = build_tokenizer(vocabulary())
+    model = warm_start(tokenizer, seed=seed, schedule=schedule)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    return {"seconds": round(time.monotonic() - started, 1), "parameters": model.num_parameters()}
+
+
+def description(args: argparse.Namespace, schedule: Schedule | None) -> dict[str, Any]:
+    """What determines the result of a build; equal descriptions mean that nothing needs to be built."""
+    return {
+        "version": VERSION,
+        "seed": args.seed,
+        "train_questions": args.train_questions,
+        "eval_questions": args.eval_questions,
+        "warm_start": None if schedule is None else asdict(schedule),
+    }
+
+
+def is_built(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the folder holds what ``wanted`` describes."""
+    names = ["corpus.jsonl", "train.parquet", "eval.parquet", "tool_config.yaml"]
+    if wanted["warm_start"] is not None:
+        names.append("model/config.json")
+    try:
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return meta.get("build") == wanted and all((out / name).is_file() for name in names)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of facts, names and warm start (default: 0)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the warm start (default: 2)")
+    parser.add_argument("--data-only", action="store_true", help="no model: corpus, questions and tool config")
+    parser.add_argument("--train-questions", type=int, default=_QUESTIONS_PER_COMPANY * TRAIN_SIZES["company"])
+    parser.add_argument("--eval-questions", type=int, default=420, help="held-out questions (default: 420)")
+    parser.add_argument("--copying-steps", type=int, default=Schedule.copying_steps, help="warm start, first phase")
+    parser.add_argument("--imperfect-steps", type=int, default=Schedule.imperfect_steps, help="second phase")
+    parser.add_argument("--force", action="store_true", help="build again even if the folder holds it already")
+    args = parser.parse_args(argv)
+    for key, companies in (("train_questions", TRAIN_SIZES["company"]), ("eval_questions", HELD_OUT_SIZES["company"])):
+        most = _QUESTIONS_PER_COMPANY * companies
+        if not 0 < getattr(args, key) <= most:
+            parser.error(f"--{key.replace('_', '-')} must be between 1 and {most}, got {getattr(args, key)}")
+    for key, least in (("threads", 1), ("copying_steps", 0), ("imperfect_steps", 1)):
+        if getattr(args, key) < least:
+            parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(args, key)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    out: Path = args.out
+    schedule = None if args.data_only else Schedule(args.copying_steps, args.imperfect_steps)
+    wanted = description(args, schedule)
+    if not args.force and is_built(out, wanted):
+        print(f"{out} is up to date")
+        return 0
+    if out.exists() and not out.is_dir():
+        print(f"error: {out} is not a folder", file=sys.stderr)
+        return 2
+    # Gone before the parts change, back when they are complete: an interrupted build is never taken for a whole one.
+    (out / "meta.json").unlink(missing_ok=True)
+    write_data(out, args.seed, args.train_questions, args.eval_questions)
+    print(f"wrote {args.train_questions} training and {args.eval_questions} held-out questions to {out}")
+    meta: dict[str, Any] = {
+        "build": wanted,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "probe": {"prefix": REFERENCE_PREFIX, "suffix": REFERENCE_SUFFIX},
+    }
+    if schedule is not None:
+        torch.set_num_threads(args.threads)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        meta["model"] = write_model(out, args.seed, schedule)
+        print(f"warm start: {meta['model']['parameters']} parameters in {meta['model']['seconds']:.0f} s")
+    (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

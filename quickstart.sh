@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# The whole method on a laptop CPU: a made-up world, a small search agent, SIOP training without labels, evaluation.
+# About ten minutes the first time; a second call reuses what is there. Ctrl-C stops everything it started.
+#
+#   bash quickstart.sh [--method siop|release|grpo|empo|ttrl] [--seed N]
+#
+#   --method   siop (default); release: the first release's formulas; grpo: exact match with the gold answer, the only
+#              one that uses labels; empo, ttrl: rewards from cluster sizes alone (config/ablation/METHOD.yaml)
+#   --seed     seed of data order and sampling (1)
+#
+# Environment:
+#   QUICKSTART_STEPS   training steps (60)
+#   TOY_DIR            the toy world and its warm-start model (runs/toy)
+#   OUT_DIR            results (runs/quickstart/METHOD-seedN-STEPS)
+#   CONDA_ENV          conda environment to use in place of .venv; it must hold the project
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/common.sh
+source scripts/common.sh
+
+method=siop seed=1
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        -h | --help)
+            print_help "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        --method) method=${2:?--method needs a name} && shift 2 ;;
+        --seed) seed=${2:?--seed needs a number} && shift 2 ;;
+        *) die "unknown argument '$1'; see bash quickstart.sh --help" ;;
+    esac
+done
+case $method in siop | release | grpo | empo | ttrl) ;; *) die "--method $method: choose siop, release, grpo, empo or ttrl" ;; esac
+[[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: a whole number from 0"
+steps=${QUICKSTART_STEPS:-60}
+[[ $steps =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS=$steps: a whole number from 1"
+export TOY_DIR=${TOY_DIR:-runs/toy}
+out=${OUT_DIR:-runs/quickstart/$method-seed$seed-$steps}
+unset OUT_DIR MODEL_PATH TRAIN_FILES VAL_FILES TOOL_CONFIG
+export LOG_DIR=$out/logs SEED=$seed N_GPUS=0
+
+# Job control gives each phase a process group of its own, which is stopped as a whole.
+set -m
+child=
+cleanup() {
+    local status=$?
+    trap - EXIT INT TERM HUP
+    if [[ -n $child ]]; then
+        kill -TERM -- "-$child" 2>/dev/null || true
+        for _ in {1..100}; do
+            kill -0 -- "-$child" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL -- "-$child" 2>/dev/null || true
+    fi
+    stop_services
+    exit "$status"
+}
+stop_services() {
+    [[ -z ${SIOP_PORT:-} ]] || bash launch_siop_scorer.sh stop >/dev/null 2>&1 || true
+    [[ -z ${RETRIEVER_PORT:-} ]] || bash launch_retriever.sh stop >/dev/null 2>&1 || true
+}
+trap cleanup EXIT
+trap 'say "stopping"; exit 130' INT
+trap 'say "stopping"; exit 143' TERM HUP
+
+run() {
+    "$@" &
+    child=$!
+    local status=0
+    wait "$child" || status=$?
+    child=
+    return "$status"
+}
+
+phase_number=0 phase_start=$SECONDS
+phase() {
+    phase_number=$((phase_number + 1)) phase_start=$SECONDS
+    say "[$phase_number/6] $*"
+}
+finished() { say "      done in $((SECONDS - phase_start)) s"; }
+
+phase "environment: .venv with the project and its CPU requirements"
+[[ -n ${CONDA_ENV:-} ]] || run bash scripts/setup_env.sh
+[[ -n ${CONDA_ENV:-} ]] || unset VIRTUAL_ENV
+pick_python
+mkdir -p "$LOG_DIR"
+finished
+
+phase "toy world in $TOY_DIR: facts, questions, and a model warm-started on an imperfect scripted agent"
+run "$PYTHON" -m examples.toy_world.build --out "$TOY_DIR" --threads "$(getconf _NPROCESSORS_ONLN)"
+finished
+
+phase "services: retriever (BM25) and scorer (the warm-start model, frozen)"
+RETRIEVER_PORT=$(free_port)
+SIOP_PORT=$(free_port)
+export RETRIEVER_PORT SIOP_PORT
+export RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl RETRIEVER_URL=http://127.0.0.1:$RETRIEVER_PORT/retrieve
+export SIOP_MODEL=$TOY_DIR/model SIOP_NUM_GPUS=0 SIOP_SCORER_URL=http://127.0.0.1:$SIOP_PORT
+run bash launch_retriever.sh
+run bash launch_siop_scorer.sh
+finished
+
+# evaluate NAME CHECKPOINT: into $out/NAME, unless it is there and newer than the checkpoint.
+evaluate() {
+    if [[ -f $out/$1/validation/metrics.json && $out/$1/validation/metrics.json -nt $2 ]]; then
+        say "      reusing $out/$1"
+    else
+        EXPERIMENT=$1 OUT_DIR=$out/$1 run bash eval_siop.sh "$2"
+    fi
+}
+
+phase "evaluation before training, on held-out questions"
+evaluate before "$TOY_DIR/model"
+finished
+
+phase "training: $method, $steps steps of 8 questions x 8 rollouts$([[ $method == grpo ]] || echo ", no labels")"
+checkpoint=$out/checkpoints/global_step_$steps
+train_start=$SECONDS
+if [[ -d $checkpoint/actor && $checkpoint -nt $TOY_DIR/meta.json ]]; then
+    say "      reusing $checkpoint"
+else
+    log=$LOG_DIR/train-$method.log
+    EXPERIMENT=$method OUT_DIR=$out TENSORBOARD_DIR=$out/tensorboard bash train_siop.sh -- \
+        "ablation=$method" "trainer.total_training_steps=$steps" trainer.save_freq=20 \
+        trainer.max_actor_ckpt_to_keep=1 >/dev/null 2>&1 &
+    child=$!
+    say "      log: $log"
+    run_watch "$log" "$child" "$steps"
+    status=0
+    wait "$child" || status=$?
+    child=
+    if [[ $status -ne 0 ]]; then
+        tail -n 20 "$log" >&2
+        die "training failed; the whole log is $log"
+    fi
+fi
+training_seconds=$((SECONDS - train_start))
+finished
+
+phase "evaluation after training, on the same questions"
+evaluate after "$checkpoint"
+finished
+
+say "stopping retriever and scorer"
+stop_services
+echo
+"$PYTHON" -m examples.toy_world.report --data "$TOY_DIR/eval.parquet" --title "$method, seed $seed, $steps steps" \
+    --before "$out/before/validation" --after "$out/after/validation" | tee "$out/table.txt"
+echo "seconds: training $training_seconds, all $SECONDS"
+echo "checkpoint:       $checkpoint"
+echo "logs:             $LOG_DIR"
+echo "TensorBoard:      $PYTHON -m tensorboard.main --logdir $out/tensorboard"
+echo "dumped rollouts:  $out/rollouts"

@@ -1,0 +1,141 @@
+# Sourced by the launchers, after common.sh: starts, watches and stops a background service.
+#
+# A service runs in a session of its own; NAME.pid and NAME.log in LOG_DIR are its process id and its output. Its
+# environment carries SIOP_SERVICE=NAME, so that a recycled process id is never taken for it.
+# shellcheck shell=bash
+
+LOG_DIR=${LOG_DIR:-logs}
+
+service_log() { echo "$LOG_DIR/$1.log"; }
+
+# Address at which this machine reaches a service that listens on HOST.
+service_address() { case $1 in 0.0.0.0 | ::) echo 127.0.0.1 ;; *) echo "$1" ;; esac; }
+
+# Process id of the service NAME if it runs; fails otherwise.
+service_pid() {
+    local pid
+    { read -r pid <"$LOG_DIR/$1.pid"; } 2>/dev/null || return 1
+    [[ $pid =~ ^[0-9]+$ ]] || return 1
+    tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qx "SIOP_SERVICE=$1" || return 1
+    echo "$pid"
+}
+
+# Living processes of the session SID: the service with all that it started (Ray's processes are in it too).
+session_members() {
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line <"$stat"; } 2>/dev/null || continue
+        read -ra fields <<<"${line##*) }" # state, parent, group, session, ...
+        if [[ ${fields[3]} == "$1" && ${fields[0]} != Z ]]; then
+            line=${stat#/proc/}
+            echo "${line%/stat}"
+        fi
+    done
+}
+
+# service_healthy URL, or service_healthy tcp://HOST:PORT, which asks no more than that the port is open.
+service_healthy() {
+    local rest
+    if [[ $1 == tcp://* ]]; then
+        rest=${1#tcp://}
+        (exec 3<>"/dev/tcp/${rest%:*}/${rest##*:}") 2>/dev/null
+    elif command -v curl >/dev/null; then
+        curl --noproxy '*' -fsS -m 5 -o /dev/null "$1" 2>/dev/null
+    else
+        "$PYTHON" -c 'import sys, urllib.request as r
+r.build_opener(r.ProxyHandler({})).open(sys.argv[1], timeout=5)' "$1" 2>/dev/null
+    fi
+}
+
+# Ends the session SID: SIGTERM, then SIGKILL for what is left after 45 s.
+session_end() {
+    local sid=$1 i member
+    kill -TERM "$sid" 2>/dev/null || true
+    for ((i = 0; i < 450; i++)); do
+        [[ -n $(session_members "$sid") ]] || return 0
+        # Without its leader nobody will stop the others.
+        if ((i >= 50)) && ! kill -0 "$sid" 2>/dev/null; then break; fi
+        sleep 0.1
+    done
+    for member in $(session_members "$sid"); do
+        kill -KILL "$member" 2>/dev/null || true
+    done
+}
+
+# service_start NAME HOST PORT HEALTH TIMEOUT COMMAND...: starts COMMAND in the background and waits until HEALTH (a URL
+# or tcp://HOST:PORT) answers. If it does not, shows the log's last lines, leaves nothing running and fails.
+service_start() {
+    local name=$1 host=$2 port=$3 health=$4 timeout=$5 pid log started reported
+    shift 5
+    log=$(service_log "$name")
+    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
+        die "$name: '$port' is not a port (1 to 65535)"
+    fi
+    if pid=$(service_pid "$name"); then
+        die "$name is already running (process $pid, log $log)"
+    fi
+    port_is_free "$port" || die "$name: port $port is in use; stop what listens there or choose another port"
+    mkdir -p "$LOG_DIR"
+    [[ ! -f $log ]] || mv "$log" "$log.1"
+
+    say "starting $name on $host:$port, log: $log"
+    env "SIOP_SERVICE=$name" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 &
+    pid=$!
+    echo "$pid" >"$LOG_DIR/$name.pid"
+    trap 'say "interrupted: stopping '"$name"'"; session_end '"$pid"'; rm -f "$LOG_DIR/'"$name"'.pid"; exit 130' INT TERM
+    started=$SECONDS reported=$SECONDS
+    while ! service_healthy "$health"; do
+        if ! kill -0 "$pid" 2>/dev/null || ((SECONDS - started >= timeout)); then
+            if kill -0 "$pid" 2>/dev/null; then
+                echo "error: $name did not answer at $health within $timeout s" >&2
+            else
+                echo "error: $name ended while it was starting" >&2
+            fi
+            session_end "$pid"
+            rm -f "$LOG_DIR/$name.pid"
+            echo "last lines of $log:" >&2
+            tail -n 20 "$log" >&2
+            return 1
+        fi
+        if ((SECONDS - reported >= 10)); then
+            reported=$SECONDS
+            say "waiting for $name, $((SECONDS - started)) of $timeout s: $(tail -n 1 "$log" | cut -c 1-160)"
+        fi
+        sleep 0.2
+    done
+    trap - INT TERM
+    # The port may have been taken by someone else in the meantime: then the service is gone.
+    kill -0 "$pid" 2>/dev/null || {
+        tail -n 20 "$log" >&2
+        die "$name ended, but something else answers at $health"
+    }
+    say "$name is ready after $((SECONDS - started)) s (process $pid)"
+}
+
+# service_stop NAME: stops the service and all its processes, and waits for them.
+service_stop() {
+    local pid
+    if ! pid=$(service_pid "$1"); then
+        say "$1 is not running"
+        rm -f "$LOG_DIR/$1.pid"
+        return 0
+    fi
+    session_end "$pid"
+    rm -f "$LOG_DIR/$1.pid"
+    say "$1 is stopped"
+}
+
+# service_status NAME HEALTH: says how the service is; fails unless it is healthy.
+service_status() {
+    local pid
+    if ! pid=$(service_pid "$1"); then
+        say "$1 is not running"
+        return 1
+    fi
+    if service_healthy "$2"; then
+        say "$1 is healthy (process $pid, log $(service_log "$1"))"
+    else
+        say "$1 is running but not healthy (process $pid, log $(service_log "$1"))"
+        return 1
+    fi
+}

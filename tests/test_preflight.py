@@ -1,0 +1,148 @@
+"""Bad input: one message that names it, before Ray starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from verl.trainer.siop.preflight import DataError, check_before_start
+from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
+from verl.utils.siop.siop_process_reward import SiopConfig
+
+ROOT = Path(__file__).parent.parent
+ROW = {
+    "data_source": "test",
+    "prompt": [{"role": "user", "content": "who?"}],
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["me"]}},
+}
+
+
+def _config(*overrides: str) -> DictConfig:
+    with initialize_config_module("verl.trainer.siop.config", version_base=None):
+        return compose("siop_trainer", overrides=["hardware=cpu", *overrides])
+
+
+def _closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Overrides of a run in which everything is right but that there is no scorer."""
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    data = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist([ROW] * 3), data)
+    tools = tmp_path / "tools.yaml"
+    tools.write_text("tools: []\n")
+    return {
+        "actor_rollout_ref.model.path": str(tiny_model),
+        "data.train_files": str(data),
+        "data.val_files": str(data),
+        "data.max_prompt_length": "64",
+        "actor_rollout_ref.rollout.multi_turn.tool_config_path": str(tools),
+        "algorithm.siop_scorer_url": f"http://127.0.0.1:{_closed_port()}",
+        "algorithm.siop_scorer_timeout_s": "2",
+    }
+
+
+def _check(parts: dict[str, str], **changes: Any) -> None:
+    merged = {**parts, **{key.replace("__", "."): value for key, value in changes.items()}}
+    check_before_start(_config(*(f"{key}={value}" for key, value in merged.items())))
+
+
+def _parquet(tmp_path: Path, row: dict[str, Any]) -> str:
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    return str(path)
+
+
+def test_yaml_and_config_class_have_the_same_defaults() -> None:
+    assert SiopConfig.from_algorithm(_config().algorithm) == SiopConfig()
+
+
+def test_a_correct_setup_passes_up_to_the_scorer(parts: dict[str, str]) -> None:
+    _check(parts, algorithm__adv_estimator="grpo")
+    _check(parts, trainer__val_only="true")
+    with pytest.raises(ScorerUnavailable, match=parts["algorithm.siop_scorer_url"]):
+        _check(parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.siop_gain=linear", r"siop_gain='linear'.*prob, log"),
+        ("algorithm.siop_lambda=2", r"siop_lambda=2.*0.* to 1"),
+        ("+algorithm.siop_lamda=0.3", r"siop_lamda=0.3; did you mean siop_lambda"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(parts: dict[str, str], override: str, message: str) -> None:
+    overrides = [f"{key}={value}" for key, value in parts.items()]
+    with pytest.raises(SiopConfigError, match=message):
+        check_before_start(_config(*overrides, override))
+
+
+@pytest.mark.parametrize("column", ["prompt", "data_source", "reward_model"])
+def test_missing_column(parts: dict[str, str], tmp_path: Path, column: str) -> None:
+    path = _parquet(tmp_path, {key: value for key, value in ROW.items() if key != column})
+    with pytest.raises(DataError, match=rf"data.val_files={path}: column '{column}' is missing"):
+        _check(parts, data__val_files=path)
+
+
+def test_malformed_columns_and_files(parts: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column 'prompt' has type string"):
+        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": "who?"}))
+    with pytest.raises(DataError, match="'reward_model' has no field 'ground_truth'"):
+        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "reward_model": {"style": "rule"}}))
+    with pytest.raises(DataError, match="row 0: 'prompt' must be a list of messages with role and content"):
+        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": [{"role": "user", "text": "who?"}]}))
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"data.train_files=.*text.parquet: not a parquet file"):
+        _check(parts, data__train_files=str(tmp_path / "text.parquet"))
+    with pytest.raises(DataError, match=r"data.train_files=nowhere.parquet: no such file"):
+        _check(parts, data__train_files="nowhere.parquet")
+    with pytest.raises(SiopConfigError, match=r"tool_config_path=nowhere.yaml: no such file"):
+        _check(parts, actor_rollout_ref__rollout__multi_turn__tool_config_path="nowhere.yaml")
+
+
+def test_too_long_a_prompt_names_row_and_lengths(parts: dict[str, str], tmp_path: Path) -> None:
+    path = _parquet(tmp_path, {**ROW, "prompt": [{"role": "user", "content": "long " * 40}]})
+    with pytest.raises(DataError, match=rf"{path}: row 0: the prompt has 2\d\d tokens, data.max_prompt_length is 64"):
+        _check(parts, data__train_files=path)
+    _check(parts, data__train_files=path, data__filter_overlong_prompts="true", algorithm__adv_estimator="grpo")
+
+
+def test_model_without_chat_template(parts: dict[str, str], tmp_path: Path, tiny_model: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(SiopConfigError, match=rf"model.path={bare}: the tokenizer has no chat template"):
+        _check(parts, actor_rollout_ref__model__path=str(bare))
+    with pytest.raises(SiopConfigError, match="no tokenizer can be loaded"):
+        _check(parts, actor_rollout_ref__model__path=str(tmp_path / "nowhere"))
+
+
+def test_cpu_settings_and_platform_go_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VERL_PLATFORM")
+    with pytest.raises(SiopConfigError, match="trainer.device=cpu but VERL_PLATFORM=''"):
+        _check(parts)
+
+
+def test_the_command_prints_one_line_and_fails(parts: dict[str, str]) -> None:
+    overrides = [f"{key}={value}" for key, value in parts.items()]
+    command = [sys.executable, "-m", "verl.trainer.siop.main", "hardware=cpu", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no answer from the scorer at http://127.0.0.1:")
+    assert "Traceback" not in done.stderr

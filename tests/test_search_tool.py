@@ -1,0 +1,246 @@
+"""The search tools: configuration, the model's mistakes, a real retriever process, and failures inside verl's loop."""
+
+import asyncio
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
+from verl.experimental.agent_loop.tool_parser import FunctionCall
+from verl.tools.local_search_tool import LocalSearchTool
+from verl.tools.search_common import SearchRefused, SearchTool, SearchUnavailable, format_hits
+from verl.tools.serper_search_tool import SerperSearchTool
+from verl.tools.tool_registry import load_all_tools
+from verl.utils.siop.errors import SiopConfigError
+
+ROOT = Path(__file__).parents[1]
+PASSAGES = ["the founder of kovaco tozex is nila bodson .", "the chief of kovaco tozex is maro tinson ."]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    corpus = tmp_path_factory.mktemp("retriever") / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"id": i, "contents": p}) + "\n" for i, p in enumerate(PASSAGES)))
+    port = free_port()
+    args = [sys.executable, "-m", "verl.utils.siop.retriever.server", "--corpus", str(corpus), "--port", str(port)]
+    process = subprocess.Popen(args)
+    try:
+        for _ in range(300):
+            assert process.poll() is None
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/retrieve"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def scripted_service() -> Iterator[tuple[str, list[tuple[int, Any]], list[dict[str, Any]]]]:
+    """A real HTTP server that gives the listed (status, JSON) answers in turn; it records what it was asked."""
+    answers: list[tuple[int, Any]] = []
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            asked.append({"headers": dict(self.headers), "body": json.loads(body)})
+            status, answer = answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/retrieve", answers, asked
+    server.shutdown()
+    server.server_close()
+
+
+def search_all(tool: SearchTool, *parameters: Any, close: bool = True) -> list[Any]:
+    """(text, metrics) or the exception of each call, all at once on one event loop."""
+
+    async def run() -> list[Any]:
+        async def one(arguments: Any) -> Any:
+            instance, _ = await tool.create()
+            try:
+                response, reward, metrics = await tool.execute(instance, arguments)
+            except (SearchUnavailable, SearchRefused) as error:
+                with pytest.raises(type(error)):
+                    await tool.release(instance)
+                return error
+            await tool.release(instance)
+            assert reward == 0.0
+            return response.text, metrics
+
+        results = await asyncio.gather(*(one(p) for p in parameters))
+        if close:
+            await tool.aclose()
+        return results
+
+    return asyncio.run(run())
+
+
+def test_searches_a_real_retriever(retriever: str) -> None:
+    tool = LocalSearchTool({"type": "native", "retrieval_service_url": retriever, "topk": 2})
+    queries = ({"query": " founder kovaco tozex "}, {"query": "maro"}, {"query": "zebra"})
+    found, one, nothing = search_all(tool, *queries, close=False)
+    assert found == (f"[1] {PASSAGES[0]}\n[2] {PASSAGES[1]}", {"search/hits": 2, "search/invalid_calls": 0})
+    assert one[0] == f"[1] {PASSAGES[1]}"
+    assert nothing == ("nothing found", {"search/hits": 0, "search/invalid_calls": 0})
+    # Again on another event loop: the pooled connections of the first one are not reused.
+    assert search_all(tool, {"query": "maro"}) == [one]
+
+
+def test_long_results_are_cut(retriever: str) -> None:
+    tool = LocalSearchTool({"retrieval_service_url": retriever, "max_chars": 20})
+    assert search_all(tool, {"query": "maro"})[0][0] == f"[1] {PASSAGES[1]}"[:20]
+    assert format_hits(["a\n", "b"], 99) == "[1] a\n[2] b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "query is missing"),
+        ({"q": "x"}, "query is missing"),
+        ({"query": None}, "query must be text, got NoneType"),
+        ({"query": ["x"]}, "query must be text, got list"),
+        ({"query": "  "}, "query is empty"),
+        (["x"], "expected an object with a query, got list"),
+    ],
+)
+def test_a_malformed_call_is_answered_to_the_model(arguments: Any, message: str) -> None:
+    tool = LocalSearchTool({"retrieval_service_url": "http://127.0.0.1:9/retrieve", "max_retries": 0})
+    ((text, metrics),) = search_all(tool, arguments)
+    assert text == f"invalid arguments: {message}" and metrics == {"search/hits": 0, "search/invalid_calls": 1}
+
+
+def test_a_retriever_that_is_down_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"http://127.0.0.1:{free_port()}/retrieve"
+    tool = LocalSearchTool({"retrieval_service_url": url, "max_retries": 1})
+    with caplog.at_level(logging.ERROR):
+        results = search_all(tool, {"query": "x"}, {"query": "y"})
+    assert all(isinstance(error, SearchUnavailable) and isinstance(error, ConnectionError) for error in results)
+    assert url in str(results[0]) and "2 attempt(s)" in str(results[0]) and "ConnectError" in str(results[0])
+    # Once, not once per rollout.
+    assert [r.levelname for r in caplog.records] == ["ERROR"] and url in caplog.text
+
+
+def test_verl_ends_the_rollout_when_the_retriever_is_down() -> None:
+    # verl's tool loop turns an exception of `execute` into text for the model; ours must come out all the same.
+    tool = LocalSearchTool({"retrieval_service_url": f"http://127.0.0.1:{free_port()}/retrieve", "max_retries": 0})
+    loop = ToolAgentLoop.__new__(ToolAgentLoop)
+    loop.tools, loop.max_tool_response_length, loop.tool_response_truncate_side = {"search": tool}, 256, "left"
+
+    agent_data: Any = None
+
+    def call(arguments: str) -> Any:
+        return asyncio.run(loop._call_tool(FunctionCall(name="search", arguments=arguments), {}, agent_data))
+
+    with pytest.raises(SearchUnavailable):
+        call('{"query": "x"}')
+    response, _, _ = call('{"question": "x"}')
+    assert response.text == "invalid arguments: query is missing"
+
+
+def test_a_failing_retriever_is_tried_again(scripted_service: Any) -> None:
+    url, answers, asked = scripted_service
+    answers += [(503, {}), (500, {}), (200, {"result": [[{"document": {"contents": "a"}, "score": 1}]]})]
+    tool = LocalSearchTool({"retrieval_service_url": url, "max_retries": 2, "topk": 7})
+    assert search_all(tool, {"query": "x"}) == [("[1] a", {"search/hits": 1, "search/invalid_calls": 0})]
+    assert [a["body"] for a in asked] == [{"queries": ["x"], "topk": 7, "return_scores": True}] * 3
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (422, {"detail": "topk"}, "HTTP 422"),
+        (200, {"result": []}, "no list of hits"),
+        (200, {"results": [[]]}, "no list of hits"),
+        (200, {"result": [[{"contents": "a"}]]}, "no list of hits"),
+        (200, {"result": [[{"document": {"contents": None}}]]}, "not text"),
+    ],
+)
+def test_a_wrong_answer_is_an_error_at_once(scripted_service: Any, status: int, answer: Any, message: str) -> None:
+    url, answers, asked = scripted_service
+    answers.append((status, answer))
+    (error,) = search_all(LocalSearchTool({"retrieval_service_url": url}), {"query": "x"})
+    assert isinstance(error, SearchRefused) and message in str(error) and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"retriever_url": "http://x", "top_k": 1},
+            "unknown config key.* retriever_url, top_k; allowed: topk, timeout_s",
+        ),
+        ({"topk": 0}, "topk must be an integer of at least 1, got 0"),
+        ({"topk": "3"}, "topk must be"),
+        ({"max_retries": True}, "max_retries must be"),
+        ({"timeout_s": 0}, "timeout_s must be a positive number"),
+        ({"max_chars": 0}, "max_chars must be"),
+        ({"retrieval_service_url": ""}, "retrieval_service_url must be an http"),
+        ({"retrieval_service_url": "127.0.0.1:8000"}, "retrieval_service_url must be an http"),
+    ],
+)
+def test_wrong_config_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(SiopConfigError, match=message):
+        LocalSearchTool({"type": "native", **config})
+
+
+def test_shipped_configs_load_in_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(ROOT / "config" / "local_search_tool_config.yaml")
+    monkeypatch.delenv("RETRIEVER_URL", raising=False)
+
+    def load(path: str) -> Any:
+        (tool,) = load_all_tools(path, None)
+        return tool
+
+    tool = load(path)
+    assert tool.name == "search" and tool.settings.retrieval_service_url == "http://127.0.0.1:8000/retrieve"
+    monkeypatch.setenv("RETRIEVER_URL", "http://10.0.0.1:9/retrieve")
+    assert load(path).settings.retrieval_service_url == "http://10.0.0.1:9/retrieve"
+    serper = str(ROOT / "config" / "serper_tool_config.yaml")
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    with pytest.raises(SiopConfigError, match="SERPER_API_KEY"):
+        load(serper)
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    assert load(serper).name == "search"
+
+
+def test_serper(scripted_service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    url, answers, asked = scripted_service
+    tool = SerperSearchTool({"api_url": url, "api_key": "s3cret", "topk": 2, "max_retries": 0})
+    hits = [{"title": "T", "snippet": "S"}, {"title": "U"}, {"title": "V", "snippet": "W"}]
+    answers += [(200, {"organic": hits}), (200, {}), (403, {"message": "bad key"}), (500, {})]
+    assert search_all(tool, {"query": "x"})[0][0] == "[1] T: S\n[2] U"
+    assert asked[0]["headers"]["X-API-KEY"] == "s3cret"
+    assert asked[0]["body"] == {"q": "x", "num": 2, "gl": "us", "hl": "en"}
+    assert search_all(tool, {"query": "x"})[0][0] == "nothing found"
+    with caplog.at_level(logging.DEBUG):
+        refused, down = search_all(tool, {"query": "x"})[0], search_all(tool, {"query": "x"})[0]
+    assert isinstance(refused, SearchRefused) and isinstance(down, SearchUnavailable)
+    assert "s3cret" not in f"{refused}{down}{tool.settings}{caplog.text}"

@@ -1,0 +1,327 @@
+"""The toy world: seeds, names, tokenizer, rendering as in verl's agent loop, data files."""
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from verl.experimental.agent_loop.tool_parser import HermesToolParser
+from verl.tools.search_common import SEARCH_SCHEMA
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+from examples.toy_world import build, check
+from examples.toy_world.agent import IMPERFECT, PERFECT, read_observation, trajectory
+from examples.toy_world.tokenizer import (
+    REFERENCE_PREFIX,
+    REFERENCE_SUFFIX,
+    answer_turn_text,
+    build_tokenizer,
+    observation_text,
+    prompt_text,
+    search_turn_text,
+)
+from examples.toy_world.warm_start import (
+    Schedule,
+    encode_episode,
+    make_examples,
+    new_model,
+    search_in,
+    warm_start,
+    world_index,
+)
+from examples.toy_world.world import (
+    RELATIONS,
+    TEMPLATES,
+    World,
+    corpus,
+    held_out_world,
+    name_words,
+    sample_questions,
+    train_world,
+    vocabulary,
+    warm_start_world,
+)
+
+SEEDS = (0, 1, 2, 17)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """As verl gets it: saved with a Qwen3 config and loaded again."""
+    folder = tmp_path_factory.mktemp("model")
+    built = build_tokenizer(vocabulary())
+    built.save_pretrained(folder)
+    new_model(built, 0).save_pretrained(folder)
+    loaded = hf_tokenizer(str(folder))
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == built.get_vocab() == loaded.get_vocab()
+    return loaded
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text
+
+
+def names(world: World) -> set[str]:
+    return {name for group in world.entities.values() for name in group}
+
+
+def test_a_seed_determines_the_world() -> None:
+    for make in (train_world, held_out_world):
+        assert make(3).facts() == make(3).facts()
+        assert make(3).facts() != make(4).facts()
+    assert corpus(3) == corpus(3) and corpus(3) != corpus(4)
+    assert sample_questions(train_world(3), 70, 3) == sample_questions(train_world(3), 70, 3)
+
+
+def test_held_out_names_are_never_seen_in_training_for_any_seeds() -> None:
+    seen = {name for seed in SEEDS for name in names(train_world(seed))}
+    seen |= {name for seed in SEEDS for i in range(3) for name in names(warm_start_world(seed, i))}
+    held_out = {name for seed in SEEDS for name in names(held_out_world(seed))}
+    assert not seen & held_out
+    # New combinations of known words, so that the model has seen every word.
+    known = {word for name in names(train_world(0)) for word in name.split()}
+    assert len(held_out) > 600 and {word for name in held_out for word in name.split()} <= known
+
+
+def test_facts_and_questions() -> None:
+    world = held_out_world(0)
+    assert {kind: len(group) for kind, group in world.entities.items()} == {"company": 100, "person": 150, "town": 80}
+    assert len(world.facts()) == 100 * 3 + 150 * 4 + 80 * 2
+    for fact in world.facts():
+        assert fact.object in world.entities[RELATIONS[fact.relation].object] and fact.object != fact.subject
+    for company in world.entities["company"]:
+        assert world.lookup(company, "founder") != world.lookup(company, "chief")
+    for person in world.entities["person"]:
+        assert len({world.lookup(person, relation) for relation in ("born", "lives", "visited")}) == 3
+    questions = sample_questions(world, 420, 0)
+    assert len(set(questions)) == 420
+    for question in questions:
+        template = TEMPLATES[question.template]
+        assert question.text == template.wording.format(x=question.company)
+        assert question.bridge == world.lookup(question.company, template.first)
+        assert question.gold == world.lookup(question.bridge, template.second)
+    assert set(pd.Series([q.template for q in questions]).value_counts()) == {60}
+    with pytest.raises(ValueError, match="700 questions"):
+        sample_questions(world, 701, 0)
+
+
+def test_every_text_is_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [d["contents"] for d in corpus(1)] + [q.text for q in train_world(1).questions()]
+    texts += [f"[{i}] nothing found" for i in (1, 2, 3)]
+    assert tokenizer.unk_token_id not in {i for ids in tokenizer(texts)["input_ids"] for i in ids}
+    # Anything else is an unknown word, not a crash.
+    strange = tokenizer.encode("Error executing tool 'search': ключ \U0001f600 {}")
+    assert strange and set(strange) == {tokenizer.unk_token_id}
+
+
+def test_tokenizer_round_trip_and_offsets(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(40)]
+        assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    text = "<think> done</think>\n<answer>kovaco tozex </answer><|im_end|>"
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
+    words = ["<think>", "done", "</think>", "\n", "<answer>", "kovaco", "tozex", "</answer>", "<|im_end|>"]
+    assert pieces == words
+    # Parsers and answer extraction read text without special tokens: markers must survive.
+    kept = tokenizer.decode(encoded["input_ids"], skip_special_tokens=True)
+    assert "<think>" in kept and "<answer>" in kept and "<|im_end|>" not in kept
+    for marker in ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "</think>", "</answer>"):
+        assert tokenizer.decode(tokenizer.encode(marker), skip_special_tokens=True) == marker
+
+
+def test_probe_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    name = " ".join(pair[0] for pair in name_words()["person"])
+    prefix = [tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "done", "</think>", "<answer>")]
+    suffix = [tokenizer.convert_tokens_to_ids(t) for t in ("</answer>", "<|im_end|>")]
+    assert tokenizer.encode(REFERENCE_PREFIX) == prefix and tokenizer.encode(REFERENCE_SUFFIX) == suffix
+    whole = tokenizer.encode(REFERENCE_PREFIX + name + REFERENCE_SUFFIX)
+    assert whole == prefix + tokenizer.encode(name) + suffix and len(whole) == 8
+    # The probe is exactly what the agent writes when it answers.
+    assert tokenizer.encode(answer_turn_text(name)) == whole
+
+
+def test_hermes_parser_reads_a_search_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    company = " ".join(pair[0] for pair in name_words()["company"])
+    ids = tokenizer.encode(search_turn_text("founder", f"founder {company}"))
+    assert len(ids) == 12
+    content, calls = asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(ids))
+    assert [(c.name, json.loads(c.arguments)["query"].strip()) for c in calls] == [("search", f"founder {company}")]
+    assert content.startswith("<think> find founder </think>")
+    assert check.called_query(decoded(tokenizer, ids)) == f"founder {company}"
+    for broken in (ids[:-3], ids[:5] + ids[6:], tokenizer.encode(answer_turn_text(company))):
+        assert asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(broken))[1] == []
+        assert check.called_query(decoded(tokenizer, broken)) is None
+
+
+@pytest.mark.parametrize("tools", [None, [SEARCH_SCHEMA.model_dump(exclude_unset=True, exclude_none=True)]])
+def test_warm_start_sequences_equal_the_agent_loops(tokenizer: PreTrainedTokenizerFast, tools: Any) -> None:
+    # The builder and the messages that verl's tool loop uses, turn by turn, on scripted assistant turns.
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3")
+    parser = HermesToolParser(tokenizer)
+    world, rng = warm_start_world(0, 0), random.Random(0)
+    search = search_in(world_index(world, "x"))
+    questions, longest = world.questions(), 0
+    for _ in range(40):
+        question = rng.choice(questions)
+        segments = trajectory(question, world, search, IMPERFECT, rng)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
+        ids = builder.build_initial_tokens(messages, tools=tools)
+        assert ids == tokenizer.encode(prompt_text(question.text))
+        own = [False] * len(ids)
+        for segment in segments:
+            if segment.from_agent:
+                turn = tokenizer.encode(segment.text)
+                ids = builder.merge_assistant_tokens(ids, turn).token_ids
+                content, calls = asyncio.run(parser.extract_tool_calls(turn))
+                function = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in calls]
+                calls_message = [{"type": "function", "function": f} for f in function]
+                messages.append({"role": "assistant", "content": content, "tool_calls": calls_message})
+            else:
+                before = list(messages)
+                messages.append({"role": "tool", "content": segment.text})
+                ids = builder.merge_context_tokens(before, messages, ids, tools=tools).token_ids
+            own += [segment.from_agent] * (len(ids) - len(own))
+        assert encode_episode(question.text, segments, tokenizer.encode) == (ids, own)
+        longest = max(longest, len(segments))
+    assert longest >= 7
+
+
+def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    def render(*messages: dict[str, Any], **kwargs: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs))
+
+    tool = {"role": "tool", "content": "[1] a"}
+    # Alone, and several results as one turn.
+    assert "\n" + render(tool, add_generation_prompt=True) == observation_text("[1] a")
+    assert render(tool, tool).count("<|im_start|>user") == 1
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "a"}}}
+    assistant = {"role": "assistant", "content": "<think> find founder </think>", "tool_calls": [call]}
+    text = render({"role": "system", "content": "s"}, {"role": "user", "content": "q"}, assistant)
+    assert text.startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+    (parsed,) = asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(tokenizer.encode(text)))[1]
+    assert json.loads(parsed.arguments)["query"].strip() == tokenizer.unk_token
+    with pytest.raises(Exception, match="unknown role"):
+        render({"role": "critic", "content": "x"})
+
+
+def test_scripted_agent() -> None:
+    world, rng = warm_start_world(0, 1), random.Random(0)
+    search, questions = search_in(world_index(world, "y")), world.questions()
+
+    def outcomes(faults: dict) -> pd.DataFrame:
+        rows = []
+        for question in (rng.choice(questions) for _ in range(3000)):
+            segments = trajectory(question, world, search, faults, rng)
+            answer = segments[-1].text.split("<answer> ")[1].split(" </answer>")[0]
+            assert segments[-1].from_agent and [s.from_agent for s in segments] == [True, False] * (
+                len(segments) // 2
+            ) + [True]
+            rows.append((question.template, answer == question.gold, answer == question.bridge, len(segments) == 1))
+        return pd.DataFrame(rows, columns=["template", "gold", "bridge", "guess"]).groupby("template").mean()
+
+    perfect, imperfect = outcomes(PERFECT), outcomes(IMPERFECT)
+    assert perfect["gold"].drop(["founder_spouse", "chief_spouse"]).min() == 1.0
+    # A spouse's own passages can crowd out the one that is asked for.
+    assert perfect["gold"].min() > 0.75
+    assert imperfect["gold"].between(0.15, 0.75).all()
+    # The trap: the most frequent answer is the bridge.
+    trap = imperfect.loc["founder_spouse"]
+    assert trap["bridge"] > 0.4 > trap["gold"]
+    assert (imperfect["bridge"].drop("founder_spouse") < imperfect["gold"].drop("founder_spouse")).all()
+    assert imperfect.loc["base_mayor", "guess"] > 0.25
+    fact = world.facts()[0]
+    assert read_observation(f"[1] {fact.passage}\n[2] what ?") == [(fact.subject, fact.relation, fact.object)]
+    assert search("zebra") == "nothing found" and read_observation("nothing found") == []
+
+
+def test_sampled_rollouts_are_consistent(tokenizer: PreTrainedTokenizerFast) -> None:
+    world = warm_start_world(0, 2)
+    questions = [q.text for q in world.questions()[:6]]
+    model = warm_start(tokenizer, seed=0, schedule=Schedule(2, 2, 2), show_progress=False)
+    sampled = check.sample(model, tokenizer, questions, search_in(world_index(world, "z")), max_response_tokens=30)
+    again = check.sample(model, tokenizer, questions, search_in(world_index(world, "z")), max_response_tokens=30)
+    assert [e.ids for e in sampled] == [e.ids for e in again]
+    assert all(0 < len(e.ids) - e.prompt_length <= 30 for e in sampled)
+    # Greedy decoding in a left-padded batch equals the likeliest token given the ids alone.
+    for episode in check.sample(model, tokenizer, questions, str, temperature=0.0, max_turns=1, max_response_tokens=8):
+        logits = model(torch.tensor([episode.ids])).logits[0, episode.prompt_length - 1 : -1]
+        assert logits.argmax(-1).tolist() == episode.ids[episode.prompt_length :]
+    assert check.Episode([], 0, ["<answer> a </answer>", "<answer> b </answer> <answer> c </answer>"]).answer == "c"
+    assert check.Episode([], 0, ["<answer> a </answer>", "x"]).answer == ""
+
+
+def test_warm_start_is_deterministic_and_learns(tokenizer: PreTrainedTokenizerFast) -> None:
+    episodes = make_examples(tokenizer, PERFECT, seed=0, first_world=90, worlds=1, count=32)
+    ids = [torch.tensor([e.ids]) for e in episodes]
+
+    def nll(model: Any) -> float:
+        with torch.no_grad():
+            return sum(float(model(i, labels=i).loss) for i in ids) / len(ids)
+
+    torch.set_num_threads(1)
+    trained = [warm_start(tokenizer, seed=5, schedule=Schedule(8, 2, 2), show_progress=False) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(trained[0].parameters(), trained[1].parameters(), strict=True))
+    assert nll(trained[0]) < nll(new_model(tokenizer, 5)) - 0.2
+    assert 280_000 < trained[0].num_parameters() < 330_000
+
+
+def test_data_only_build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = [sys.executable, "-m", "examples.toy_world.build", "--data-only", "--seed", "5", "--out"]
+    result = subprocess.run([*args, str(tmp_path / "a")], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    names_written = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names_written == ["corpus.jsonl", "eval.parquet", "meta.json", "tool_config.yaml", "train.parquet"]
+    documents = [json.loads(line) for line in (tmp_path / "a" / "corpus.jsonl").read_text().splitlines()]
+    assert documents == corpus(5) and len(documents) == 3160
+    for split, world, count in (("train", train_world(5), 1400), ("eval", held_out_world(5), 420)):
+        path = str(tmp_path / "a" / f"{split}.parquet")
+        config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": False})
+        data = RLHFDataset(path, cast(Any, tokenizer), config)
+        assert len(data) == count
+        row = data[3]
+        extra = row["extra_info"]
+        assert row["raw_prompt"] == row["prompt"] == [{"role": "user", "content": extra["question"]}]
+        assert row["index"] == 3 and row["tools_kwargs"] == {} and row["agent_name"] == "tool_agent"
+        assert row["data_source"] == "toy_two_hop" and extra["split"] == split
+        (gold,) = row["reward_model"]["ground_truth"]["target"]
+        assert gold == world.lookup(extra["bridge"], TEMPLATES[extra["template"]].second)
+    # The same again is reused; other arguments are not.
+    stamp = (tmp_path / "a" / "eval.parquet").stat().st_mtime_ns
+    again = ["--data-only", "--seed", "5", "--out", str(tmp_path / "a")]
+    assert build.main(again) == 0 and (tmp_path / "a" / "eval.parquet").stat().st_mtime_ns == stamp
+    before = (tmp_path / "a" / "eval.parquet").read_bytes()
+    assert build.main([*again, "--force"]) == 0 and (tmp_path / "a" / "eval.parquet").read_bytes() == before
+    assert build.main([*again, "--eval-questions", "70"]) == 0
+    assert len(pd.read_parquet(tmp_path / "a" / "eval.parquet")) == 70
+
+
+def test_whole_build(tmp_path: Path) -> None:
+    small = ["--train-questions", "7", "--eval-questions", "7", "--copying-steps", "2", "--imperfect-steps", "2"]
+    assert build.main(["--out", str(tmp_path / "w"), "--threads", "1", *small]) == 0
+    meta = json.loads((tmp_path / "w" / "meta.json").read_text())
+    assert meta["build"]["seed"] == 0 and meta["model"]["parameters"] > 280_000
+    config = json.loads((tmp_path / "w" / "model" / "config.json").read_text())
+    assert config["model_type"] == "qwen3" and (tmp_path / "w" / "model" / "model.safetensors").is_file()
+    files = (tmp_path / "w" / "model", tmp_path / "w" / "eval.parquet", tmp_path / "w" / "corpus.jsonl")
+    assert len(check.exact_match(*files, seed=0, temperature=1.0)) == 7
+
+
+@pytest.mark.parametrize("arguments", [["--eval-questions", "701"], ["--threads", "0"], ["--imperfect-steps", "0"]])
+def test_bad_build_argument(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build.main(["--out", str(tmp_path), *arguments])
+    assert caught.value.code == 2 and arguments[0] in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""Turns, answers, observations and boundaries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import groupby
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from method_helpers import byte_tokenizer, rollout, tool_result
+from verl.utils.siop.errors import RolloutError, SiopConfigError
+from verl.utils.siop.turn_utils import (
+    BOUNDARY_MODES,
+    boundaries,
+    extract_answer,
+    extract_observations,
+    get_assistant_turn_ranges,
+)
+
+
+@given(st.lists(st.integers(0, 1), max_size=40))
+def test_turns_are_the_maximal_runs_of_one(mask: list[int]) -> None:
+    expected, position = [], 0
+    for value, run in groupby(mask):
+        length = len(list(run))
+        if value:
+            expected.append((position, position + length))
+        position += length
+    for form in (mask, np.array(mask, dtype=int), torch.tensor(mask, dtype=torch.int64), torch.tensor(mask).bool()):
+        assert get_assistant_turn_ranges(form) == expected
+
+
+@pytest.mark.parametrize("mask", [[0, 2, 1], [0.5], [[1, 0]], [float("nan")]])
+def test_a_malformed_mask_is_refused(mask: list[float]) -> None:
+    with pytest.raises(RolloutError, match="response mask"):
+        get_assistant_turn_ranges(mask)
+
+
+TURNS = [(2, 5), (8, 12), (20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "turns", "expected"),
+    [
+        ("before_answer", TURNS, [0, 5, 12, 20]),
+        ("assistant", TURNS, [0, 5, 12, 30]),
+        ("observation", TURNS, [0, 8, 20, 20]),
+        ("before_answer", [(0, 4)], [0, 0]),
+        ("assistant", [(0, 4)], [0, 4]),
+        ("observation", [(3, 7)], [0, 0]),
+        ("observation", [], [0]),
+    ],
+)
+def test_boundaries(mode: str, turns: list[tuple[int, int]], expected: list[int]) -> None:
+    assert boundaries(turns, mode) == expected
+
+
+def test_an_unknown_boundary_is_refused() -> None:
+    with pytest.raises(SiopConfigError, match=r"'end'.*before_answer, assistant, observation"):
+        boundaries(TURNS, "end")
+
+
+@given(st.lists(st.integers(0, 1), max_size=30), st.sampled_from(BOUNDARY_MODES))
+def test_boundaries_are_nested_prefixes(mask: list[int], mode: str) -> None:
+    turns = get_assistant_turn_ranges(mask)
+    found = boundaries(turns, mode)
+    assert len(found) == len(turns) + 1
+    assert found[0] == 0
+    assert found == sorted(found)
+    assert found[-1] <= len(mask)
+
+
+LONG = " ".join(f"word{n}" for n in range(500))
+
+
+@pytest.mark.parametrize(
+    ("last_turn", "answer"),
+    [
+        ("<think>so</think><answer> Paris </answer><|im_end|>", "Paris"),
+        ("<answer>Lyon</answer> no, <answer>\nParis\n</answer>", "Paris"),
+        ("<answer>Lyon</answer><answer></answer>", ""),
+        ("<answer>  </answer>", ""),
+        ("<answer>Par", ""),
+        ("<think>done</think><|im_end|>", ""),
+        ("<think><answer>Lyon</answer></think>", ""),
+        ("<think><answer>Lyon</answer></think><answer>Paris</answer>", "Paris"),
+        ("<answer>Paris</answer><think>or <answer>Lyon</answer></think>", "Paris"),
+        ("<think>is it <answer>Lyon</answer>", ""),
+        ("<answer>Paris</answer><think>is it <answer>Lyon</answer>", "Paris"),
+        ("so <answer>Lyon</answer></think><answer>Paris</answer>", "Paris"),
+        ("I write <answer> tags: <answer>Paris</answer>", "Paris"),
+        ("<answer>Paris</answer> with </answer>", "Paris"),
+        ('<answer>Paris</answer><tool_call>{"name": "search"}</tool_call>', "Paris"),
+        ('<tool_call>{"name": "search"}</tool_call>', ""),
+        ("<answer>Paris<|im_end|></answer>", "Paris"),
+        ("<answer>東京都</answer>", "東京都"),
+        ("<answer>القاهرة &amp; Жуков 🙂</answer>", "القاهرة &amp; Жуков 🙂"),
+        ("<answer>two\nlines , and 's space</answer>", "two\nlines , and 's space"),
+        (f"<answer>{LONG}</answer>", LONG),
+    ],
+)
+def test_answer_of_the_last_turn(last_turn: str, answer: str) -> None:
+    item = rollout("q", ["<answer>earlier turn</answer>", last_turn], [tool_result("<answer>tool</answer>")])
+    assert extract_answer(item.response_ids, get_assistant_turn_ranges(item.response_mask), byte_tokenizer()) == answer
+
+
+def test_an_answer_after_the_last_turn_is_tool_output() -> None:
+    item = rollout("q", ["<tool_call>search</tool_call>"], [tool_result("<answer>tool</answer>")])
+    assert extract_answer(item.response_ids, get_assistant_turn_ranges(item.response_mask), byte_tokenizer()) == ""
+
+
+def test_a_row_without_turns_has_no_answer_and_no_observations() -> None:
+    assert extract_answer([1, 2, 3], [], byte_tokenizer()) == ""
+    assert extract_observations([1, 2, 3], [], byte_tokenizer()) == []
+
+
+def test_tags_that_are_special_tokens_are_read() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer().name_or_path)
+    tags = ["<think>", "</think>", "<answer>", "</answer>", "<tool_response>", "</tool_response>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    item = rollout(
+        "q",
+        ["<tool_call>a</tool_call>", "<think><answer>Lyon</answer></think><answer> Paris </answer><|im_end|>"],
+        [tool_result("Doc 1")],
+        tokenizer=tokenizer,
+    )
+    assert tokenizer.convert_tokens_to_ids("<answer>") in item.response_ids
+    turns = get_assistant_turn_ranges(item.response_mask)
+    assert extract_answer(item.response_ids, turns, tokenizer) == "Paris"
+    assert extract_observations(item.response_ids, turns, tokenizer) == ["Doc 1"]
+
+
+@pytest.mark.parametrize(
+    ("observation", "expected"),
+    [
+        (tool_result(" Doc 1: Paris "), ["Doc 1: Paris"]),
+        ("<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response>", ["a\nb"]),
+        ("<|im_start|><information> c </information><|im_end|>", ["<information> c </information>"]),
+        ("\n<tool_response>\ncut of", ["cut of"]),
+        ("<tool_response>\n\n</tool_response>", []),
+        ("<|im_end|>\n", []),
+    ],
+)
+def test_observation_text(observation: str, expected: list[str]) -> None:
+    item = rollout("q", ["search", "answer"], [observation, "after the last turn"])
+    turns = get_assistant_turn_ranges(item.response_mask)
+    assert extract_observations(item.response_ids, turns, byte_tokenizer()) == expected
+
+
+def test_the_method_imports_no_server_and_no_engine() -> None:
+    script = """
+import importlib, sys
+import verl, verl.utils.reward_score
+before = set(sys.modules)
+own = ["turn_utils", "nli_clustering", "siop_process_reward", "metrics", "errors"]
+modules = ["verl.utils.siop." + name for name in own] + ["verl.utils.reward_score.siop_reward"]
+assert not before & set(modules), "loaded already, so this test would prove nothing"
+for name in modules:
+    importlib.import_module(name)
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    # Without our plugin, which `import verl` would load otherwise.
+    environment = {"VERL_USE_EXTERNAL_PLUGINS": "none", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    added = set(done.stdout.split("\n")[-2].split())
+    assert "verl" in added
+    assert not added & {"vllm", "fastapi", "uvicorn", "starlette", "faiss", "httpx", "transformers", "bm25s"}

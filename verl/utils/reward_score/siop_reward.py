@@ -1,0 +1,182 @@
+"""Answer metrics (EM, F1), verl's custom reward function on them, and the placement of turn rewards on tokens.
+
+``compute_score`` needs labels: it serves validation and the outcome metrics, never the verifier-free rewards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from verl.utils.siop.errors import RolloutError
+from verl.utils.siop.nli_clustering import normalize_answer
+from verl.utils.siop.turn_utils import parse_answer
+
+ALIAS_SEPARATOR = "<|answer_split|>"
+_ALIAS_KEYS = ("target", "ground_truth")
+
+_OBSERVATION = re.compile(r"<tool_response>.*?(?:</tool_response>|\Z)", re.DOTALL)
+_ASSISTANT_HEADER = "<|im_start|>assistant"
+# What decoding without special tokens leaves of a chat header: the role alone on its line. Not inside an answer.
+_BARE_ASSISTANT = re.compile(r"(?<!<answer>\n)^assistant[ \t]*$", re.MULTILINE)
+_CHAT_MARKERS = re.compile(r"<\|im_end\|>|(?:<\|im_start\|>|^)(?:user|assistant|tool)[ \t]*$", re.MULTILINE)
+
+
+def exact_match(answer: str, aliases: Sequence[str]) -> float:
+    """1.0 if the normalised answer equals a normalised alias, else 0.0 (SQuAD v1.1). An empty answer scores 0.0."""
+    if not answer.strip():
+        return 0.0
+    normalized = normalize_answer(answer)
+    return float(any(normalized == normalize_answer(alias) for alias in aliases))
+
+
+def _f1(answer: str, alias: str) -> float:
+    predicted, gold = normalize_answer(answer).split(), normalize_answer(alias).split()
+    if not predicted or not gold:
+        return float(predicted == gold)
+    common = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * common / (len(predicted) + len(gold))
+
+
+def f1_score(answer: str, aliases: Sequence[str]) -> float:
+    """Best F1 over the aliases, 2·common / (answer tokens + alias tokens), counting repeated tokens (SQuAD v1.1).
+
+    Text that normalises to nothing matches only its like, as in SQuAD v2.0. An empty answer scores 0.0.
+    """
+    if not answer.strip():
+        return 0.0
+    return max((_f1(answer, alias) for alias in aliases), default=0.0)
+
+
+def parse_aliases(ground_truth: Any) -> list[str]:
+    """Gold answers from the forms that data sets use.
+
+    Args:
+        ground_truth: a string, with aliases joined by ``<|answer_split|>`` or not; a number; a list, tuple or numpy
+            array of these; a mapping with ``target`` or ``ground_truth``, nested or not; or None.
+
+    Returns:
+        The distinct aliases in order, without surrounding white space; empty if there is no label.
+
+    Raises:
+        ValueError: a mapping without these keys, or another type.
+
+    >>> parse_aliases({"ground_truth": {"target": ["New York<|answer_split|>NYC"]}})
+    ['New York', 'NYC']
+    """
+    if ground_truth is None:
+        return []
+    if isinstance(ground_truth, str):
+        parts = [part.strip() for part in ground_truth.split(ALIAS_SEPARATOR)]
+    elif isinstance(ground_truth, Mapping):
+        present = [key for key in _ALIAS_KEYS if key in ground_truth]
+        if not present:
+            raise ValueError(
+                f"a ground truth mapping needs the key {' or '.join(_ALIAS_KEYS)}, got {sorted(map(str, ground_truth))}"
+            )
+        parts = parse_aliases(ground_truth[present[0]])
+    elif isinstance(ground_truth, np.ndarray | list | tuple):
+        items = np.atleast_1d(np.asarray(ground_truth, dtype=object))
+        parts = [part for item in items for part in parse_aliases(item)]
+    elif isinstance(ground_truth, int | float | np.number):
+        parts = [str(ground_truth)]
+    else:
+        raise ValueError(
+            "a ground truth is a string, a number, a list of these, a mapping or None, "
+            f"got {type(ground_truth).__name__}: {ground_truth!r}"
+        )
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def last_assistant_text(solution_str: str) -> str:
+    """The last assistant turn of a decoded response, which also holds tool output and chat headers.
+
+    Works on text decoded with special tokens (``<|im_start|>assistant``) and without (a line ``assistant``). Text
+    cannot tell a tag that a tool returned from a real one as token masks can, so training rewards use the masks.
+    """
+    segments = _OBSERVATION.split(solution_str)
+    with_text = [segment for segment in segments if _CHAT_MARKERS.sub("", segment).strip()]
+    if not with_text:
+        return ""
+    return _BARE_ASSISTANT.split(with_text[-1].rpartition(_ASSISTANT_HEADER)[2])[-1]
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **kwargs: Any
+) -> dict[str, float | None]:
+    """verl's custom reward function: EM and F1 of the final answer.
+
+    Args:
+        data_source: not used; verl passes it.
+        solution_str: the decoded response, tool output included; see :func:`last_assistant_text`.
+        ground_truth: see :func:`parse_aliases`.
+        extra_info: not used.
+        **kwargs: not used.
+
+    Returns:
+        ``{"score": em, "em": em, "f1": f1}``. Without a label: score 0.0 and None for em and f1, so that the keys
+        are the same for every row (verl needs that) and verl's validation metrics, which leave out None, average
+        em and f1 over the labelled rows only.
+    """
+    aliases = parse_aliases(ground_truth)
+    if not aliases:
+        return {"score": 0.0, "em": None, "f1": None}
+    answer = parse_answer(last_assistant_text(solution_str))
+    em = exact_match(answer, aliases)
+    return {"score": em, "em": em, "f1": f1_score(answer, aliases)}
+
+
+def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> torch.Tensor:
+    assistant_BL = mask_BL == 1
+    if not bool((assistant_BL | (mask_BL == 0)).all()):
+        raise RolloutError("a response mask holds only 0 and 1")
+    next_BL = torch.nn.functional.pad(assistant_BL[:, 1:], (0, 1))
+    turn_end_BL = assistant_BL & ~next_BL
+    turns_B = turn_end_BL.sum(dim=1)
+    given_B = torch.tensor([len(rewards) for rewards in turn_rewards], dtype=turns_B.dtype, device=mask_BL.device)
+    wrong_B = (given_B > 0) & (given_B != turns_B)
+    if bool(wrong_B.any()):
+        row = int(wrong_B.nonzero()[0, 0])
+        raise RolloutError(
+            f"rollout {row} has {int(turns_B[row])} assistant turns in its mask, but {int(given_B[row])} turn rewards"
+        )
+    rewards_BL = torch.zeros(mask_BL.shape, dtype=torch.float32, device=mask_BL.device)
+    flat = torch.tensor([reward for rewards in turn_rewards for reward in rewards], dtype=torch.float64)
+    rewards_BL[turn_end_BL & (given_B > 0)[:, None]] = flat.to(rewards_BL)
+    return rewards_BL
+
+
+def place_turn_rewards(
+    turn_rewards: Sequence[Sequence[float]], response_mask: torch.Tensor | np.ndarray | Sequence[Any]
+) -> torch.Tensor | list[torch.Tensor]:
+    """Token rewards of a batch: reward t of a rollout on the last token of its assistant turn t, 0 elsewhere.
+
+    Args:
+        turn_rewards: for each of B rollouts T rewards, or none (no reward at all).
+        response_mask: [B, L] tensor or array, or B masks of different lengths as lists, arrays or tensors.
+
+    Returns:
+        float32, of the same form: a [B, L] tensor, or a list of B tensors with the lengths of their masks.
+
+    Raises:
+        RolloutError: the numbers of rollouts differ, or a rollout's number of rewards is not its number of turns.
+
+    >>> place_turn_rewards([[0.5, 2.0], []], [[1, 1, 0, 1], [1, 0]])
+    [tensor([0.0000, 0.5000, 0.0000, 2.0000]), tensor([0., 0.])]
+    """
+    if len(turn_rewards) != len(response_mask):
+        raise RolloutError(f"{len(turn_rewards)} rollouts have turn rewards, but {len(response_mask)} have masks")
+    if isinstance(response_mask, torch.Tensor | np.ndarray):
+        mask_BL = torch.as_tensor(response_mask)
+        if mask_BL.ndim != 2:
+            raise RolloutError(f"a batch of response masks has two dimensions, got shape {tuple(mask_BL.shape)}")
+        return _placed(turn_rewards, mask_BL)
+    if not len(response_mask):
+        return []
+    rows = [torch.as_tensor(row) for row in response_mask]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    return [placed[: len(row)] for placed, row in zip(_placed(turn_rewards, padded), rows, strict=True)]

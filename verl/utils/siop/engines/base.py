@@ -1,0 +1,135 @@
+"""What every scoring engine takes, gives and checks. No torch here: the HTTP front uses the checks too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from verl.utils.siop.errors import InvalidRequest, SequenceTooLong
+
+TokenArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Reference to score: the mean log-probability of ``token_ids[start:end]`` is taken."""
+
+    token_ids: TokenArray
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RolloutQuery:
+    """One rollout with the boundaries at which each of its references is scored.
+
+    Attributes:
+        prompt_ids: [P] token ids.
+        response_ids: [L] token ids.
+        boundaries: exclusive ends into ``response_ids``, 0 is the prompt alone; any order.
+        probes: the references.
+    """
+
+    prompt_ids: TokenArray
+    response_ids: TokenArray
+    boundaries: Sequence[int]
+    probes: Sequence[Probe]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rollout and its probes: the measure of work by which requests are spread over workers."""
+        return len(self.prompt_ids) + len(self.response_ids) + sum(len(probe.token_ids) for probe in self.probes)
+
+
+@dataclass(frozen=True)
+class SupportResult:
+    """Scores of a request.
+
+    Attributes:
+        support: [rollout][boundary][reference] mean log-probability.
+        computed_tokens: tokens that went through the model.
+        requested_tokens: tokens of all (boundary, reference) pairs as separate full sequences.
+    """
+
+    support: list[list[list[float]]]
+    computed_tokens: int
+    requested_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Limits and identity of a loaded engine."""
+
+    engine: str
+    model: str
+    max_model_len: int
+    vocab_size: int
+
+
+class ScoringEngine(Protocol):
+    """A causal language model that scores references after the prefixes of rollouts."""
+
+    info: EngineInfo
+
+    def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
+        """Mean log-probability of every reference at every boundary; see :class:`SupportResult`.
+
+        Raises:
+            InvalidRequest: a field is out of range.
+            SequenceTooLong: a rollout with its probe is longer than ``info.max_model_len``.
+        """
+        ...
+
+
+def _check_ids(name: str, token_ids: TokenArray, vocab_size: int) -> None:
+    if token_ids.size and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        bad = int(np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))[0])
+        raise InvalidRequest(
+            f"{name}[{bad}] = {int(token_ids[bad])} is not a token id of the model (0..{vocab_size - 1})"
+        )
+
+
+def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: str = "rollouts") -> None:
+    """Validate a request against the model's limits.
+
+    Args:
+        rollouts: the request.
+        info: limits of the engine.
+        field: how messages name the list.
+
+    Raises:
+        InvalidRequest: a token id outside the vocabulary, a boundary outside the response, an empty or impossible
+            reference range, or a reference token without any token before it.
+        SequenceTooLong: prompt + response up to a boundary + reference is over ``info.max_model_len``.
+    """
+    for index, rollout in enumerate(rollouts):
+        name = f"{field}[{index}]"
+        _check_ids(f"{name}.prompt_ids", rollout.prompt_ids, info.vocab_size)
+        _check_ids(f"{name}.response_ids", rollout.response_ids, info.vocab_size)
+        for b, boundary in enumerate(rollout.boundaries):
+            if not 0 <= boundary <= len(rollout.response_ids):
+                raise InvalidRequest(
+                    f"{name}.boundaries[{b}] = {boundary} is outside the response (0..{len(rollout.response_ids)})"
+                )
+        first = len(rollout.prompt_ids) + min(rollout.boundaries, default=0)
+        last = len(rollout.prompt_ids) + max(rollout.boundaries, default=0)
+        for r, probe in enumerate(rollout.probes):
+            where = f"{name}.references[{r}]"
+            if not 0 <= probe.start < probe.end <= len(probe.token_ids):
+                raise InvalidRequest(
+                    f"{where}: start = {probe.start}, end = {probe.end} is not a non-empty range of its "
+                    f"{len(probe.token_ids)} token_ids"
+                )
+            _check_ids(f"{where}.token_ids", probe.token_ids, info.vocab_size)
+            if first + probe.start < 1:
+                raise InvalidRequest(
+                    f"{where}.start = 0 with an empty prompt at boundary 0: the first reference token has no context"
+                )
+            if last + probe.end > info.max_model_len:
+                raise SequenceTooLong(
+                    f"{name} is too long: {last} tokens of prompt and response and {probe.end} of references[{r}] are "
+                    f"{last + probe.end}, max_model_len is {info.max_model_len}"
+                )

@@ -1,0 +1,312 @@
+"""Natural-language inference for the scorer: clusters of answers and entailment of answers by evidence.
+
+Two backends: :class:`TransformersNli`, any sequence classifier with an entailment label, and :class:`LexicalNli`, which
+needs no model and compares words.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from verl.utils.siop.errors import InvalidRequest, ScorerError, SequenceTooLong, SiopConfigError
+from verl.utils.siop.nli_clustering import (
+    entailment_index,
+    label_indices,
+    loose_equivalent,
+    normalize_answer,
+    strict_equivalent,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnswerGroup:
+    """Answers to one question, to be clustered by meaning."""
+
+    question: str
+    answers: Sequence[str]
+    strict: bool = True
+
+
+class NliBackend(Protocol):
+    """Entailment and clusters."""
+
+    name: str
+
+    def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
+        """Cluster ids of each group's answers: those of :func:`nli_clustering.greedy_clusters`."""
+        ...
+
+    def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """P(premise entails hypothesis) of each (premise, hypothesis)."""
+        ...
+
+
+# (group, i, j): does answer j of the group mean the same as answer i, which opened a cluster?
+Question = tuple[int, int, int]
+
+
+def cluster_in_rounds(
+    groups: Sequence[Sequence[str]], equivalent: Callable[[list[Question]], list[bool]]
+) -> list[list[int]]:
+    """Greedy clusters of many groups at once, with few, large calls.
+
+    In each round every unfinished group opens one cluster and asks about all its unassigned answers; the questions of
+    all groups go into one call. The ids are those of :func:`nli_clustering.greedy_clusters` group by group: whether an
+    answer joins a cluster depends on the answer that opened it alone.
+
+    Args:
+        groups: answers of each group.
+        equivalent: answers a list of questions; never asked about answers that are identical once normalised.
+
+    Returns:
+        Cluster ids of each group's answers, 0, 1, … in order of opening.
+    """
+    keys = [[normalize_answer(answer) or answer.strip() for answer in answers] for answers in groups]
+    ids = [[-1] * len(answers) for answers in groups]
+    opened = 0
+    while True:
+        questions: list[Question] = []
+        finished = True
+        for g, group_ids in enumerate(ids):
+            if -1 not in group_ids:
+                continue
+            finished = False
+            i = group_ids.index(-1)
+            group_ids[i] = opened
+            for j in range(i + 1, len(group_ids)):
+                if group_ids[j] != -1:
+                    continue
+                if keys[g][j] == keys[g][i]:
+                    group_ids[j] = opened
+                else:
+                    questions.append((g, i, j))
+        if finished:
+            return ids
+        if questions:
+            for (g, _, j), same in zip(questions, equivalent(questions), strict=True):
+                if same:
+                    ids[g][j] = opened
+        opened += 1
+
+
+class LexicalNli:
+    """Words instead of a model: equal normalised answers are one cluster; a premise entails a hypothesis (1.0, else
+    0.0) if it contains the hypothesis' normalised words as one run. A hypothesis without words is never entailed."""
+
+    name = "lexical"
+
+    def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
+        """See :class:`NliBackend`."""
+        return cluster_in_rounds([group.answers for group in groups], lambda questions: [False] * len(questions))
+
+    def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """See :class:`NliBackend`."""
+        scores = []
+        for premise, hypothesis in pairs:
+            words = normalize_answer(hypothesis)
+            scores.append(float(bool(words) and f" {words} " in f" {normalize_answer(premise)} "))
+        return scores
+
+
+class TransformersNli:
+    """A transformers sequence classifier as NLI model.
+
+    Texts that do not fit the model are cut: the question of an answer from its left, an evidence premise from its
+    right. An answer or a hypothesis is never cut.
+
+    Args:
+        model: sequence classifier in eval mode on its device.
+        tokenizer: its tokenizer.
+        name: what messages call the model.
+        max_len: longest input in tokens; None for the model's own limit.
+        batch_tokens: bound on rows × longest row of a batch.
+
+    Raises:
+        SiopConfigError: not exactly one label of ``id2label`` starts with ``entail``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str | None = None,
+        max_len: int | None = None,
+        batch_tokens: int = 16384,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._id2label = model.config.id2label
+        try:
+            self._entailment = entailment_index(self._id2label)
+        except SiopConfigError as error:
+            raise SiopConfigError(f"NLI model {self.name}: {error}") from error
+        self._max_len = max_len or _longest_input(model.config, tokenizer)
+        self._batch_tokens = batch_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+    ) -> TransformersNli:
+        """Load a model directory or hub id; ``auto`` is float32 on CPU and float16 on GPU.
+
+        Raises:
+            SiopConfigError: the model cannot be loaded, or its labels are not those of an NLI model.
+        """
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        started = time.monotonic()
+        on_cpu = torch.device(device).type == "cpu"
+        torch_dtype = (torch.float32 if on_cpu else torch.float16) if dtype == "auto" else getattr(torch, dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch_dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise SiopConfigError(f"cannot load the NLI model {path}: {' '.join(str(error).split())[:300]}") from error
+        # transformers fills missing weights at random with no more than a warning: every score would be noise.
+        if loading["missing_keys"]:
+            raise SiopConfigError(
+                f"NLI model {path} is not a trained sequence classifier: it has no weights for "
+                f"{', '.join(sorted(loading['missing_keys'])[:3])}"
+            )
+        backend = cls(model.to(device).eval(), tokenizer, path)
+        logger.info(
+            "NLI model %s: labels %s, at most %d tokens, on %s, loaded in %.1f s",
+            path,
+            dict(backend._id2label),
+            backend._max_len,
+            device,
+            time.monotonic() - started,
+        )
+        return backend
+
+    def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
+        """See :class:`NliBackend`.
+
+        Raises:
+            SequenceTooLong: two answers alone, without their question, do not fit the model.
+            InvalidRequest: the loose rule is asked of a model without neutral and contradiction labels.
+        """
+        loose_labels: tuple[int, int, int] | None = None
+        if any(not group.strict for group in groups):
+            try:
+                loose_labels = label_indices(self._id2label)
+            except SiopConfigError as error:
+                raise InvalidRequest(f"strict = false cannot be used with NLI model {self.name}: {error}") from error
+
+        def equivalent(questions: list[Question]) -> list[bool]:
+            encoded: list[dict[str, list[int]]] = []
+            for g, i, j in questions:
+                question, answers = groups[g].question, groups[g].answers
+                encoded.append(self._encode_answers(question, answers[i], answers[j]))
+                encoded.append(self._encode_answers(question, answers[j], answers[i]))
+            labels = [max(range(len(row)), key=row.__getitem__) for row in self._classify(encoded)]
+            same = []
+            for (g, _, _), forward, backward in zip(questions, labels[::2], labels[1::2], strict=True):
+                if groups[g].strict:
+                    same.append(strict_equivalent(forward, backward, self._entailment))
+                else:
+                    assert loose_labels is not None
+                    same.append(loose_equivalent(forward, backward, loose_labels))
+            return same
+
+        return cluster_in_rounds([group.answers for group in groups], equivalent)
+
+    def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """See :class:`NliBackend`.
+
+        Raises:
+            SequenceTooLong: a hypothesis alone does not fit the model.
+        """
+        distinct = list(dict.fromkeys(tuple(pair) for pair in pairs))
+        rows = self._classify([self._encode_evidence(premise, hypothesis) for premise, hypothesis in distinct])
+        scores = {pair: row[self._entailment] for pair, row in zip(distinct, rows, strict=True)}
+        return [scores[tuple(pair)] for pair in pairs]
+
+    def _encode_answers(self, question: str, a: str, b: str) -> dict[str, list[int]]:
+        def render(kept: int) -> tuple[str, str]:
+            context = question[len(question) - kept :] + " "
+            return context + a, context + b
+
+        return self._fit(
+            render, len(question), f"the answers {_excerpt(a)} and {_excerpt(b)} alone, without their question,"
+        )
+
+    def _encode_evidence(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+        return self._fit(
+            lambda kept: (premise[:kept], hypothesis), len(premise), f"the hypothesis {_excerpt(hypothesis)} alone"
+        )
+
+    def _fit(self, render: Callable[[int], tuple[str, str]], size: int, what: str) -> dict[str, list[int]]:
+        """Encode ``render(k)`` with the most characters ``k <= size`` of the text that may be cut.
+
+        Characters, not tokens, are cut, so that this holds for every tokenizer.
+        """
+
+        def encode(kept: int) -> dict[str, list[int]]:
+            # verbose=False: being too long is what is tested here, not news.
+            return dict(self._tokenizer(*render(kept), truncation=False, verbose=False))
+
+        encoded = encode(size)
+        if len(encoded["input_ids"]) <= self._max_len:
+            return encoded
+        low, high = 0, size  # `high` is too long
+        best = encode(0)
+        if len(best["input_ids"]) > self._max_len:
+            raise SequenceTooLong(
+                f"{what} take {len(best['input_ids'])} tokens, NLI model {self.name} takes {self._max_len}"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            encoded = encode(middle)
+            if len(encoded["input_ids"]) <= self._max_len:
+                low, best = middle, encoded
+            else:
+                high = middle
+        return best
+
+    def _classify(self, encoded: list[dict[str, list[int]]]) -> list[list[float]]:
+        """Label probabilities of each input, in batches of similar length."""
+        import torch
+
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]["input_ids"]))
+        rows: list[list[float]] = [[] for _ in encoded]
+        start = 0
+        with torch.inference_mode():
+            while start < len(order):
+                longest = len(encoded[order[start]]["input_ids"])
+                batch = order[start : start + max(1, self._batch_tokens // longest)]
+                start += len(batch)
+                inputs = self._tokenizer.pad([encoded[index] for index in batch], return_tensors="pt")
+                logits = self._model(**inputs.to(self._model.device)).logits.float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise ScorerError(f"NLI model {self.name} gave a score that is not finite")
+                for index, row in zip(batch, logits.softmax(-1).tolist(), strict=True):
+                    rows[index] = row
+        return rows
+
+
+def _longest_input(config: Any, tokenizer: Any) -> int:
+    limits = [tokenizer.model_max_length]  # a huge number where the tokenizer states none
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa's positions start after the padding index.
+        limits.append(positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions)
+    longest = min(limits)
+    if longest > 1_000_000:
+        raise SiopConfigError(f"neither the NLI model ({config.model_type}) nor its tokenizer states a longest input")
+    return int(longest)
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")

@@ -1,0 +1,279 @@
+"""The scorer's Ray workers: started on a cluster or on a private local Ray, watched, and called by least load."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from verl.utils.siop.engines.base import RolloutQuery, SupportResult
+from verl.utils.siop.engines.worker import ScoringWorker, WorkerInfo, WorkerSettings
+from verl.utils.siop.errors import SiopConfigError, SiopError
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "siop-scorer"
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+MAX_RESTARTS = 100
+WATCH_INTERVAL_S = 2.0
+
+
+class NoWorker(SiopError, RuntimeError):
+    """No worker can take the request now (HTTP 503)."""
+
+
+@dataclass
+class _Worker:
+    handle: Any
+    index: int
+    up: bool = False
+    outstanding: int = 0
+    recovery: asyncio.Task[None] | None = None
+
+
+class WorkerPool:
+    """Scoring workers and the Ray they run on.
+
+    Args:
+        settings: what each worker loads.
+        num_workers: how many workers.
+        gpus_per_worker: GPUs of each, 0 on CPU.
+        restart_wait_s: how long a request waits for a worker when all have died.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, num_workers: int, gpus_per_worker: float = 0, restart_wait_s: float = 120.0
+    ) -> None:
+        self.info: WorkerInfo | None = None
+        self._settings, self._num_workers, self._gpus = settings, num_workers, gpus_per_worker
+        self._restart_wait_s = restart_wait_s
+        self._workers: list[_Worker] = []
+        self._temp_dir: Path | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that were asked for."""
+        return self._num_workers
+
+    @property
+    def num_up(self) -> int:
+        """Workers that are ready now."""
+        return sum(worker.up for worker in self._workers)
+
+    def start(self) -> None:
+        """Join the cluster of ``RAY_ADDRESS``, or start a small private Ray, and create the workers.
+
+        Blocks; call it from the main thread. The private Ray's processes die with the thread that started them.
+
+        Raises:
+            SiopConfigError: the cluster cannot be joined or has too few GPUs.
+        """
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": True}
+        if address and address != "local":
+            logger.info("joining the Ray cluster at %s", address)
+            try:
+                ray.init(address=address, **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise SiopConfigError(
+                    f"cannot join the Ray cluster at RAY_ADDRESS={address} (one with token authentication needs "
+                    f"RAY_AUTH_MODE=token and its token): {' '.join(str(error).split())[:300]}"
+                ) from error
+        else:
+            # A directory of its own, so that no other Ray on this machine takes this one for its cluster. Under the
+            # system's own /tmp with a short name: Ray puts sockets there, whose paths may have 107 characters.
+            self._temp_dir = Path(tempfile.mkdtemp(prefix="siop-", dir="/tmp"))
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=0,  # no idle workers; ours ask for no CPU share
+                num_gpus=int(self._num_workers * self._gpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self._temp_dir),
+                **options,
+            )
+        available = ray.cluster_resources().get("GPU", 0)
+        needed = self._num_workers * self._gpus
+        if needed > available:
+            raise SiopConfigError(f"{needed:g} GPUs are asked for, the Ray cluster has {available:g}")
+        actor_options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": self._gpus,
+            "max_restarts": MAX_RESTARTS,
+            "concurrency_groups": {"health": 1},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads)}},
+        }
+        actor = ray.remote(**actor_options)(ScoringWorker)
+        self._workers = [_Worker(actor.remote(self._settings), index) for index in range(self._num_workers)]
+
+    async def load(self) -> None:
+        """Wait until every worker has loaded its models.
+
+        Raises:
+            SiopConfigError: a model cannot be loaded or used.
+            NoWorker: a worker died while it was loading.
+        """
+
+        async def load_one(worker: _Worker) -> WorkerInfo:
+            info = await worker.handle.load.remote()
+            worker.up = True
+            return info
+
+        try:
+            self.info = (await asyncio.gather(*(load_one(worker) for worker in self._workers)))[0]
+        except RayTaskError as error:
+            raise _own_error(error) from error
+        except RayActorError as error:
+            raise NoWorker(f"a scoring worker died while loading its models (out of memory?): {error}") from error
+
+    async def watch(self) -> None:
+        """Notice dead workers while there are no requests; runs until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            for worker in self._workers:
+                if worker.up:
+                    try:
+                        await asyncio.wait_for(_as_future(worker.handle.ping.remote()), timeout=10)
+                    except RayActorError as error:
+                        self._lost(worker, error)
+                    except asyncio.TimeoutError:
+                        logger.warning("worker %d is slow to answer a ping", worker.index)
+
+    def _lost(self, worker: _Worker, error: RayActorError) -> None:
+        worker.up = False
+        if worker.recovery is None or worker.recovery.done():
+            logger.error("worker %d died, Ray restarts it: %s", worker.index, " ".join(str(error).split())[:300])
+            worker.recovery = asyncio.create_task(self._recover(worker))
+
+    async def _recover(self, worker: _Worker) -> None:
+        while True:
+            try:
+                await worker.handle.load.remote()
+            except RayActorError:
+                await asyncio.sleep(1.0)
+            except RayTaskError as error:
+                logger.error("worker %d cannot load its models again: %s", worker.index, error.cause)
+                await asyncio.sleep(10.0)
+            else:
+                worker.up = True
+                logger.info("worker %d is back", worker.index)
+                return
+
+    async def _pick(self, wait_s: float) -> _Worker:
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            up = [worker for worker in self._workers if worker.up]
+            if up:
+                return min(up, key=lambda worker: worker.outstanding)
+            if asyncio.get_running_loop().time() >= deadline:
+                raise NoWorker(f"none of the {self._num_workers} scoring worker(s) is up")
+            await asyncio.sleep(0.1)
+
+    async def _call(self, method: str, payload: Any, cost: int) -> Any:
+        """Call the least loaded worker; if it dies, once more on another one or on the restarted one."""
+        for attempt in range(2):
+            worker = await self._pick(self._restart_wait_s if attempt else 0.0)
+            worker.outstanding += cost
+            try:
+                return await getattr(worker.handle, method).remote(payload)
+            except RayActorError as error:
+                self._lost(worker, error)
+                last = error
+            except RayTaskError as error:
+                raise _own_error(error) from error
+            finally:
+                worker.outstanding -= cost
+        raise NoWorker("the scoring worker died twice with this request") from last
+
+    async def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
+        """Score rollouts; with several workers, rollouts with the same prompt stay on one of them.
+
+        Raises:
+            InvalidRequest, SequenceTooLong, ScorerError: as the engine.
+            NoWorker: no worker is up, or workers died twice.
+        """
+        parts = partition(rollouts, max(1, self.num_up))
+        results: list[SupportResult] = await asyncio.gather(
+            *(
+                self._call("support", [rollouts[i] for i in part], sum(rollouts[i].num_tokens for i in part))
+                for part in parts
+            )
+        )
+        support: list[list[list[float]]] = [[] for _ in rollouts]
+        for part, result in zip(parts, results, strict=True):
+            for index, scores in zip(part, result.support, strict=True):
+                support[index] = scores
+        return SupportResult(
+            support=support,
+            computed_tokens=sum(result.computed_tokens for result in results),
+            requested_tokens=sum(result.requested_tokens for result in results),
+        )
+
+    async def cluster(self, groups: Sequence[Any]) -> list[list[int]]:
+        """Cluster ids of :class:`AnswerGroup` s; errors as :meth:`support`."""
+        cost = sum(len(group.answers) for group in groups)
+        return await self._call("cluster", list(groups), cost)
+
+    async def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """P(premise entails hypothesis); errors as :meth:`support`."""
+        return await self._call("entailment", list(pairs), len(pairs))
+
+    def close(self) -> None:
+        """Stop the workers and the private Ray. Safe to call more than once."""
+        for worker in self._workers:
+            if worker.recovery is not None:
+                worker.recovery.cancel()
+            if ray.is_initialized():
+                ray.kill(worker.handle, no_restart=True)
+        self._workers = []
+        ray.shutdown()  # also what an interrupted start has left
+        if self._temp_dir is not None:
+            for _ in range(20):  # Ray's last processes may still write there
+                shutil.rmtree(self._temp_dir, ignore_errors=True)
+                if not self._temp_dir.exists():
+                    break
+                time.sleep(0.1)
+            self._temp_dir = None
+
+
+def partition(rollouts: Sequence[RolloutQuery], num_parts: int) -> list[list[int]]:
+    """Split a request into at most ``num_parts`` parts of about equal tokens; equal prompts stay together.
+
+    Returns:
+        Indices of each part; no part is empty unless the request is.
+    """
+    if num_parts <= 1 or len(rollouts) <= 1:
+        return [list(range(len(rollouts)))]
+    groups: dict[bytes, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.prompt_ids.tobytes(), []).append(index)
+    # In the order of their bytes, so that prompts which share a prefix tend to stay together too.
+    ordered = [groups[key] for key in sorted(groups)]
+    costs = [sum(rollouts[i].num_tokens for i in group) for group in ordered]
+    share = sum(costs) / num_parts
+    parts: list[list[int]] = [[]]
+    filled = 0.0
+    for group, cost in zip(ordered, costs, strict=True):
+        if parts[-1] and filled + cost / 2 > share * len(parts) and len(parts) < num_parts:
+            parts.append([])
+        parts[-1].extend(group)
+        filled += cost
+    return parts
+
+
+def _own_error(error: RayTaskError) -> Exception:
+    """The exception that the worker raised, without Ray's wrapping."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+async def _as_future(reference: Any) -> Any:
+    return await reference

@@ -1,0 +1,320 @@
+"""Asynchronous client of the scoring service: pooled connections, bounded concurrency, retries, checked answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+
+if TYPE_CHECKING:
+    from verl.utils.siop.siop_process_reward import SupportRequest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRIED_STATUS = (502, 503, 504)
+CONNECT_TIMEOUT_S = 5.0
+MAX_BACKOFF_S = 10.0
+MAX_RETRY_AFTER_S = 60.0
+# A call is split beyond these, so that it stays well under the server's limits and spreads over its workers.
+REQUEST_TOKENS = 1_000_000
+REQUEST_PAIRS = 4096
+
+
+class _Retry(Exception):
+    """A failure that another attempt may mend."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None, answered: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.answered = retry_after_s, answered
+
+
+class _Malformed(Exception):
+    """An answer that is not what was asked for."""
+
+
+class ScoringClient:
+    """The scorer behind HTTP; implements ``SiopScorer``.
+
+    Use it as ``async with ScoringClient(url) as scorer:`` inside the event loop. It may be created outside of a loop
+    and used in several, one after the other: each loop gets its own connections on first use.
+
+    Requests are pure, so every failure that may pass (no connection, a dropped one, a time-out, 502, 503, 504, a
+    garbled answer) is tried again with exponential backoff and jitter, at least ``Retry-After`` later where the server
+    gives one. No method ever returns a value that the scorer did not send.
+
+    Args:
+        url: address of the service, as ``http://127.0.0.1:8390``.
+        strict: equivalence of answers by entailment both ways; else by no contradiction and not both neutral.
+        timeout_s: longest wait for the answer to one attempt.
+        token: bearer token, default ``SIOP_API_TOKEN``.
+        attempts: tries of each request.
+        max_concurrency: requests at once.
+        backoff_s: pause before the second attempt; it doubles from there, up to 10 s.
+
+    Raises (all methods):
+        ScorerUnavailable: no answer after the last attempt.
+        ScorerError: the service refused the request, or its answer is not valid.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        strict: bool = True,
+        timeout_s: float = 600.0,
+        token: str | None = None,
+        attempts: int = 6,
+        max_concurrency: int = 16,
+        backoff_s: float = 0.5,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._strict = strict
+        self._timeout_s, self._attempts, self._backoff_s = timeout_s, attempts, backoff_s
+        self._max_concurrency = max_concurrency
+        token = token if token is not None else os.environ.get("SIOP_API_TOKEN")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._http: httpx.AsyncClient | None = None
+        self._slots: asyncio.Semaphore | None = None
+
+    async def __aenter__(self) -> ScoringClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop; the client can be used again afterwards."""
+        http, loop = self._http, self._loop
+        self._http = self._loop = self._slots = None
+        if http is not None and loop is asyncio.get_running_loop():
+            await http.aclose()
+
+    def _connection(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        loop = asyncio.get_running_loop()
+        if self._http is None or self._slots is None or self._loop is not loop:
+            # Connections of another loop cannot be used, nor closed, from here.
+            self._loop = loop
+            self._slots = asyncio.Semaphore(self._max_concurrency)
+            self._http = httpx.AsyncClient(
+                base_url=self.url,
+                headers=self._headers,
+                timeout=httpx.Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s)),
+                limits=httpx.Limits(max_connections=self._max_concurrency),
+                trust_env=False,  # the scorer is a neighbour: a proxy for the outside world is not the way to it
+            )
+        return self._http, self._slots
+
+    async def wait_ready(self, timeout_s: float = 300.0) -> dict[str, Any]:
+        """Wait until every worker of the service is ready, with a progress line every 10 s.
+
+        Returns:
+            The JSON of ``/health``.
+        """
+        http, _ = self._connection()
+        started = reported = time.monotonic()
+        attempts = 0
+        while True:
+            attempts += 1
+            try:
+                response = await http.get("/health", timeout=min(5.0, timeout_s))
+                state = f"HTTP {response.status_code} {response.text[:200]}"
+                if response.status_code == 200:
+                    health = response.json()
+                    logger.info("scorer at %s is ready: %s", self.url, health)
+                    return health
+            except httpx.TransportError as error:
+                state = _describe(error)
+            except json.JSONDecodeError:
+                state = f"not a scorer: {state}"
+            now = time.monotonic()
+            if now - started >= timeout_s:
+                raise ScorerUnavailable(self.url, attempts, state)
+            if now - reported >= 10:
+                reported = now
+                logger.info(
+                    "waiting for the scorer at %s, %.0f of %.0f s: %s", self.url, now - started, timeout_s, state
+                )
+            await asyncio.sleep(min(0.5, timeout_s))
+
+    async def cluster(self, question: str, answers: list[str]) -> list[int]:
+        """Cluster id of each answer, 0, 1, … in order of opening."""
+        if not answers:
+            return []
+
+        def read(data: Any) -> list[int]:
+            ids = _only(data["results"], 1)[0]["semantic_ids"]
+            _only(ids, len(answers))
+            opened = 0
+            for index in ids:
+                if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= opened:
+                    raise _Malformed(f"cluster ids {str(ids)[:200]}")
+                opened = max(opened, index + 1)
+            return ids
+
+        group = {"group_id": "0", "question": question, "answers": list(answers), "strict": self._strict}
+        return await self._post("/cluster", {"groups": [group]}, read)
+
+    async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """P(premise entails hypothesis) of each (premise, hypothesis)."""
+
+        async def chunk(part: Sequence[tuple[str, str]]) -> list[float]:
+            body = {"pairs": [{"premise": premise, "hypothesis": hypothesis} for premise, hypothesis in part]}
+            return await self._post("/nli_score", body, lambda data: _numbers(data["scores"], len(part), 0.0, 1.0))
+
+        parts = [pairs[start : start + REQUEST_PAIRS] for start in range(0, len(pairs), REQUEST_PAIRS)]
+        return [score for scores in await asyncio.gather(*map(chunk, parts)) for score in scores]
+
+    async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
+        """Mean log-probability of each reference at each boundary, ``[rollout][boundary][reference]``.
+
+        Rollouts that follow each other with the same prompt go into one request.
+        """
+
+        async def chunk(part: list[SupportRequest]) -> list[list[list[float]]]:
+            def read(data: Any) -> list[list[list[float]]]:
+                support = _only(data["support"], len(part))
+                for rollout, rows in zip(part, support, strict=True):
+                    for row in _only(rows, len(rollout.boundaries)):
+                        _numbers(row, len(rollout.references))
+                return support
+
+            return await self._post("/support", {"rollouts": [_rollout_json(rollout) for rollout in part]}, read)
+
+        parts: list[list[SupportRequest]] = []
+        size = 0
+        for index, rollout in enumerate(rollouts):
+            tokens = len(rollout.prompt_ids) + len(rollout.response_ids)
+            same_group = index > 0 and rollouts[index - 1].prompt_ids == rollout.prompt_ids
+            if not parts or (size + tokens > REQUEST_TOKENS and not same_group):
+                parts.append([])
+                size = 0
+            parts[-1].append(rollout)
+            size += tokens
+        return [scores for support in await asyncio.gather(*map(chunk, parts)) for scores in support]
+
+    async def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """POST until it is answered; ``read`` checks the JSON and picks the result."""
+        http, slots = self._connection()
+        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex[:12]}
+
+        def wait(state: RetryCallState) -> float:
+            failure = state.outcome.exception() if state.outcome else None
+            asked = failure.retry_after_s if isinstance(failure, _Retry) else None
+            backoff = min(self._backoff_s * 2 ** (state.attempt_number - 1), MAX_BACKOFF_S)
+            pause = max(backoff, min(asked or 0.0, MAX_RETRY_AFTER_S))
+            return pause + random.uniform(0.0, self._backoff_s)  # or all that failed together come back together
+
+        def report(state: RetryCallState) -> None:
+            failure = state.outcome.exception() if state.outcome else None
+            logger.warning(
+                "scorer %s%s: attempt %d of %d failed: %s",
+                self.url,
+                path,
+                state.attempt_number,
+                self._attempts,
+                failure,
+            )
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._attempts),
+            wait=wait,
+            retry=retry_if_exception_type(_Retry),
+            before_sleep=report,
+            reraise=True,
+        )
+
+        async def attempt() -> T:
+            async with slots:
+                return await self._attempt(http, path, content, headers, read)
+
+        try:
+            return await retrying(attempt)
+        except _Retry as error:
+            if error.answered:
+                raise ScorerError(f"{self.url}{path}: {error}") from error
+            raise ScorerUnavailable(f"{self.url}{path}", self._attempts, str(error)) from error
+
+    async def _attempt(
+        self, http: httpx.AsyncClient, path: str, content: bytes, headers: dict[str, str], read: Callable[[Any], T]
+    ) -> T:
+        try:
+            response = await http.post(path, content=content, headers=headers)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise _Retry(_describe(error)) from error
+        if response.status_code in RETRIED_STATUS:
+            raise _Retry(
+                f"HTTP {response.status_code}: {_detail(response)}", _seconds(response.headers.get("Retry-After"))
+            )
+        if response.status_code != 200:
+            raise ScorerError(f"{self.url}{path}: HTTP {response.status_code}: {_detail(response)}")
+        try:
+            return read(response.json())
+        except (_Malformed, ValueError, KeyError, TypeError, IndexError) as error:
+            raise _Retry(
+                f"the answer is not valid ({type(error).__name__}: {error}): {response.text[:200]}", answered=True
+            ) from error
+
+
+def _rollout_json(rollout: SupportRequest) -> dict[str, Any]:
+    return {
+        "prompt_ids": rollout.prompt_ids,
+        "response_ids": rollout.response_ids,
+        "boundaries": rollout.boundaries,
+        "references": [
+            {"token_ids": reference.token_ids, "start": reference.start, "end": reference.end}
+            for reference in rollout.references
+        ],
+    }
+
+
+def _only(values: Any, size: int) -> list[Any]:
+    if not isinstance(values, list) or len(values) != size:
+        raise _Malformed(f"a list of {size} was expected")
+    return values
+
+
+def _numbers(values: Any, size: int, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    for value in _only(values, size):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise _Malformed(f"{value!r} is not a finite number")
+        if not low <= value <= high:
+            raise _Malformed(f"{value!r} is outside {low}..{high}")
+    return values
+
+
+def _seconds(header: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3); its date form is not used by the service."""
+    return float(header) if header is not None and header.isdigit() else None
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _detail(response: httpx.Response) -> str:
+    """The service's message: of validation errors, each field and what is wrong with it."""
+    try:
+        detail = response.json()["detail"]
+        if isinstance(detail, list):
+            detail = "; ".join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in detail)
+        return str(detail)[:2000]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

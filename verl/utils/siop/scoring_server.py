@@ -1,0 +1,694 @@
+"""Scoring service: an HTTP front (FastAPI) over Ray workers that hold the scorer language model and the NLI model.
+
+    python -m verl.utils.siop.scoring_server --model PATH [--nli-model PATH] [--port 8390]
+
+Endpoints: ``GET /health``, ``POST /support``, ``POST /score``, ``POST /cluster``, ``POST /nli_score``, ``GET /metrics``
+and ``GET /docs``. Whatever cannot be scored is an error with its reason, never a made-up score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from verl.utils.siop.engines.base import Probe, RolloutQuery, check_rollouts
+from verl.utils.siop.engines.nli import AnswerGroup
+from verl.utils.siop.engines.pool import NoWorker, WorkerPool
+from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, WorkerSettings
+from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
+from verl.utils.siop.nli_clustering import entailment_index
+
+logger = logging.getLogger("siop.scorer")
+
+DEFAULT_PORT = 8390
+GRACE_S = 30  # what is in flight at shutdown may take this long
+MAX_TEXT = 200_000  # characters of one text
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _check_range(start: int | None, end: int, size: int | None) -> int:
+    # None: the field itself was not valid and has its own error.
+    if start is not None and size is not None and not start < end <= size:
+        raise ValueError(f"{start}..{end} is not a non-empty range of {size} tokens")
+    return end
+
+
+class SupportReference(_Model):
+    """Reference to score: the mean log-probability of ``token_ids[start:end]`` is taken."""
+
+    token_ids: list[TokenId] = Field(min_length=1)
+    start: int = Field(ge=0)
+    end: int
+
+    @field_validator("end")
+    @classmethod
+    def _range(cls, end: int, info: ValidationInfo) -> int:
+        token_ids = info.data.get("token_ids")
+        return _check_range(info.data.get("start"), end, None if token_ids is None else len(token_ids))
+
+
+class SupportRollout(_Model):
+    """Rollout with the boundaries (exclusive ends into ``response_ids``, 0 is the prompt alone) and references."""
+
+    prompt_ids: list[TokenId]
+    response_ids: list[TokenId]
+    boundaries: list[int] = Field(min_length=1, max_length=1024)
+    references: list[SupportReference] = Field(min_length=1, max_length=256)
+
+    @field_validator("boundaries")
+    @classmethod
+    def _inside(cls, boundaries: list[int], info: ValidationInfo) -> list[int]:
+        response_ids = info.data.get("response_ids")
+        if response_ids is not None:
+            for index, boundary in enumerate(boundaries):
+                if not 0 <= boundary <= len(response_ids):
+                    raise ValueError(
+                        f"boundaries[{index}] = {boundary} is outside the response (0..{len(response_ids)})"
+                    )
+        return boundaries
+
+
+class SupportBody(_Model):
+    """Body of ``POST /support``."""
+
+    rollouts: list[SupportRollout] = Field(max_length=8192)
+
+
+class SupportAnswer(BaseModel):
+    """``support[rollout][boundary][reference]``: mean log-probabilities."""
+
+    support: list[list[list[float]]]
+    computed_tokens: int
+    requested_tokens: int
+    elapsed_ms: float
+
+
+class ScoreItem(_Model):
+    """One full sequence; scored: the mean log-probability of ``response_ids[ref_start:ref_end]``."""
+
+    prompt_ids: list[TokenId]
+    response_ids: list[TokenId] = Field(min_length=1)
+    ref_start: int = Field(ge=0)
+    ref_end: int
+
+    @field_validator("ref_end")
+    @classmethod
+    def _range(cls, ref_end: int, info: ValidationInfo) -> int:
+        response_ids = info.data.get("response_ids")
+        return _check_range(info.data.get("ref_start"), ref_end, None if response_ids is None else len(response_ids))
+
+
+class ScoreBody(_Model):
+    """Body of ``POST /score``."""
+
+    items: list[ScoreItem] = Field(max_length=65536)
+
+
+class ScoresAnswer(BaseModel):
+    """One score per item or pair."""
+
+    scores: list[float]
+    elapsed_ms: float
+
+
+class ClusterGroup(_Model):
+    """Answers to one question. ``strict``: equivalent if each entails the other; else if neither direction
+    contradicts and not both are neutral."""
+
+    group_id: Text
+    question: Text
+    answers: list[Text] = Field(max_length=1024)
+    strict: bool = True
+
+
+class ClusterBody(_Model):
+    """Body of ``POST /cluster``."""
+
+    groups: list[ClusterGroup] = Field(max_length=8192)
+
+
+class ClusterInfo(BaseModel):
+    """One cluster: its size, its share of the answers, its first answer, the indices of its answers."""
+
+    count: int
+    frequency: float
+    reference: str
+    members: list[int]
+
+
+class ClusterGroupAnswer(BaseModel):
+    """``semantic_ids``: cluster of each answer, 0, 1, … in order of opening."""
+
+    group_id: str
+    semantic_ids: list[int]
+    cluster_info: dict[str, ClusterInfo]
+
+
+class ClusterAnswer(BaseModel):
+    """One result per group, in the order of the request."""
+
+    results: list[ClusterGroupAnswer]
+    elapsed_ms: float
+
+
+class NliPair(_Model):
+    """Scored: P(premise entails hypothesis)."""
+
+    premise: Text
+    hypothesis: Text
+
+
+class NliBody(_Model):
+    """Body of ``POST /nli_score``."""
+
+    pairs: list[NliPair] = Field(max_length=65536)
+
+
+class _Metrics:
+    def __init__(self, pool: WorkerPool) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "siop_scorer_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "siop_scorer_request_seconds",
+            "Time of a request",
+            ["path"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("siop_scorer_in_flight", "Requests being worked on", registry=self.registry)
+        self.computed = Counter(
+            "siop_scorer_computed_tokens", "Tokens that went through the model", registry=self.registry
+        )
+        self.requested = Counter(
+            "siop_scorer_requested_tokens", "Tokens of the same scores as full sequences", registry=self.registry
+        )
+        Gauge("siop_scorer_workers", "Workers that are asked for", registry=self.registry).set(pool.num_workers)
+        Gauge("siop_scorer_workers_up", "Workers that are ready", registry=self.registry).set_function(
+            lambda: pool.num_up
+        )
+
+
+def _tokens(token_ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(token_ids, dtype=np.int64)
+
+
+def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status_code=status, headers=headers)
+
+
+def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
+    """The endpoints over a pool of workers; :class:`Guard` adds the limits."""
+    app = FastAPI(title="SIOP scorer", description=__doc__, version="1")
+    metrics = _Metrics(pool)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        # Without pydantic's echo of the input, which may be megabytes of token ids.
+        errors = error.errors()
+        detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in errors[:20]]
+        if len(errors) > len(detail):
+            detail.append(
+                {"loc": ("body",), "msg": f"and {len(errors) - len(detail)} more errors", "type": "truncated"}
+            )
+        return _error(422, detail)
+
+    @app.exception_handler(SiopError)
+    async def _failed(request: Request, error: SiopError) -> JSONResponse:
+        if isinstance(error, SequenceTooLong):
+            return _error(413, str(error))
+        if isinstance(error, InvalidRequest):
+            return _error(422, str(error))
+        if isinstance(error, NoWorker):
+            return _error(503, str(error), {"Retry-After": "5"})
+        logger.error("%s failed: %s", request.url.path, error)
+        return _error(500, f"{type(error).__name__}: {error}")
+
+    @app.exception_handler(Exception)
+    async def _crashed(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s failed", request.url.path, exc_info=error)
+        return _error(500, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def check(rollouts: list[RolloutQuery], field: str) -> None:
+        if pool.info is None:
+            raise NoWorker("the scorer is still loading its models")
+        check_rollouts(rollouts, pool.info.engine, field)
+
+    def require_loaded() -> None:
+        if pool.info is None:
+            raise NoWorker("the scorer is still loading its models")
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when every worker is ready, 503 while loading or degraded."""
+        if pool.info is None:
+            return JSONResponse({"status": "loading", "num_workers": pool.num_up}, status_code=503)
+        if pool.num_up < pool.num_workers:
+            return JSONResponse({"status": "degraded", "num_workers": pool.num_up}, status_code=503)
+        info = pool.info
+        return JSONResponse(
+            {
+                "status": "healthy",
+                "num_workers": pool.num_up,
+                "engine": info.engine.engine,
+                "model": info.engine.model,
+                "max_model_len": info.engine.max_model_len,
+                "nli": info.nli,
+            }
+        )
+
+    @app.post("/support")
+    async def support(body: SupportBody) -> SupportAnswer:
+        """Mean log-probability of every reference at every boundary of every rollout."""
+        started = time.perf_counter()
+        rollouts = [
+            RolloutQuery(
+                prompt_ids=_tokens(rollout.prompt_ids),
+                response_ids=_tokens(rollout.response_ids),
+                boundaries=rollout.boundaries,
+                probes=[Probe(_tokens(r.token_ids), r.start, r.end) for r in rollout.references],
+            )
+            for rollout in body.rollouts
+        ]
+        check(rollouts, "rollouts")
+        result = await pool.support(rollouts)
+        metrics.computed.inc(result.computed_tokens)
+        metrics.requested.inc(result.requested_tokens)
+        return SupportAnswer(
+            support=result.support,
+            computed_tokens=result.computed_tokens,
+            requested_tokens=result.requested_tokens,
+            elapsed_ms=_elapsed_ms(started),
+        )
+
+    @app.post("/score")
+    async def score(body: ScoreBody) -> ScoresAnswer:
+        """Mean log-probability of a range of each item's response; shared prefixes are computed once."""
+        started = time.perf_counter()
+        empty = _tokens([])
+        items = [
+            RolloutQuery(
+                _tokens(item.prompt_ids), empty, [0], [Probe(_tokens(item.response_ids), item.ref_start, item.ref_end)]
+            )
+            for item in body.items
+        ]
+        try:
+            check(items, "items")
+        except InvalidRequest as error:
+            # An item has one reference, which its fields call the response.
+            message = str(error).replace(".references[0].token_ids", ".response_ids")
+            message = message.replace(".references[0].start", ".ref_start").replace("references[0]", "response_ids")
+            raise type(error)(message) from error
+        result = await pool.support(items)
+        metrics.computed.inc(result.computed_tokens)
+        metrics.requested.inc(result.requested_tokens)
+        return ScoresAnswer(scores=[item[0][0] for item in result.support], elapsed_ms=_elapsed_ms(started))
+
+    @app.post("/cluster")
+    async def cluster(body: ClusterBody) -> ClusterAnswer:
+        """Clusters of each group's answers by meaning."""
+        started = time.perf_counter()
+        require_loaded()
+        groups = [AnswerGroup(group.question, group.answers, group.strict) for group in body.groups]
+        results = []
+        for group, ids in zip(body.groups, await pool.cluster(groups), strict=True):
+            info = {}
+            for cluster_id in range(max(ids, default=-1) + 1):
+                members = [index for index, other in enumerate(ids) if other == cluster_id]
+                info[str(cluster_id)] = ClusterInfo(
+                    count=len(members),
+                    frequency=len(members) / len(ids),
+                    reference=group.answers[members[0]],
+                    members=members,
+                )
+            results.append(ClusterGroupAnswer(group_id=group.group_id, semantic_ids=ids, cluster_info=info))
+        return ClusterAnswer(results=results, elapsed_ms=_elapsed_ms(started))
+
+    @app.post("/nli_score")
+    async def nli_score(body: NliBody) -> ScoresAnswer:
+        """P(premise entails hypothesis) of each pair."""
+        started = time.perf_counter()
+        require_loaded()
+        scores = await pool.entailment([(pair.premise, pair.hypothesis) for pair in body.pairs])
+        return ScoresAnswer(scores=scores, elapsed_ms=_elapsed_ms(started))
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app, metrics
+
+
+def _elapsed_ms(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
+
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware: request ids, access log, metrics, bearer token, body limit and concurrency limit.
+
+    Args:
+        app: the application.
+        metrics: where to count.
+        max_body_bytes: larger bodies get 413, unread where their length is declared.
+        max_concurrency: POST requests beyond this many at once get 503 with ``Retry-After``.
+        token: expected bearer token, None for no check. ``/health`` is always open.
+    """
+
+    def __init__(
+        self, app: Any, metrics: _Metrics, max_body_bytes: int, max_concurrency: int, token: str | None = None
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._max_body_bytes, self._max_concurrency, self._token = max_body_bytes, max_concurrency, token
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex[:12]
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        is_work = scope["method"] == "POST"
+        try:
+            if self._token is not None and scope["path"] != "/health" and not self._authorized(headers):
+                response = _error(401, "missing or wrong bearer token", {"WWW-Authenticate": "Bearer"})
+                await response(scope, receive, send_with_id)
+            elif is_work and self._in_flight >= self._max_concurrency:
+                detail = f"{self._in_flight} requests are being worked on, the limit is {self._max_concurrency}"
+                await _error(503, detail, {"Retry-After": "1"})(scope, receive, send_with_id)
+            elif is_work:
+                self._in_flight += 1
+                self._metrics.in_flight.set(self._in_flight)
+                try:
+                    await self._with_body(scope, headers, receive, send_with_id)
+                finally:
+                    self._in_flight -= 1
+                    self._metrics.in_flight.set(self._in_flight)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.perf_counter() - started
+            known = scope["path"] in ("/health", "/support", "/score", "/cluster", "/nli_score", "/metrics")
+            path = scope["path"] if known else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(seconds)
+            level = logging.DEBUG if path in ("/health", "/metrics") else logging.INFO
+            logger.log(
+                level, "%s %r %d %.0f ms id=%s", scope["method"], scope["path"], status, 1000 * seconds, request_id
+            )
+
+    def _authorized(self, headers: dict[bytes, bytes]) -> bool:
+        assert self._token is not None
+        return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._token}".encode())
+
+    async def _with_body(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        too_large = _error(413, f"the body is larger than {self._max_body_bytes} bytes (--max-body-mb)")
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._max_body_bytes:
+            await too_large(scope, receive, send)
+            return
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                await too_large(scope, receive, send)
+                return
+            if not message.get("more_body"):
+                break
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        del body
+
+        async def replay() -> Message:
+            nonlocal whole
+            if whole is None:
+                return await receive()
+            message, whole = whole, None
+            return message
+
+        await self._app(scope, replay, send)
+
+
+class _Server(uvicorn.Server):
+    # uvicorn raises the signal again after a graceful stop, which would end the process before Ray is stopped.
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def _serve(pool: WorkerPool, server: uvicorn.Server, sock: socket.socket) -> int:
+    """Serve until a signal or until the models cannot be loaded; returns the exit code."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if server.should_exit:
+            server.force_exit = True
+        else:
+            logger.info("stopping: requests in flight have %d s to finish", GRACE_S)
+            server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+    started = time.monotonic()
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    loading = asyncio.create_task(pool.load())
+    watching: asyncio.Task[None] | None = None
+    code = 0
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        try:
+            loading.result()
+        except SiopError as error:
+            logger.error("the scorer cannot start: %s", error)
+            code, server.should_exit = 1, True
+        else:
+            assert pool.info is not None
+            logger.info(
+                "ready after %.1f s: %d worker(s), model %s, NLI %s",
+                time.monotonic() - started,
+                pool.num_workers,
+                pool.info.engine.model,
+                pool.info.nli,
+            )
+            watching = asyncio.create_task(pool.watch())
+    try:
+        await serving
+    finally:
+        for task in (loading, watching):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m verl.utils.siop.scoring_server",
+        description="Scoring service of SIOP: support of references by a language model, clusters and entailment by an "
+        "NLI model, over HTTP.",
+        epilog="Environment: SIOP_API_TOKEN, if set, is the bearer token that every request but /health must bring; "
+        "RAY_ADDRESS, if set, is the Ray cluster to join (default: a private local Ray).",
+    )
+    parser.add_argument("--model", required=True, help="scorer language model: a directory or a hub id")
+    parser.add_argument("--nli-model", help="NLI sequence classifier: a directory or a hub id (default: none)")
+    parser.add_argument(
+        "--nli-backend",
+        choices=("auto", *NLI_BACKENDS),
+        default="auto",
+        help="lexical compares words and needs no model; auto: transformers with --nli-model, else lexical",
+    )
+    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="engine of the scorer model")
+    parser.add_argument("--num-gpus", type=int, help="GPUs, one worker each; 0: CPU (default: all GPUs seen)")
+    parser.add_argument("--num-workers", type=int, default=1, help="workers on CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each worker (default: the CPUs shared out)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="weights of the scorer model; auto: float32 on CPU, the checkpoint's type on GPU",
+    )
+    parser.add_argument(
+        "--max-model-len", type=int, help="longest prompt + response + reference in tokens (default: the model's limit)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
+    parser.add_argument("--max-body-mb", type=float, default=64, help="largest request body (default: %(default)s)")
+    parser.add_argument(
+        "--max-concurrency",
+        type=int,
+        default=64,
+        help="requests at once; more get 503 with Retry-After (default: %(default)s)",
+    )
+    return parser
+
+
+def _model_path(option: str, model: str) -> str:
+    """The absolute path of a model directory (workers may run elsewhere), or a hub id as it is."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SiopConfigError(f"{option}: {model} holds no model (config.json is missing)")
+        return str(path.resolve())
+    if path.exists():
+        raise SiopConfigError(f"{option}: {model} is not a model directory")
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+        raise SiopConfigError(f"{option}: the model directory {model} does not exist")
+    return model
+
+
+def _check_nli_labels(model: str) -> None:
+    """Refuse a local model that is no NLI model before anything is started for it."""
+    path = Path(model) / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            entailment_index(
+                {int(index): label for index, label in config.get("id2label", {0: "LABEL_0", 1: "LABEL_1"}).items()}
+            )
+        except (ValueError, AttributeError) as error:
+            raise SiopConfigError(f"--nli-model: {model}: {error}") from error
+
+
+def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
+    """Validated worker settings, number of workers and GPUs per worker."""
+    for option in ("num_workers", "max_concurrency", "threads", "max_model_len", "max_body_mb"):
+        value = getattr(args, option)
+        if value is not None and value <= 0:
+            raise SiopConfigError(f"--{option.replace('_', '-')} must be more than 0, not {value}")
+    model = _model_path("--model", args.model)
+    nli_backend = args.nli_backend
+    if nli_backend == "auto":
+        nli_backend = "transformers" if args.nli_model else "lexical"
+    if nli_backend == "transformers" and not args.nli_model:
+        raise SiopConfigError("--nli-backend transformers needs --nli-model")
+    if nli_backend == "lexical" and args.nli_model:
+        raise SiopConfigError(f"--nli-backend lexical uses no model, but --nli-model is {args.nli_model}")
+    nli_model = _model_path("--nli-model", args.nli_model) if args.nli_model else None
+
+    if nli_model:
+        _check_nli_labels(nli_model)
+
+    import torch
+
+    seen = torch.cuda.device_count()
+    num_gpus = args.num_gpus if args.num_gpus is not None else seen
+    if num_gpus < 0 or (num_gpus > seen and not os.environ.get("RAY_ADDRESS")):
+        raise SiopConfigError(f"--num-gpus is {num_gpus}, this machine has {seen}")
+    num_workers = num_gpus or args.num_workers
+    settings = WorkerSettings(
+        model=model,
+        engine="transformers" if args.engine == "auto" else args.engine,
+        nli_model=nli_model,
+        nli_backend=nli_backend,
+        device="cuda" if num_gpus else "cpu",
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        trust_remote_code=args.trust_remote_code,
+        threads=args.threads or max(1, (os.cpu_count() or 1) // num_workers),
+    )
+    return settings, num_workers, 1 if num_gpus else 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        # Only connections that wait to expire are no obstacle; a listener is.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Bound alone would let a second server bind too (SO_REUSEADDR) and fail only later.
+        sock.listen(128)
+    except (OSError, OverflowError) as error:
+        raise SiopConfigError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+    return sock
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM or Ctrl-C; returns the exit code, 1 for anything that keeps it from starting."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr, force=True)
+    for noisy in ("uvicorn", "httpx", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    pool: WorkerPool | None = None
+    try:
+        settings, num_workers, gpus_per_worker = _settings(args)
+        sock = _bind(args.host, args.port)
+        if settings.nli_backend == "lexical":
+            logger.warning(
+                "NLI backend: lexical. Answers are compared by their normalised words, without a model; "
+                "give --nli-model for clusters by meaning"
+            )
+        logger.info("starting %d worker(s) on %s for %s", num_workers, settings.device, json.dumps(settings.model))
+        pool = WorkerPool(settings, num_workers, gpus_per_worker)
+        pool.start()
+        app, metrics = create_app(pool)
+        guard = Guard(
+            app, metrics, int(args.max_body_mb * 2**20), args.max_concurrency, os.environ.get("SIOP_API_TOKEN") or None
+        )
+        config = uvicorn.Config(
+            guard, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+        )
+        logger.info("listening on http://%s:%d", args.host, sock.getsockname()[1])
+        return asyncio.run(_serve(pool, _Server(config), sock))
+    except SiopError as error:
+        logger.error("the scorer cannot start: %s", error)
+        return 1
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

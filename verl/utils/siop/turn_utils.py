@@ -1,0 +1,149 @@
+"""What a rollout's tokens say: its turns, its final answer, its tool observations and the support boundaries."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from verl.utils.siop.errors import RolloutError, SiopConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOUNDARY_MODES = ("before_answer", "assistant", "observation")
+
+_THINK_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
+# No tag of the pair inside, so that a stray tag before the answer does not swallow it.
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+# A truncated observation has no closing tag.
+_TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
+
+
+def get_assistant_turn_ranges(response_mask: Any) -> list[tuple[int, int]]:
+    """Assistant turns of one rollout: the maximal runs of 1 in its response mask.
+
+    Args:
+        response_mask: L values 0 or 1, as a list, a numpy array or a torch tensor (any device, any type).
+
+    Returns:
+        T half-open ranges ``(start, end)`` into the response tokens, in order.
+
+    Raises:
+        RolloutError: the mask is not one-dimensional or holds other values than 0 and 1.
+
+    >>> get_assistant_turn_ranges([1, 1, 0, 0, 1])
+    [(0, 2), (4, 5)]
+    """
+    if hasattr(response_mask, "detach"):
+        response_mask = response_mask.detach().cpu().tolist()
+    mask_L = np.asarray(response_mask)
+    if mask_L.ndim != 1:
+        raise RolloutError(f"a response mask has one dimension, got an array of shape {mask_L.shape}")
+    assistant_L = mask_L == 1
+    if not np.all(assistant_L | (mask_L == 0)):
+        bad = mask_L[~(assistant_L | (mask_L == 0))][0]
+        raise RolloutError(f"a response mask holds only 0 and 1, got {bad!r}")
+    edges = np.flatnonzero(np.diff(assistant_L.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def boundaries(turn_ranges: Sequence[tuple[int, int]], mode: str) -> list[int]:
+    """Where the support is measured: T + 1 exclusive ends into the response tokens, boundary 0 being the prompt alone.
+
+    - ``before_answer``: the end of each assistant turn, but for the last turn its start (all observations are in, the
+      answer is not).
+    - ``assistant``: the end of each assistant turn; the last prefix contains the answer itself.
+    - ``observation``: the start of the next assistant turn, that is after the tool result and the generation prompt;
+      the last boundary equals the one before, so that the last turn has no gain.
+
+    Args:
+        turn_ranges: T half-open ranges, see :func:`get_assistant_turn_ranges`.
+        mode: one of :data:`BOUNDARY_MODES`.
+
+    Raises:
+        SiopConfigError: unknown mode.
+
+    >>> boundaries([(0, 5), (8, 12), (20, 30)], "before_answer")
+    [0, 5, 12, 20]
+    """
+    starts, ends = [start for start, _ in turn_ranges], [end for _, end in turn_ranges]
+    if mode not in BOUNDARY_MODES:
+        raise SiopConfigError(f"siop_boundary={mode!r} is not allowed; choose one of {', '.join(BOUNDARY_MODES)}")
+    if not turn_ranges:
+        return [0]
+    if mode == "assistant":
+        return [0, *ends]
+    if mode == "before_answer":
+        return [0, *ends[:-1], starts[-1]]
+    return [0, *starts[1:], starts[-1] if len(starts) > 1 else 0]
+
+
+def parse_answer(turn_text: str) -> str:
+    """The last ``<answer>…</answer>`` in the text of one assistant turn, without surrounding white space.
+
+    What stands inside ``<think>`` does not count, closed or not; neither does text before a ``</think>`` without an
+    opening tag (templates that put ``<think>`` into the generation prompt). Empty if there is no complete answer.
+    """
+    text = _THINK_BLOCK.sub("", turn_text).rpartition("</think>")[2].partition("<think>")[0]
+    answers = _ANSWER.findall(text)
+    return answers[-1].strip() if answers else ""
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    # Special tokens stay: a tokenizer may have the tags themselves among them.
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text.strip()
+
+
+def extract_answer(
+    response_ids: Sequence[int], turn_ranges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Final answer of a rollout: :func:`parse_answer` of the last assistant turn's own tokens, never of tool output.
+
+    Args:
+        response_ids: L response tokens.
+        turn_ranges: T half-open ranges of the assistant turns.
+        tokenizer: the policy's tokenizer.
+
+    Returns:
+        The answer without special tokens and surrounding white space; empty if there is none.
+    """
+    if not turn_ranges:
+        return ""
+    start, end = turn_ranges[-1]
+    return _without_special_tokens(parse_answer(_decode(tokenizer, response_ids[start:end])), tokenizer)
+
+
+def extract_observations(
+    response_ids: Sequence[int], turn_ranges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Tool observations of a rollout: the texts between consecutive assistant turns, in order.
+
+    The text inside ``<tool_response>…</tool_response>`` where the template has these tags (several in one observation
+    are joined by a newline), else the whole text between the turns; without special tokens and surrounding white
+    space. An observation without any text is left out: there is nothing in it that could support an answer.
+
+    Args:
+        response_ids: L response tokens.
+        turn_ranges: T half-open ranges of the assistant turns.
+        tokenizer: the policy's tokenizer.
+
+    Returns:
+        At most T - 1 texts.
+    """
+    observations = []
+    for (_, end), (next_start, _) in itertools.pairwise(turn_ranges):
+        text = _decode(tokenizer, response_ids[end:next_start])
+        responses = _TOOL_RESPONSE.findall(text)
+        if responses:
+            text = "\n".join(response.strip() for response in responses)
+        observations.append(_without_special_tokens(text, tokenizer))
+    return [text for text in observations if text]
