@@ -59,7 +59,7 @@ if [[ -n $toy_seed ]]; then
     [[ -f $TOY_DIR/eval.parquet ]] || "$PYTHON" -m examples.toy_world.build --data-only --seed "$toy_seed" --out "$TOY_DIR"
     port=$(free_port)
     export RETRIEVER_URL=http://127.0.0.1:$port/retrieve
-    service=(env "RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl" "RETRIEVER_PORT=$port" "LOG_DIR=$LOG_DIR" bash launch_retriever.sh)
+    service=(env "RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl" "RETRIEVER_PORT=$port" "LOG_DIR=$OUT_DIR/logs" bash launch_retriever.sh)
     trap '"${service[@]}" stop' EXIT
     "${service[@]}"
 fi

@@ -134,5 +134,5 @@ def test_a_missing_registration_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     require_registered()
     monkeypatch.delitem(core_algos.ADV_ESTIMATOR_REGISTRY, "siop")
-    with pytest.raises(PluginNotLoaded, match="advantage estimator 'siop'.*verl.plugins"):
+    with pytest.raises(PluginNotLoaded, match=r"advantage estimator 'siop'.*verl.plugins"):
         require_registered()

@@ -82,6 +82,7 @@ def test_a_correct_setup_passes_up_to_the_scorer(parts: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("algorithm.rollout_correction.rollout_rs=token_k1", r"rollout_rs=token_k1 is not allowed"),
         ("algorithm.siop_gain=linear", r"siop_gain='linear'.*prob, log"),
         ("algorithm.siop_lambda=2", r"siop_lambda=2.*0.* to 1"),
         ("+algorithm.siop_lamda=0.3", r"siop_lamda=0.3; did you mean siop_lambda"),
@@ -135,7 +136,7 @@ def test_model_without_chat_template(parts: dict[str, str], tmp_path: Path, tiny
 
 def test_cpu_settings_and_platform_go_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VERL_PLATFORM")
-    with pytest.raises(SiopConfigError, match="trainer.device=cpu but VERL_PLATFORM=''"):
+    with pytest.raises(SiopConfigError, match=r"trainer.device=cpu but VERL_PLATFORM=''"):
         _check(parts)
 
 

@@ -1,4 +1,4 @@
-"""``python -m examples.toy_world.report``: held-out results before and after training, overall and by question template."""
+"""``python -m examples.toy_world.report``: held-out results before and after training, overall and by template."""
 
 from __future__ import annotations
 

@@ -27,5 +27,5 @@ if not hasattr(_upstream, "records"):
         torch.save(call, os.path.join(os.environ["RECORD_DIR"], f"{time.time_ns()}.pt"))
         return advantages, returns
 
-    record.records = True
+    record.records = True  # type: ignore[attr-defined]
     core_algos.ADV_ESTIMATOR_REGISTRY["siop"] = record

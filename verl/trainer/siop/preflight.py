@@ -33,6 +33,7 @@ def check_before_start(config: DictConfig) -> None:
     """
     siop = SiopConfig.from_algorithm(config.algorithm)
     _check_platform(config)
+    _check_rejection(config)
     tokenizer = _tokenizer(config)
     for key in ("train_files", "val_files"):
         for path in _files(config.data[key]):
@@ -49,6 +50,15 @@ def _check_platform(config: DictConfig) -> None:
         raise SiopConfigError(
             f"trainer.device={config.trainer.device} but VERL_PLATFORM={os.environ.get('VERL_PLATFORM', '')!r}: on a "
             "machine without a GPU use both hardware=cpu and VERL_PLATFORM=cpu, otherwise neither"
+        )
+
+
+def _check_rejection(config: DictConfig) -> None:
+    rejection = (config.algorithm.get("rollout_correction") or {}).get("rollout_rs")
+    if config.algorithm.adv_estimator == "siop" and rejection:
+        raise SiopConfigError(
+            f"algorithm.rollout_correction.rollout_rs={rejection} is not allowed with algorithm.adv_estimator=siop: it "
+            "masks single tokens, and a turn is a run of unmasked tokens; set it to null"
         )
 
 

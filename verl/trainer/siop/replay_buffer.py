@@ -49,7 +49,8 @@ class CheckedReplayBuffer(ReplayBuffer):
         allowed = 0 if partition_id == "val" else batch_size // 2
         if len(failed) > allowed:
             raise RolloutFailed(
-                f"rollouts of {len(failed)} of {batch_size} {partition_id} questions failed; the reasons are logged above"
+                f"rollouts of {len(failed)} of {batch_size} {partition_id} questions failed; the reasons are logged "
+                "above"
             )
         if failed:
             logger.error("%d of %d questions dropped because a rollout of each failed", len(failed), batch_size)

@@ -182,9 +182,7 @@ class SiopTrainer(PPOTrainerSync):
             for i in range(len(keys))
         ]
 
-    async def _score(
-        self, rollouts: list[Rollout]
-    ) -> tuple[tuple[GroupRewards, list[int]], set[str], dict[str, float]]:
+    async def _score(self, rollouts: list[Rollout]) -> tuple[GroupRewards, list[int], set[str], dict[str, float]]:
         """Rewards of the rows that could be scored, those rows, the questions that could not, seconds by call."""
         async with ScoringClient(
             self.siop.siop_scorer_url,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from verl.utils.siop.engines.base import RolloutQuery, SupportResult
 from verl.utils.siop.engines.worker import ScoringWorker, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import SiopConfigError, SiopError
@@ -82,8 +84,11 @@ class WorkerPool:
         if address and address != "local":
             logger.info("joining the Ray cluster at %s", address)
             try:
+                # Ray itself tries for minutes before it says that nobody is there.
+                if match := re.fullmatch(r"(?:ray://)?([^:]+):(\d+)", address):
+                    socket.create_connection((match[1], int(match[2])), timeout=10).close()
                 ray.init(address=address, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise SiopConfigError(
                     f"cannot join the Ray cluster at RAY_ADDRESS={address} (one with token authentication needs "
                     f"RAY_AUTH_MODE=token and its token): {' '.join(str(error).split())[:300]}"
