@@ -120,13 +120,35 @@ def test_new_weights_are_used_and_wrong_names_refused(server: HfServer, model: t
     assert before != after
 
 
+def test_same_seed_same_rollouts_in_any_order_of_arrival(config: Any) -> None:
+    requests = [[72, 101]] * 4 + [[65, 66, 67]] * 2
+
+    async def sample(order: list[int], one_by_one: bool) -> list[tuple[int, ...]]:
+        server = HfServer(config.rollout, config.model)
+        calls = [server.generate(requests[i], {"max_tokens": 8}, request_id=str(i)) for i in order]
+        outputs = [await call for call in calls] if one_by_one else await asyncio.gather(*calls)
+        return sorted(tuple(requests[i] + out.token_ids) for i, out in zip(order, outputs, strict=True))
+
+    first = asyncio.run(sample([0, 1, 2, 3, 4, 5], one_by_one=False))
+    assert asyncio.run(sample([5, 3, 1, 0, 4, 2], one_by_one=True)) == first
+    assert len(set(first)) > 3
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    uniform = [i / 10_000 for i in range(10_000)]
+    drawn = sample_next(logits.expand(10_000, -1), [Sampling(1)] * 10_000, uniform)[0]
+    shares = torch.bincount(drawn, minlength=4) / 10_000
+    assert torch.allclose(shares, logits.softmax(-1)[0], atol=2e-4)
+
+
 def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(3, 1)
     sampling = [Sampling(1, top_k=1), Sampling(1, top_p=0.7), Sampling(1)]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample_next(logits, sampling, generator)[0] for _ in range(400)])
+    uniform = [0.0, 0.2, 0.5, 0.7, 0.9, 0.97, 1 - 2**-53]
+    drawn = torch.stack([sample_next(logits, sampling, [u] * 3)[0] for u in uniform])
     assert set(drawn[:, 0].tolist()) == {0}
     assert set(drawn[:, 1].tolist()) == {0, 1}
     assert set(drawn[:, 2].tolist()) == {0, 1, 2, 3}
     # The log-probability is that of the restricted distribution.
-    assert float(sample_next(logits, sampling, generator)[1][0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(sample_next(logits, sampling, [0.5] * 3)[1][0]) == pytest.approx(0.0, abs=1e-6)

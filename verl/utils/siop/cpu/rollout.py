@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import hashlib
 import logging
 import os
+import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -62,18 +66,19 @@ class Generation:
     sampling: Sampling
     token_ids: list[int]
     log_probs: list[float]
+    random: random.Random
     future: asyncio.Future
 
 
 def sample_next(
-    logits: torch.Tensor, sampling: list[Sampling], generator: torch.Generator
+    logits: torch.Tensor, sampling: list[Sampling], uniform: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row and return its log-probability under the distribution it was drawn from.
 
     Args:
         logits: [B, V] in float32.
         sampling: B parameters; temperature 0 means greedy (its log-probability is that at temperature 1).
-        generator: source of randomness.
+        uniform: B numbers in [0, 1), each of which picks its row's token from the cumulative distribution.
 
     Returns:
         token ids [B] and log-probabilities [B].
@@ -90,7 +95,10 @@ def sample_next(
         drop[:, 0] = False
         scaled = scaled.scatter(-1, index, ordered.masked_fill(drop, float("-inf")))
     log_prob = scaled.log_softmax(-1)
-    drawn = torch.multinomial(log_prob.exp(), 1, generator=generator)[:, 0]
+    cumulative = log_prob.double().exp().cumsum(-1)
+    # At the largest uniform number rounding must not lead past the last token that can be drawn.
+    threshold = torch.tensor(uniform, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     greedy = torch.tensor([s.temperature <= 0 for s in sampling])
     token = torch.where(greedy, logits.argmax(-1), drawn)
     return token, log_prob.gather(-1, token[:, None])[:, 0]
@@ -119,8 +127,9 @@ class HfServer:
         self.eos -= {None}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.vocabulary = len(tokenizer)
-        self.generator = torch.Generator().manual_seed(self.config.seed + replica_rank)
+        self.replica_rank = replica_rank
         self.global_steps: int | None = None
+        self.asked: Counter[bytes] = Counter()  # how often each context came since the last weights
         self.waiting: list[Generation] = []
         self.arrived = asyncio.Event()
         self.model_lock = asyncio.Lock()  # a weight update never falls into a decode
@@ -151,7 +160,8 @@ class HfServer:
                 f"data.max_response_length is {total}, rollout.max_model_len is {self.config.max_model_len}"
             )
         sampling = Sampling.from_request(sampling_params, room)
-        request = Generation(list(prompt_ids), sampling, [], [], asyncio.get_running_loop().create_future())
+        future = asyncio.get_running_loop().create_future()
+        request = Generation(list(prompt_ids), sampling, [], [], self._random(prompt_ids), future)
         self.waiting.append(request)
         self.arrived.set()
         await request.future
@@ -161,6 +171,17 @@ class HfServer:
             stop_reason="completed",
             extra_fields={"global_steps": self.global_steps},
         )
+
+    def _random(self, prompt_ids: list[int]) -> random.Random:
+        """Randomness of one request: from the seed, the weights' step, the context, and how often it came before.
+
+        Rollouts of a question start from the same context and are exchangeable, so a step samples the same set of
+        rollouts whatever the order in which requests arrive and are batched.
+        """
+        context = array.array("q", prompt_ids).tobytes()
+        source = (self.config.seed, self.replica_rank, self.global_steps, self.asked[context])
+        self.asked[context] += 1
+        return random.Random(hashlib.blake2b(repr(source).encode() + context).digest())
 
     async def _decode_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -199,7 +220,7 @@ class HfServer:
             cache = out.past_key_values
             # Rows of the embedding beyond the tokenizer (padding of the matrix) are no tokens.
             logits = out.logits[:, -1, : self.vocabulary].float()
-            token, log_prob = sample_next(logits, [row.sampling for row in rows], self.generator)
+            token, log_prob = sample_next(logits, [row.sampling for row in rows], [row.random.random() for row in rows])
             keep = []
             for index, (row, token_id, value) in enumerate(zip(rows, token.tolist(), log_prob.tolist(), strict=True)):
                 row.token_ids.append(token_id)
@@ -229,6 +250,7 @@ class HfServer:
             if missing or unexpected:
                 raise KeyError(f"rollout hf_cpu: weights missing {missing}, unknown {unexpected}")
             self.global_steps = global_steps
+            self.asked.clear()
 
     async def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
