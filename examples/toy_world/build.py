@@ -1,6 +1,6 @@
 """Builds the toy world with one command: model, tokenizer, corpus, questions and tool config.
 
-    python -m examples.toy_world.build --out runs/toy                    # about four minutes on one core, less on two
+    python -m examples.toy_world.build --out runs/toy                    # about four minutes on one core
     python -m examples.toy_world.build --data-only --seed 90 --out DIR   # other facts for the same model, seconds
 
 Writes to the folder:

@@ -35,8 +35,8 @@ _MATRIX_LR, _OTHER_LR = 0.02, 3e-3
 class Schedule:
     """Optimiser steps of the two phases, and how many small worlds their text comes from."""
 
-    copying_steps: int = 750
-    imperfect_steps: int = 650
+    copying_steps: int = 800
+    imperfect_steps: int = 500
     worlds: int = 36
 
     @property
