@@ -56,7 +56,7 @@ fi
 
 if [[ -n $toy_seed ]]; then
     TOY_DIR=${TOY_DIR:-runs/toy}-seed-$toy_seed
-    [[ -f $TOY_DIR/eval.parquet ]] || "$PYTHON" -m examples.toy_world.build --data-only --seed "$toy_seed" --out "$TOY_DIR"
+    "$PYTHON" -m examples.toy_world.build --data-only --seed "$toy_seed" --out "$TOY_DIR"
     port=$(free_port)
     export RETRIEVER_URL=http://127.0.0.1:$port/retrieve
     service=(env "RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl" "RETRIEVER_PORT=$port" "LOG_DIR=$OUT_DIR/logs" bash launch_retriever.sh)

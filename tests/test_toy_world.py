@@ -19,7 +19,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
-from examples.toy_world import build, check
+from examples.toy_world import build
 from examples.toy_world.agent import IMPERFECT, PERFECT, read_observation, trajectory
 from examples.toy_world.tokenizer import (
     REFERENCE_PREFIX,
@@ -161,10 +161,8 @@ def test_hermes_parser_reads_a_search_turn(tokenizer: PreTrainedTokenizerFast) -
     content, calls = asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(ids))
     assert [(c.name, json.loads(c.arguments)["query"].strip()) for c in calls] == [("search", f"founder {company}")]
     assert content.startswith("<think> find founder </think>")
-    assert check.called_query(decoded(tokenizer, ids)) == f"founder {company}"
     for broken in (ids[:-3], ids[:5] + ids[6:], tokenizer.encode(answer_turn_text(company))):
         assert asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(broken))[1] == []
-        assert check.called_query(decoded(tokenizer, broken)) is None
 
 
 @pytest.mark.parametrize("tools", [None, [SEARCH_SCHEMA.model_dump(exclude_unset=True, exclude_none=True)]])
@@ -248,24 +246,8 @@ def test_scripted_agent() -> None:
     assert search("zebra") == "nothing found" and read_observation("nothing found") == []
 
 
-def test_sampled_rollouts_are_consistent(tokenizer: PreTrainedTokenizerFast) -> None:
-    world = warm_start_world(0, 2)
-    questions = [q.text for q in world.questions()[:6]]
-    model = warm_start(tokenizer, seed=0, schedule=Schedule(2, 2, 2), show_progress=False)
-    sampled = check.sample(model, tokenizer, questions, search_in(world_index(world, "z")), max_response_tokens=30)
-    again = check.sample(model, tokenizer, questions, search_in(world_index(world, "z")), max_response_tokens=30)
-    assert [e.ids for e in sampled] == [e.ids for e in again]
-    assert all(0 < len(e.ids) - e.prompt_length <= 30 for e in sampled)
-    # Greedy decoding in a left-padded batch equals the likeliest token given the ids alone.
-    for episode in check.sample(model, tokenizer, questions, str, temperature=0.0, max_turns=1, max_response_tokens=8):
-        logits = model(torch.tensor([episode.ids])).logits[0, episode.prompt_length - 1 : -1]
-        assert logits.argmax(-1).tolist() == episode.ids[episode.prompt_length :]
-    assert check.Episode([], 0, ["<answer> a </answer>", "<answer> b </answer> <answer> c </answer>"]).answer == "c"
-    assert check.Episode([], 0, ["<answer> a </answer>", "x"]).answer == ""
-
-
 def test_warm_start_is_deterministic_and_learns(tokenizer: PreTrainedTokenizerFast) -> None:
-    episodes = make_examples(tokenizer, PERFECT, seed=0, first_world=90, worlds=1, count=32)
+    episodes = make_examples(tokenizer, PERFECT, seed=0, first_world=7, worlds=1, count=32)
     ids = [torch.tensor([e.ids]) for e in episodes]
 
     def nll(model: Any) -> float:
@@ -316,8 +298,6 @@ def test_whole_build(tmp_path: Path) -> None:
     assert meta["build"]["seed"] == 0 and meta["model"]["parameters"] > 280_000
     config = json.loads((tmp_path / "w" / "model" / "config.json").read_text())
     assert config["model_type"] == "qwen3" and (tmp_path / "w" / "model" / "model.safetensors").is_file()
-    files = (tmp_path / "w" / "model", tmp_path / "w" / "eval.parquet", tmp_path / "w" / "corpus.jsonl")
-    assert len(check.exact_match(*files, seed=0, temperature=1.0)) == 7
 
 
 @pytest.mark.parametrize("arguments", [["--eval-questions", "701"], ["--threads", "0"], ["--imperfect-steps", "0"]])
