@@ -6,6 +6,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Two calls at once would install into the same place.
+mkdir -p .venv
+exec 9>.venv/.lock
+flock 9
+
 stamp=.venv/.siop-requirements
 want=$(cat pyproject.toml requirements-cpu.txt | cksum)
 if [[ -f $stamp && $(cat "$stamp") == "$want" ]]; then
@@ -24,10 +29,11 @@ find_python() {
     return 1
 }
 
-if [[ ! -x .venv/bin/python ]]; then
+# pip comes last: without it an earlier creation was interrupted.
+if [[ ! -x .venv/bin/pip ]]; then
     python=$(find_python)
     echo "creating .venv with $("$python" --version)"
-    "$python" -m venv .venv
+    "$python" -m venv --clear .venv
 fi
 
 cpu_index=https://download.pytorch.org/whl/cpu

@@ -19,6 +19,8 @@ from verl.trainer.siop.preflight import DataError, check_before_start
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
+from examples.toy_world.tokenizer import REFERENCE_PREFIX, REFERENCE_SUFFIX
+
 ROOT = Path(__file__).parent.parent
 ROW = {
     "data_source": "test",
@@ -70,6 +72,34 @@ def _parquet(tmp_path: Path, row: dict[str, Any]) -> str:
 
 def test_yaml_and_config_class_have_the_same_defaults() -> None:
     assert SiopConfig.from_algorithm(_config().algorithm) == SiopConfig()
+
+
+@pytest.mark.parametrize("key", sorted(SiopConfig.__dataclass_fields__))
+def test_every_key_is_an_override_without_plus(key: str) -> None:
+    value = {"siop_lambda": 0.3}.get(key, getattr(SiopConfig(), key))
+    text = f'"{value}"' if isinstance(value, str) else value
+    assert SiopConfig.from_algorithm(_config(f"algorithm.{key}={text}").algorithm) == SiopConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("siop", {}),
+        ("release", {"siop_baseline": "pooled", "siop_boundary": "assistant", "siop_gain": "log"}),
+        ("empo", {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast"}),
+        ("ttrl", {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"}),
+        ("grpo", {}),
+    ],
+)
+def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
+    overrides = [f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]", f"ablation={name}"]
+    config = _config(*overrides)
+    assert SiopConfig.from_algorithm(config.algorithm) == SiopConfig(**changes)
+    assert config.algorithm.adv_estimator == ("grpo" if name == "grpo" else "siop")
+    toy = _config(*overrides, "experiment=toy")
+    assert toy.trainer.total_training_steps == 60 and toy.actor_rollout_ref.rollout.n == 8
+    assert toy.algorithm.siop_reference_prefix == REFERENCE_PREFIX
+    assert toy.algorithm.siop_reference_suffix == REFERENCE_SUFFIX
 
 
 def test_a_correct_setup_passes_up_to_the_scorer(parts: dict[str, str]) -> None:
