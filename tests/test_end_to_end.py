@@ -125,6 +125,12 @@ def test_the_estimator_receives_the_turn_rewards_bit_for_bit(quickstart: tuple[Q
         assert call["advantages"].abs().sum() > 0
 
 
+def test_rollout_log_probs_are_the_actors_after_every_weight_sync(quickstart: tuple[Quickstart, str]) -> None:
+    log = (quickstart[0].out / "logs" / "train-siop.log").read_text()
+    differences = [float(x) for x in re.findall(r"training/rollout_probs_diff_max:(\S+)", log)]
+    assert len(differences) == 2 and max(differences) < 1e-4
+
+
 def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) -> None:
     rows = [row for row in quickstart[0].dumped(2) if row["answer"]]
     assert rows

@@ -1,0 +1,143 @@
+"""The trainer's own decisions: which rows are scored, what happens when the scorer fails, what the question is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from method_helpers import Scorer, byte_tokenizer, run, search_rollout
+from tensordict import TensorDict
+from verl.trainer.siop import trainer as module
+from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _question, _session
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
+from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
+
+ROLLOUTS = [search_rollout(uid, answer, ["x is here"]) for uid in ("a", "b", "c") for answer in ("x", "y")]
+
+
+class FailingScorer(Scorer):
+    """Refuses to cluster the answers of some questions, as a scorer does that runs out of length for one of them."""
+
+    bad: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    async def __aenter__(self) -> FailingScorer:
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        return None
+
+    async def cluster(self, question: str, answers: list[str]) -> list[int]:
+        if question in self.bad:
+            raise ScorerError(f"cannot score {question}")
+        return await super().cluster(question, answers)
+
+
+def _trainer(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], **keys: Any) -> SiopTrainer:
+    trainer = object.__new__(SiopTrainer)
+    trainer.siop, trainer.tokenizer = SiopConfig(**keys), byte_tokenizer()
+    monkeypatch.setattr(module, "ScoringClient", FailingScorer)
+    monkeypatch.setattr(FailingScorer, "bad", bad)
+    return trainer
+
+
+def test_all_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards, rows, dropped, seconds = asyncio.run(_trainer(monkeypatch, ())._score(ROLLOUTS))
+    assert rows == list(range(6)) and dropped == set()
+    assert rewards.turn_rewards == run(ROLLOUTS).turn_rewards
+    assert set(seconds) == {"cluster", "entailment", "support"}
+
+
+def test_a_scorer_error_ends_the_run_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ScorerError, match="cannot score Q b"):
+        asyncio.run(_trainer(monkeypatch, ("Q b",))._score(ROLLOUTS))
+
+
+def test_drop_group_leaves_out_the_failed_question_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(monkeypatch, ("Q b",), siop_on_scorer_error="drop_group")
+    rewards, rows, dropped, _ = asyncio.run(trainer._score(ROLLOUTS))
+    assert dropped == {"b"} and rows == [0, 1, 4, 5]
+    assert rewards.turn_rewards == run([ROLLOUTS[row] for row in rows]).turn_rewards
+
+
+def test_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(monkeypatch, ("Q a", "Q b", "Q c"), siop_on_scorer_error="drop_group")
+    with pytest.raises(EveryGroupDropped, match="all 3 questions"):
+        asyncio.run(trainer._score(ROLLOUTS))
+
+
+def test_an_absent_scorer_ends_the_run() -> None:
+    trainer = object.__new__(SiopTrainer)
+    trainer.tokenizer = byte_tokenizer()
+    trainer.siop = SiopConfig(siop_scorer_url="http://127.0.0.1:9", siop_scorer_timeout_s=0.2)
+    with pytest.raises(ScorerUnavailable, match=r"127\.0\.0\.1:9"):
+        asyncio.run(trainer._score(ROLLOUTS))
+
+
+def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(monkeypatch, ("Q b",), siop_on_scorer_error="drop_group")
+    trainer._records = {f"{r.uid}_{i % 2}_0": {} for i, r in enumerate(ROLLOUTS)}
+    keys = list(trainer._records)
+    monkeypatch.setattr(trainer, "_rollouts", lambda keys, data: ROLLOUTS)
+    written: dict[str, dict[str, torch.Tensor]] = {key: {} for key in keys}
+
+    def put(keys: list[str], partition_id: str, fields: TensorDict) -> None:
+        for name, values in fields.items():
+            for key, row in zip(keys, values.unbind(), strict=True):
+                written[key][str(name)] = row
+
+    monkeypatch.setattr(module.tq, "kv_batch_put", put)
+    masks = [torch.tensor(r.response_mask) for r in ROLLOUTS]
+    data = TensorDict({"response_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}, batch_size=6)
+    metrics: dict[str, float] = {}
+    trainer._write_turn_rewards(keys, data, "train", metrics)
+    for key, mask in zip(keys, masks, strict=True):
+        if key.startswith("b"):
+            assert not written[key]["rm_scores"].any() and not written[key]["response_mask"].any()
+        else:
+            assert "response_mask" not in written[key]
+            rewards = written[key]["rm_scores"]
+            assert rewards[mask == 1].any()
+            assert rewards[rewards != 0].tolist() == trainer._records[key]["turn_rewards"]
+    assert metrics["siop/dropped_groups"] == 1 and metrics["siop/groups"] == 2
+
+
+def test_labels_reach_the_method_only_when_asked_for() -> None:
+    one = torch.nested.as_nested_tensor([torch.tensor([1, 2])], layout=torch.jagged)
+    fields: dict[str, Any] = {"prompts": one, "responses": one, "response_mask": one * 0 + 1}
+    columns = {
+        "uid": ["u"],
+        "raw_prompt": [[{"role": "user", "content": "who?"}]],
+        "extra_info": [{}],
+        "reward_model": [{"ground_truth": {"target": ["me"]}}],
+    }
+
+    def rollouts(config: SiopConfig, key: str) -> list[Rollout]:
+        trainer = object.__new__(SiopTrainer)
+        trainer.siop = config
+        return trainer._rollouts([key], {**fields, **columns})  # type: ignore[arg-type]
+
+    assert rollouts(SiopConfig(), "u_0_0") == [Rollout("u", "who?", [1, 2], [1, 2], [1, 1], None)]
+    assert rollouts(SiopConfig(siop_use_gold_ref=True), "u_0_0")[0].gold == ["me"]
+    with pytest.raises(SiopError, match=r"several trajectories for one session .*u_0_1"):
+        rollouts(SiopConfig(), "u_0_1")
+
+
+def test_question_is_the_bare_one() -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "Use <think>. Question: who?"},
+    ]
+    assert _question(messages, {"question": "who?"}) == "who?"
+    assert _question(messages, {}) == _question(messages, None) == "Use <think>. Question: who?"
+    with pytest.raises(SiopError, match="no user message"):
+        _question(messages[:1], None)
+
+
+def test_sessions_of_a_question_are_ordered_by_number() -> None:
+    keys = ["u-1_10_0", "u-1_2_0", "a_b_0_0"]
+    assert sorted(keys, key=_session) == ["a_b_0_0", "u-1_2_0", "u-1_10_0"]
