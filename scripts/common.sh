@@ -54,14 +54,22 @@ run_watch() {
     local log=$1 pid=$2 steps=$3
     while [[ ! -f $log ]] && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
     tail -n +1 -F --pid="$pid" "$log" 2>/dev/null | awk -v steps="$steps" -v every="$(((steps + 9) / 10))" '
-        function metric(name,  i) { i = index($0, " " name ":"); return i ? substr($0, i + length(name) + 2) + 0 : "-" }
+        # A metric that the method does not have is not shown.
+        function show(label, name, form,  i) {
+            i = index($0, " " name ":")
+            if (i) line = line "  " label " " sprintf(form, substr($0, i + length(name) + 2) + 0)
+        }
         match($0, /step:[0-9]+ - /) {
             step = substr($0, RSTART + 5, RLENGTH - 8) + 0
-            if (step % every == 0 || step == 1 || step == steps)
-                printf "           step %d/%d  turns %.2f  no answer %.2f  EM on training questions %.2f  %.1f s\n",
-                    step, steps, metric("siop/turns/mean"), metric("siop/no_answer"), metric("siop/outcome/em"),
-                    metric("timing_s/step")
-            fflush()
+            if (step % every == 0 || step == 1 || step == steps) {
+                line = "           step " step "/" steps
+                show("turns", "siop/turns/mean", "%.2f")
+                show("no answer", "siop/no_answer", "%.2f")
+                show("EM on training questions", "siop/outcome/em", "%.2f")
+                show("seconds", "timing_s/step", "%.1f")
+                print line
+                fflush()
+            }
         }' &
     wait $! || true
 }
