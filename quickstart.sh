@@ -121,6 +121,7 @@ if [[ -d $checkpoint/actor && $checkpoint -nt $TOY_DIR/meta.json ]]; then
     say "      reusing $checkpoint"
 else
     log=$LOG_DIR/train-$method.log
+    rm -f "$log" # of an earlier call, whose steps are not this one's
     EXPERIMENT=$method OUT_DIR=$out TENSORBOARD_DIR=$out/tensorboard bash train_siop.sh -- \
         "ablation=$method" "trainer.total_training_steps=$steps" trainer.save_freq=20 \
         trainer.max_actor_ckpt_to_keep=1 >/dev/null 2>&1 &

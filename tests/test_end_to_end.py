@@ -157,7 +157,7 @@ def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str]) ->
     assert f"reusing {run.out}/before" in output
     log = (run.out / "logs" / "train-siop.log").read_text()
     assert "Resuming from" in log and "global_step_2, setting global step to 2" in log
-    assert [int(x) for x in re.findall(r"step:(\d+) - ", log)] == [3]
+    assert [int(x) for x in re.findall(r"\bstep:(\d+) - ", log)] == [3]
     run.wait_until_nothing_is_left()
 
 
