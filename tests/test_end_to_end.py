@@ -46,6 +46,8 @@ class Quickstart:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Ignored in the background of a shell, and bash cannot trap what was ignored when it started.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, steps: int) -> str:
