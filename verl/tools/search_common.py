@@ -12,7 +12,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
-from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.errors import ServiceUnavailable, SiopConfigError, SiopError
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +34,10 @@ SEARCH_SCHEMA = OpenAIFunctionToolSchema.model_validate(
 _MAX_WAIT_S = 5.0
 
 
-class SearchUnavailable(SiopError, ConnectionError):
-    """A search service could not be reached, or kept failing, within the allowed attempts.
+class SearchUnavailable(ServiceUnavailable):
+    """The search service did not answer, or kept failing."""
 
-    Args:
-        url: the address that was called.
-        attempts: how often it was tried.
-        last_error: the last failure, as text.
-    """
-
-    def __init__(self, url: str, attempts: int, last_error: str) -> None:
-        super().__init__(url, attempts, last_error)
-        self.url, self.attempts, self.last_error = url, attempts, last_error
-
-    def __str__(self) -> str:
-        return (
-            f"no answer from the search at {self.url} after {self.attempts} attempt(s); last error: {self.last_error}"
-        )
+    service = "search"
 
 
 class SearchRefused(SiopError, RuntimeError):

@@ -38,12 +38,12 @@ def _run(config: DictConfig) -> None:
             use_critic=need_critic(config),
         )
         run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(SiopTaskRunner))
-    except SiopError as error:
-        sys.exit(f"error: {error}")
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, SiopError):
-            sys.exit(f"error: {error.cause}")
-        raise
+    except (SiopError, ray.exceptions.RayTaskError) as error:
+        # Ray's wrapper is also an instance of what it wraps, and its text is the whole remote traceback.
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if not isinstance(cause, SiopError):
+            raise
+        sys.exit(f"error: {cause}")
 
 
 def main() -> None:

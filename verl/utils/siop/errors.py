@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class SiopError(Exception):
     """Root of every error that this project raises on purpose."""
@@ -15,8 +17,8 @@ class ScorerError(SiopError, RuntimeError):
     """The scorer answered, but refused the request or sent a response that is not valid."""
 
 
-class ScorerUnavailable(SiopError, ConnectionError):
-    """The scorer could not be reached, or did not answer, within the allowed attempts.
+class ServiceUnavailable(SiopError, ConnectionError):
+    """A service could not be reached, or did not answer, within the allowed attempts.
 
     Args:
         url: the address that was called.
@@ -24,14 +26,23 @@ class ScorerUnavailable(SiopError, ConnectionError):
         last_error: the last failure, as text.
     """
 
+    service: ClassVar[str] = "service"
+
     def __init__(self, url: str, attempts: int, last_error: str) -> None:
         super().__init__(url, attempts, last_error)
         self.url, self.attempts, self.last_error = url, attempts, last_error
 
     def __str__(self) -> str:
         return (
-            f"no answer from the scorer at {self.url} after {self.attempts} attempt(s); last error: {self.last_error}"
+            f"no answer from the {self.service} at {self.url} after {self.attempts} attempt(s); "
+            f"last error: {self.last_error}"
         )
+
+
+class ScorerUnavailable(ServiceUnavailable):
+    """The scorer did not answer."""
+
+    service = "scorer"
 
 
 class RolloutError(SiopError, ValueError):
