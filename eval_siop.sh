@@ -16,11 +16,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
 source scripts/common.sh
 
+help_if_asked "${BASH_SOURCE[0]}" "${1:-}"
 case ${1:-} in
-    -h | --help)
-        print_help "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
     "" | -*) die "which checkpoint? bash eval_siop.sh CHECKPOINT; see --help" ;;
 esac
 checkpoint=$1

@@ -7,12 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
 source scripts/common.sh
 
-case ${1:-} in
-    -h | --help)
-        print_help "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-esac
+help_if_asked "${BASH_SOURCE[0]}" "${1:-}"
 bash scripts/setup_env.sh
 unset CONDA_ENV
 VIRTUAL_ENV=$ROOT/.venv PATH=$ROOT/.venv/bin:$PATH

@@ -27,11 +27,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
 source scripts/common.sh
 
+help_if_asked "${BASH_SOURCE[0]}" "${1:-}"
 case ${1:-} in
-    -h | --help)
-        print_help "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
     "" | --) [[ $# -eq 0 ]] || shift ;;
     *) die "unknown argument '$1'; Hydra overrides go after --, see bash train_siop.sh --help" ;;
 esac

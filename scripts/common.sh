@@ -13,6 +13,16 @@ die() {
 # Prints the header comment of a script as its help text.
 print_help() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$1"; }
 
+# help_if_asked SCRIPT ARGUMENT: prints the help of SCRIPT and ends it if ARGUMENT asks for help.
+help_if_asked() {
+    case ${2:-} in
+        -h | --help)
+            print_help "$1"
+            exit 0
+            ;;
+    esac
+}
+
 # Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the active virtual environment, else .venv, else python.
 pick_python() {
     if [[ -n ${CONDA_ENV:-} ]]; then

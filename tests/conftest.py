@@ -6,13 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from fixtures_scorer import BYTE_TOKENIZER
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-BYTE_TOKENIZER = TESTS / "golden" / "byte_tokenizer"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures_scorer import free_port
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from verl.trainer.siop.preflight import DataError, check_before_start
@@ -34,12 +34,6 @@ def _config(*overrides: str) -> DictConfig:
         return compose("siop_trainer", overrides=["hardware=cpu", *overrides])
 
 
-def _closed_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture
 def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Overrides of a run in which everything is right but that there is no scorer."""
@@ -54,7 +48,7 @@ def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "data.val_files": str(data),
         "data.max_prompt_length": "64",
         "actor_rollout_ref.rollout.multi_turn.tool_config_path": str(tools),
-        "algorithm.siop_scorer_url": f"http://127.0.0.1:{_closed_port()}",
+        "algorithm.siop_scorer_url": f"http://127.0.0.1:{free_port()}",
         "algorithm.siop_scorer_timeout_s": "2",
     }
 

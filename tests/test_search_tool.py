@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fixtures_scorer import free_port
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.local_search_tool import LocalSearchTool
@@ -25,12 +25,6 @@ from verl.utils.siop.errors import SiopConfigError
 
 ROOT = Path(__file__).parents[1]
 PASSAGES = ["the founder of kovaco tozex is nila bodson .", "the chief of kovaco tozex is maro tinson ."]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

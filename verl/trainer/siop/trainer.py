@@ -98,9 +98,9 @@ class SiopTrainer(PPOTrainerSync):
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         # Rollout order within a question is the order of its sessions, whatever order verl's balancing left.
         keys.sort(key=_session)
-        fields = ["uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "extra_fields"]
+        fields = ["uid", "prompts", "responses", "response_mask", "raw_prompt", "reward_model"]
         data = tq.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "reward_model", "data_source"]
+            keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "extra_info", "extra_fields"]
         )
         self._outcome_metrics(keys, data, metrics)
         if self.uses_siop:

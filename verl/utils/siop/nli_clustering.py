@@ -77,6 +77,15 @@ def loose_equivalent(forward: int, backward: int, labels: tuple[int, int, int]) 
     return contradiction not in (forward, backward) and not forward == backward == neutral
 
 
+def identity_key(answer: str) -> str:
+    """What answers share that are equivalent without asking a model: the normalised text.
+
+    An answer of articles and punctuation alone normalises to nothing, which would make all such answers identical; it
+    stands for itself.
+    """
+    return normalize_answer(answer) or answer.strip()
+
+
 def greedy_clusters(answers: Sequence[str], equivalent: Callable[[int, int], bool]) -> list[int]:
     """Cluster answers greedily in their order: an unassigned answer opens a cluster and takes its later equivalents.
 
@@ -91,8 +100,7 @@ def greedy_clusters(answers: Sequence[str], equivalent: Callable[[int, int], boo
     >>> greedy_clusters(["Paris", "Lyon", "paris."], lambda i, j: False)
     [0, 1, 0]
     """
-    # An answer of articles and punctuation alone normalises to nothing, which would make all such answers identical.
-    keys = [normalize_answer(answer) or answer.strip() for answer in answers]
+    keys = [identity_key(answer) for answer in answers]
     clusters: list[int | None] = [None] * len(answers)
     opened = 0
     for i, key in enumerate(keys):

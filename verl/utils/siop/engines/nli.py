@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from verl.utils.siop.errors import InvalidRequest, ScorerError, SequenceTooLong, SiopConfigError
 from verl.utils.siop.nli_clustering import (
     entailment_index,
+    identity_key,
     label_indices,
     loose_equivalent,
     normalize_answer,
@@ -67,7 +68,7 @@ def cluster_in_rounds(
     Returns:
         Cluster ids of each group's answers, 0, 1, … in order of opening.
     """
-    keys = [[normalize_answer(answer) or answer.strip() for answer in answers] for answers in groups]
+    keys = [[identity_key(answer) for answer in answers] for answers in groups]
     ids = [[-1] * len(answers) for answers in groups]
     opened = 0
     while True:
