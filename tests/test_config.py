@@ -43,7 +43,7 @@ def test_defaults() -> None:
         ("siop_baseline", "loo", "leave_one_out, pooled"),
         ("siop_boundary", 1, "before_answer, assistant, observation"),
         ("siop_gain", None, "prob, log"),
-        ("siop_scorer", "policy", "server"),
+        ("siop_scorer", "frozen", "server, policy"),
         ("siop_on_scorer_error", "zero", "raise, drop_group"),
         ("siop_use_gold_ref", "true", "true or false"),
         ("siop_enable_two_pass", 1, "true or false"),

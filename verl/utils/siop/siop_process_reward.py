@@ -69,7 +69,7 @@ class SiopConfig:
     siop_strict_entailment: bool = True
     siop_reference_prefix: str = "\nNow there's enough information to answer\n</think>\n<answer>\n"
     siop_reference_suffix: str = "\n</answer><|im_end|>"
-    siop_scorer: str = _choice("server")
+    siop_scorer: str = _choice("server", "policy")
     siop_scorer_url: str = "http://127.0.0.1:8390"
     siop_scorer_timeout_s: float = _number(600.0, 0.0, above=True)
     siop_on_scorer_error: str = _choice("raise", "drop_group")
