@@ -125,7 +125,7 @@ class ScorerProcess:
                 start_new_session=True,
             )
 
-    def wait_healthy(self, timeout_s: float = 60.0) -> dict:
+    def wait_healthy(self, timeout_s: float = 180.0) -> dict:
         """Wait for 200 from /health and return its JSON."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from verl.utils.siop.engines.base import Probe, RolloutQuery
 from verl.utils.siop.engines.prefix_tree import build_prefix_tree, encode_path
 from verl.utils.siop.engines.transformers_engine import TransformersEngine
-from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError
+from verl.utils.siop.errors import InvalidRequest, SiopConfigError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,16 +156,23 @@ def test_the_weights_of_the_moment_are_used(model):
     np.testing.assert_allclose(after, flat(plain_support(model, rollouts)), atol=1e-4)
 
 
-def test_longest_rollout_is_scored_and_a_longer_one_is_named(model):
+def test_longest_rollout_is_scored_and_a_longer_one_is_an_error_of_its_own(model):
     engine = TransformersEngine(model)
     good = query([1], [2] * 9, [0, 9], ([3, 4], 0, 2))
     fits = query([1], [2] * (MAX_MODEL_LEN - 3), [0, MAX_MODEL_LEN - 3], ([3, 4], 0, 2))
-    np.testing.assert_allclose(
-        flat(engine.support([good, fits]).support), flat(plain_support(model, [good, fits])), atol=1e-4
-    )
     longer = query([1], [2] * (MAX_MODEL_LEN - 2), [0, MAX_MODEL_LEN - 2], ([3, 4], 0, 2))
-    with pytest.raises(SequenceTooLong, match=rf"rollouts\[1\].*{MAX_MODEL_LEN + 1}.*max_model_len is {MAX_MODEL_LEN}"):
-        engine.support([good, longer])
+    result = engine.support([longer, good, longer, fits])
+    np.testing.assert_allclose(
+        flat([result.support[1], result.support[3]]), flat(plain_support(model, [good, fits])), atol=1e-4
+    )
+    assert result.support[0] == result.support[2] == []
+    message = f"too long: {MAX_MODEL_LEN + 1} tokens .*max_model_len is {MAX_MODEL_LEN}$"
+    assert sorted(result.errors) == [0, 2] and all(re.match(message, error) for error in result.errors.values())
+    alone = engine.support([good, fits])
+    assert alone.errors == {}
+    assert (result.computed_tokens, result.requested_tokens) == (alone.computed_tokens, alone.requested_tokens)
+    only = engine.support([longer])
+    assert (only.support, list(only.errors), only.computed_tokens) == ([[]], [0], 0)
 
 
 @pytest.mark.parametrize(

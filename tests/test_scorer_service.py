@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -28,14 +29,18 @@ from fixtures_scorer import (
     save_classifier,
     scorer_env,
 )
+from method_helpers import byte_tokenizer, rollout
+from verl.trainer.siop.trainer import SiopTrainer
+from verl.utils.siop import scoring_client
 from verl.utils.siop.engines.base import Probe, RolloutQuery
 from verl.utils.siop.engines.nli import AnswerGroup, TransformersNli
-from verl.utils.siop.engines.pool import partition
+from verl.utils.siop.engines.pool import WorkerPool, _Worker, partition
 from verl.utils.siop.engines.transformers_engine import TransformersEngine
+from verl.utils.siop.engines.worker import WorkerSettings
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.scoring_server import main
-from verl.utils.siop.siop_process_reward import Reference, SupportRequest
+from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
 
 TOKEN = "secret"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -90,8 +95,8 @@ def body(rollouts: list[SupportRequest]) -> dict:
     }
 
 
-def local(engine, rollouts):
-    queries = [
+def queries(rollouts):
+    return [
         RolloutQuery(
             np.array(r.prompt_ids),
             np.array(r.response_ids),
@@ -100,7 +105,10 @@ def local(engine, rollouts):
         )
         for r in rollouts
     ]
-    return engine.support(queries)
+
+
+def local(engine, rollouts):
+    return engine.support(queries(rollouts))
 
 
 def client(scorer, **options) -> ScoringClient:
@@ -234,12 +242,92 @@ def test_bad_input_that_only_the_model_can_tell(scorer):
     assert post(scorer, "/support", content=b"\xff\xfe").status_code in (400, 422)
 
 
-def test_too_long_is_413_and_names_the_rollout(scorer):
-    data = change("response_ids", [1] * MAX_MODEL_LEN)
-    data["rollouts"][1]["boundaries"] = [MAX_MODEL_LEN]
-    response = post(scorer, "/support", data)
+def too_long(index: int = 1, size: int = 2, fits: bool = False) -> list[SupportRequest]:
+    """A request whose rollout ``index`` takes one token more than the model does, or just fits."""
+    rollouts = request(size=size)
+    rollout = rollouts[index]
+    end = max(reference.end for reference in rollout.references)
+    size = MAX_MODEL_LEN - len(rollout.prompt_ids) - end + (not fits)
+    rollouts[index] = replace(rollout, response_ids=[1] * size, boundaries=[0, size])
+    return rollouts
+
+
+def test_a_rollout_that_is_too_long_is_its_own_error(scorer, engine):
+    answer = post(scorer, "/support", body(too_long(size=3))).json()
+    rest = [rollout for index, rollout in enumerate(too_long(size=3)) if index != 1]
+    assert set(answer) == {"support", "errors", "computed_tokens", "requested_tokens", "elapsed_ms"}
+    assert answer["support"][1] is None
+    np.testing.assert_allclose([answer["support"][0], answer["support"][2]], local(engine, rest).support, atol=1e-4)
+    (error,) = answer["errors"]
+    assert error["rollout"] == 1
+    assert re.match(rf"too long: {MAX_MODEL_LEN + 1} tokens.*max_model_len is {MAX_MODEL_LEN}", error["detail"])
+
+    answer = post(scorer, "/support", body(too_long(fits=True))).json()
+    assert set(answer) == {"support", "computed_tokens", "requested_tokens", "elapsed_ms"}
+    np.testing.assert_allclose(answer["support"][1], local(engine, too_long(fits=True)).support[1], atol=1e-4)
+
+
+def test_the_client_raises_for_a_rollout_that_is_too_long_and_names_it(scorer, monkeypatch):
+    async def ask(rollouts):
+        async with client(scorer) as scorer_client:
+            return await scorer_client.support(rollouts)
+
+    message = rf"rollouts\[1\] is too long: {MAX_MODEL_LEN + 1} tokens.*max_model_len is {MAX_MODEL_LEN}"
+    with pytest.raises(ScorerError, match=message):
+        asyncio.run(ask(too_long()))
+    with pytest.raises(ScorerError, match=f"413.*{message.replace('1', '0', 1)}"):
+        asyncio.run(ask(too_long(0, size=1)))
+    # Of several requests: counted in the whole call.
+    monkeypatch.setattr(scoring_client, "REQUEST_TOKENS", 100)
+    other = [SupportRequest([seed], [2, 3], [0], r.references) for seed, r in enumerate(request(size=60))]
+    with pytest.raises(ScorerError, match=message.replace("1", "61", 1)):
+        asyncio.run(ask(other + too_long()))
+
+
+def test_drop_group_drops_the_question_with_the_long_rollout_alone(scorer, monkeypatch):
+    monkeypatch.setenv("SIOP_API_TOKEN", TOKEN)
+    trainer = object.__new__(SiopTrainer)
+    trainer.tokenizer = byte_tokenizer()
+    keys = {"siop_reference_prefix": "", "siop_reference_suffix": "", "siop_eta": 0.0, "siop_scorer_url": scorer.url}
+    turns = ["look<|im_end|>", "<answer>x</answer><|im_end|>"]
+    rollouts = [rollout(uid, turns, ["y" * size]) for uid, size in [("a", 9), ("b", 9), ("b", 150), ("c", 7)]]
+    trainer.siop = SiopConfig(**keys)
+    with pytest.raises(ScorerError, match=r"rollouts\[2\] is too long"):
+        asyncio.run(trainer._score(rollouts))
+    trainer.siop = SiopConfig(**keys, siop_on_scorer_error="drop_group")
+    rewards, rows, dropped, _ = asyncio.run(trainer._score(rollouts))
+    assert (rows, dropped) == ([0, 3], {"b"})
+    assert all(len(support) == 3 for support in rewards.support)
+
+
+def test_the_pool_names_the_rollouts_of_all_parts(engine):
+    """Two workers get parts of a request; errors and scores go back to the places of the request."""
+    pool = WorkerPool(WorkerSettings(model="unused"), num_workers=2)
+    pool._workers = [_Worker(None, index, up=True) for index in range(2)]
+    sizes = []
+
+    async def call(method, payload, cost):
+        sizes.append(len(payload))
+        return getattr(engine, method)(payload)
+
+    pool._call = call
+    rollouts = too_long(0, 3)
+    rollouts += [SupportRequest(r.prompt_ids[::-1], r.response_ids, r.boundaries, r.references) for r in too_long(2, 3)]
+    result = asyncio.run(pool.support(queries(rollouts)))
+    assert len(sizes) == 2
+    assert list(result.errors) == [0, 5] and result.support[0] == result.support[5] == []
+    for index in (1, 2, 3, 4):
+        np.testing.assert_allclose(result.support[index], local(engine, [rollouts[index]]).support[0], atol=1e-4)
+
+
+def test_too_long_is_413_and_names_what_it_is(scorer):
+    response = post(scorer, "/support", body([too_long()[1]] * 7))
     assert response.status_code == 413
-    assert "rollouts[1]" in response.json()["detail"]
+    assert "rollouts[0] is too long" in response.json()["detail"] and "and 2 more" in response.json()["detail"]
+    items = [{"prompt_ids": [1], "response_ids": [2] * size, "ref_start": 0, "ref_end": size} for size in (127, 128)]
+    response = post(scorer, "/score", {"items": items})
+    assert response.status_code == 413
+    assert "items[1] is too long: 129 tokens" in response.json()["detail"]
     response = post(
         scorer, "/cluster", {"groups": [{"group_id": "a", "question": "q", "answers": ["x" * 90, "y" * 90]}]}
     )

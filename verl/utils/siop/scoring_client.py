@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
+import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from verl.utils.siop.content_digest import content_digest, is_intact
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 
 if TYPE_CHECKING:
@@ -25,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RETRIED_STATUS = (502, 503, 504)
+# 400: what this client sends is well-formed, so it was spoiled on its way. 408: so was its end, or it was slow.
+RETRIED_STATUS = (400, 408, 502, 503, 504)
 CONNECT_TIMEOUT_S = 5.0
-MAX_BACKOFF_S = 10.0
+MAX_BACKOFF_S = 30.0
 MAX_RETRY_AFTER_S = 60.0
+# Rounding may lift a log-probability of 0 a little.
+MAX_LOGPROB = 1e-3
 # A call is split beyond these, so that it stays well under the server's limits and spreads over its workers.
 REQUEST_TOKENS = 1_000_000
 REQUEST_PAIRS = 4096
@@ -53,21 +60,25 @@ class ScoringClient:
     and used in several, one after the other: each loop gets its own connections on first use.
 
     Requests are pure, so every failure that may pass (no connection, a dropped one, a time-out, 502, 503, 504, a
-    garbled answer) is tried again with exponential backoff and jitter, at least ``Retry-After`` later where the server
-    gives one. No method ever returns a value that the scorer did not send.
+    garbled message) is tried again with exponential backoff and jitter, at least ``Retry-After`` later where the server
+    gives one. No method ever returns a value that the scorer did not send: bodies carry a digest both ways (RFC 9530),
+    an answer must bear the id of its request, and its numbers must be as many as asked for and in range.
 
     Args:
         url: address of the service, as ``http://127.0.0.1:8390``.
         strict: equivalence of answers by entailment both ways; else by no contradiction and not both neutral.
         timeout_s: longest wait for the answer to one attempt.
+        deadline_s: longest time of a request with all its attempts, default ``3 * timeout_s``; the time until it is
+            its turn (``max_concurrency``) does not count.
         token: bearer token, default ``SIOP_API_TOKEN``.
-        attempts: tries of each request.
+        attempts: tries of each request; the default outlasts a restart of about a minute.
         max_concurrency: requests at once.
-        backoff_s: pause before the second attempt; it doubles from there, up to 10 s.
+        backoff_s: pause before the second attempt; it doubles from there, up to 30 s, and is drawn between once and
+            twice that.
 
     Raises (all methods):
         ScorerUnavailable: no answer after the last attempt.
-        ScorerError: the service refused the request, or its answer is not valid.
+        ScorerError: the service refused the request, could not score one of its rollouts, or its answer is not valid.
     """
 
     def __init__(
@@ -76,17 +87,20 @@ class ScoringClient:
         *,
         strict: bool = True,
         timeout_s: float = 600.0,
+        deadline_s: float | None = None,
         token: str | None = None,
-        attempts: int = 6,
+        attempts: int = 8,
         max_concurrency: int = 16,
         backoff_s: float = 0.5,
     ) -> None:
         self.url = url.rstrip("/")
         self._strict = strict
         self._timeout_s, self._attempts, self._backoff_s = timeout_s, attempts, backoff_s
+        self._deadline_s = deadline_s if deadline_s is not None else 3 * timeout_s
         self._max_concurrency = max_concurrency
         token = token if token is not None else os.environ.get("SIOP_API_TOKEN")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # A proxy that compresses would change the body, and so its digest.
+        self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -115,33 +129,36 @@ class ScoringClient:
             self._http = httpx.AsyncClient(
                 base_url=self.url,
                 headers=self._headers,
-                timeout=httpx.Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s)),
+                timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),  # _attempt limits the rest
                 limits=httpx.Limits(max_connections=self._max_concurrency),
                 trust_env=False,  # the scorer is a neighbour: a proxy for the outside world is not the way to it
             )
         return self._http, self._slots
 
     async def wait_ready(self, timeout_s: float = 300.0) -> dict[str, Any]:
-        """Wait until every worker of the service is ready, with a progress line every 10 s.
+        """Wait until every worker of the service is ready, with a progress line at once and then every 10 s.
 
         Returns:
             The JSON of ``/health``.
         """
         http, _ = self._connection()
-        started = reported = time.monotonic()
+        started = time.monotonic()
+        reported = -math.inf
         attempts = 0
         while True:
             attempts += 1
             try:
-                response = await http.get("/health", timeout=min(5.0, timeout_s))
+                response = await asyncio.wait_for(http.get("/health"), min(5.0, timeout_s))
                 state = f"HTTP {response.status_code} {response.text[:200]}"
                 if response.status_code == 200:
                     health = response.json()
-                    logger.info("scorer at %s is ready: %s", self.url, health)
-                    return health
-            except httpx.TransportError as error:
+                    if isinstance(health, dict) and health.get("status") == "healthy":
+                        logger.info("scorer at %s is ready: %s", self.url, health)
+                        return health
+                    state = f"not a scorer: {state}"
+            except (httpx.TransportError, asyncio.TimeoutError) as error:
                 state = _describe(error)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 state = f"not a scorer: {state}"
             now = time.monotonic()
             if now - started >= timeout_s:
@@ -187,89 +204,97 @@ class ScoringClient:
         Rollouts that follow each other with the same prompt go into one request.
         """
 
-        async def chunk(part: list[SupportRequest]) -> list[list[list[float]]]:
+        async def chunk(start: int, part: list[SupportRequest]) -> list[list[list[float]]]:
             def read(data: Any) -> list[list[list[float]]]:
                 support = _only(data["support"], len(part))
+                if failed := data.get("errors"):
+                    named = [f"rollouts[{start + int(error['rollout'])}] is {error['detail']}" for error in failed]
+                    more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+                    raise ScorerError(f"{self.url}/support: {'; '.join(named[:5])}{more}")
                 for rollout, rows in zip(part, support, strict=True):
                     for row in _only(rows, len(rollout.boundaries)):
-                        _numbers(row, len(rollout.references))
+                        _numbers(row, len(rollout.references), -sys.float_info.max, MAX_LOGPROB)
                 return support
 
             return await self._post("/support", {"rollouts": [_rollout_json(rollout) for rollout in part]}, read)
 
         parts: list[list[SupportRequest]] = []
+        starts: list[int] = []
         size = 0
         for index, rollout in enumerate(rollouts):
             tokens = len(rollout.prompt_ids) + len(rollout.response_ids)
             same_group = index > 0 and rollouts[index - 1].prompt_ids == rollout.prompt_ids
             if not parts or (size + tokens > REQUEST_TOKENS and not same_group):
                 parts.append([])
+                starts.append(index)
                 size = 0
             parts[-1].append(rollout)
             size += tokens
-        return [scores for support in await asyncio.gather(*map(chunk, parts)) for scores in support]
+        return [scores for support in await asyncio.gather(*map(chunk, starts, parts)) for scores in support]
 
     async def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """POST until it is answered; ``read`` checks the JSON and picks the result."""
         http, slots = self._connection()
         content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex[:12]}
-
-        def wait(state: RetryCallState) -> float:
-            failure = state.outcome.exception() if state.outcome else None
-            asked = failure.retry_after_s if isinstance(failure, _Retry) else None
-            backoff = min(self._backoff_s * 2 ** (state.attempt_number - 1), MAX_BACKOFF_S)
-            pause = max(backoff, min(asked or 0.0, MAX_RETRY_AFTER_S))
-            return pause + random.uniform(0.0, self._backoff_s)  # or all that failed together come back together
-
-        def report(state: RetryCallState) -> None:
-            failure = state.outcome.exception() if state.outcome else None
-            logger.warning(
-                "scorer %s%s: attempt %d of %d failed: %s",
-                self.url,
-                path,
-                state.attempt_number,
-                self._attempts,
-                failure,
-            )
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts),
-            wait=wait,
-            retry=retry_if_exception_type(_Retry),
-            before_sleep=report,
-            reraise=True,
-        )
-
-        async def attempt() -> T:
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Digest": content_digest(content),
+            "X-Request-Id": uuid.uuid4().hex[:12],
+        }
+        deadline = time.monotonic() + self._deadline_s
+        for number in itertools.count(1):
+            queued = time.monotonic()
             async with slots:
-                return await self._attempt(http, path, content, headers, read)
-
-        try:
-            return await retrying(attempt)
-        except _Retry as error:
-            if error.answered:
-                raise ScorerError(f"{self.url}{path}: {error}") from error
-            raise ScorerUnavailable(f"{self.url}{path}", self._attempts, str(error)) from error
+                started = time.monotonic()
+                deadline += started - queued
+                try:
+                    return await self._attempt(http, path, content, headers, read, deadline - started)
+                except _Retry as error:
+                    failure = error
+            backoff = min(self._backoff_s * 2 ** (number - 1), MAX_BACKOFF_S)
+            pause = max(backoff, min(failure.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
+            pause += random.uniform(0.0, backoff)  # or all that failed together come back together
+            if number >= self._attempts or time.monotonic() + pause >= deadline:
+                break
+            logger.warning("scorer %s%s: attempt %d of %d failed: %s", self.url, path, number, self._attempts, failure)
+            await asyncio.sleep(pause)
+        if failure.answered:
+            raise ScorerError(f"{self.url}{path}: {failure}") from failure
+        raise ScorerUnavailable(f"{self.url}{path}", number, str(failure)) from failure
 
     async def _attempt(
-        self, http: httpx.AsyncClient, path: str, content: bytes, headers: dict[str, str], read: Callable[[Any], T]
+        self,
+        http: httpx.AsyncClient,
+        path: str,
+        content: bytes,
+        headers: dict[str, str],
+        read: Callable[[Any], T],
+        left_s: float,
     ) -> T:
+        timeout_s = min(self._timeout_s, left_s)
         try:
-            response = await http.post(path, content=content, headers=headers)
+            # httpx's own limits are for each read: a server that sends a byte now and then would hold us for ever.
+            response = await asyncio.wait_for(http.post(path, content=content, headers=headers), timeout_s)
+        except asyncio.TimeoutError as error:
+            raise _Retry(f"no answer within {timeout_s:.4g} s") from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _Retry(_describe(error)) from error
         if response.status_code in RETRIED_STATUS:
             raise _Retry(
                 f"HTTP {response.status_code}: {_detail(response)}", _seconds(response.headers.get("Retry-After"))
             )
+        if not is_intact(response.content, response.headers.get("Content-Digest")):
+            raise _Retry("the answer does not match its Content-Digest")
+        if response.headers.get("X-Request-Id", headers["X-Request-Id"]) != headers["X-Request-Id"]:
+            raise _Retry("the answer is that of another request (X-Request-Id)")
         if response.status_code != 200:
             raise ScorerError(f"{self.url}{path}: HTTP {response.status_code}: {_detail(response)}")
         try:
             return read(response.json())
-        except (_Malformed, ValueError, KeyError, TypeError, IndexError) as error:
+        except (_Malformed, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise _Retry(
-                f"the answer is not valid ({type(error).__name__}: {error}): {response.text[:200]}", answered=True
+                f"the answer is not valid ({type(error).__name__}: {str(error)[:200]}): {response.text[:200]}",
+                answered=True,
             ) from error
 
 
@@ -291,18 +316,22 @@ def _only(values: Any, size: int) -> list[Any]:
     return values
 
 
-def _numbers(values: Any, size: int, low: float = -math.inf, high: float = math.inf) -> list[float]:
+def _numbers(values: Any, size: int, low: float, high: float) -> list[float]:
     for value in _only(values, size):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise _Malformed(f"{value!r} is not a finite number")
-        if not low <= value <= high:
-            raise _Malformed(f"{value!r} is outside {low}..{high}")
+        # NaN is in no range.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise _Malformed(f"{str(value)[:50]!r} is not a number from {low} to {high}")
     return values
 
 
 def _seconds(header: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3); its date form is not used by the service."""
-    return float(header) if header is not None and header.isdigit() else None
+    """Seconds of a ``Retry-After`` header, which gives them or a date (RFC 9110 section 10.2.3)."""
+    if header is None or re.fullmatch("[0-9]+", header):
+        return float(header) if header else None
+    try:
+        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return None
 
 
 def _describe(error: Exception) -> str:
@@ -316,5 +345,5 @@ def _detail(response: httpx.Response) -> str:
         if isinstance(detail, list):
             detail = "; ".join(f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in detail)
         return str(detail)[:2000]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return response.text[:200]

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from verl.utils.siop.engines.base import Probe, RolloutQuery, check_rollouts
+from verl.utils.siop.content_digest import content_digest, is_intact
+from verl.utils.siop.engines.base import Probe, RolloutQuery, check_rollouts, too_long
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
 from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, WorkerSettings
@@ -101,13 +102,24 @@ class SupportBody(_Model):
     rollouts: list[SupportRollout] = Field(max_length=8192)
 
 
-class SupportAnswer(BaseModel):
-    """``support[rollout][boundary][reference]``: mean log-probabilities."""
+class RolloutFailure(BaseModel):
+    """Why the rollout of this index was not scored."""
 
-    support: list[list[list[float]]]
+    rollout: int
+    detail: str
+
+
+class SupportAnswer(BaseModel):
+    """``support[rollout][boundary][reference]``: mean log-probabilities.
+
+    ``errors`` is there only if some rollouts are too long for the model; their support is null.
+    """
+
+    support: list[list[list[float]] | None]
     computed_tokens: int
     requested_tokens: int
     elapsed_ms: float
+    errors: list[RolloutFailure] | None = None
 
 
 class ScoreItem(_Model):
@@ -285,9 +297,12 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
             }
         )
 
-    @app.post("/support")
+    @app.post("/support", response_model_exclude_none=True)
     async def support(body: SupportBody) -> SupportAnswer:
-        """Mean log-probability of every reference at every boundary of every rollout."""
+        """Mean log-probability of every reference at every boundary of every rollout.
+
+        Rollouts that are too long for the model are listed in ``errors``; if all of them are, the status is 413.
+        """
         started = time.perf_counter()
         rollouts = [
             RolloutQuery(
@@ -302,16 +317,23 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
         result = await pool.support(rollouts)
         metrics.computed.inc(result.computed_tokens)
         metrics.requested.inc(result.requested_tokens)
+        errors = result.errors
+        if errors and len(errors) == len(rollouts):
+            raise SequenceTooLong(_too_long("rollouts", errors))
         return SupportAnswer(
-            support=result.support,
+            support=[None if index in errors else scores for index, scores in enumerate(result.support)],
             computed_tokens=result.computed_tokens,
             requested_tokens=result.requested_tokens,
             elapsed_ms=_elapsed_ms(started),
+            errors=[RolloutFailure(rollout=i, detail=detail) for i, detail in errors.items()] or None,
         )
 
     @app.post("/score")
     async def score(body: ScoreBody) -> ScoresAnswer:
-        """Mean log-probability of a range of each item's response; shared prefixes are computed once."""
+        """Mean log-probability of a range of each item's response; shared prefixes are computed once.
+
+        One item that is too long for the model makes the status 413.
+        """
         started = time.perf_counter()
         empty = _tokens([])
         items = [
@@ -327,6 +349,9 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
             message = str(error).replace(".references[0].token_ids", ".response_ids")
             message = message.replace(".references[0].start", ".ref_start").replace("references[0]", "response_ids")
             raise type(error)(message) from error
+        assert pool.info is not None
+        if errors := too_long(items, pool.info.engine):
+            raise SequenceTooLong(_too_long("items", errors))
         result = await pool.support(items)
         metrics.computed.inc(result.computed_tokens)
         metrics.requested.inc(result.requested_tokens)
@@ -368,6 +393,11 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
     return app, metrics
 
 
+def _too_long(field: str, errors: Mapping[int, str]) -> str:
+    shown = "; ".join(f"{field}[{index}] is {message}" for index, message in list(errors.items())[:5])
+    return f"{shown}; and {len(errors) - 5} more" if len(errors) > 5 else shown
+
+
 def _elapsed_ms(started: float) -> float:
     return (time.perf_counter() - started) * 1000
 
@@ -379,7 +409,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware: request ids, access log, metrics, bearer token, body limit and concurrency limit.
+    """ASGI middleware: request ids, digests, access log, metrics, bearer token, body limit and concurrency limit.
+
+    A body that does not match its ``Content-Digest`` (RFC 9530) gets 400; answers carry one.
 
     Args:
         app: the application.
@@ -387,13 +419,21 @@ class Guard:
         max_body_bytes: larger bodies get 413, unread where their length is declared.
         max_concurrency: POST requests beyond this many at once get 503 with ``Retry-After``.
         token: expected bearer token, None for no check. ``/health`` is always open.
+        body_timeout_s: bodies that take longer to arrive get 408.
     """
 
     def __init__(
-        self, app: Any, metrics: _Metrics, max_body_bytes: int, max_concurrency: int, token: str | None = None
+        self,
+        app: Any,
+        metrics: _Metrics,
+        max_body_bytes: int,
+        max_concurrency: int,
+        token: str | None = None,
+        body_timeout_s: float = 60.0,
     ) -> None:
         self._app, self._metrics = app, metrics
         self._max_body_bytes, self._max_concurrency, self._token = max_body_bytes, max_concurrency, token
+        self._body_timeout_s = body_timeout_s
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -405,13 +445,20 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex[:12]
-        status = 500
+        status = 499  # that of a client that went away before its answer
+        start: Message | None = None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, start
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                start = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                return
+            if start is not None:  # held until the body is here, for its digest
+                if not message.get("more_body"):
+                    start["headers"].append((b"content-digest", content_digest(message.get("body", b"")).encode()))
+                await send(start)
+                start = None
             await send(message)
 
         is_work = scope["method"] == "POST"
@@ -454,8 +501,14 @@ class Guard:
             await too_large(scope, receive, send)
             return
         body = bytearray()
+        deadline = time.monotonic() + self._body_timeout_s
         while True:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError:  # or clients that died in the middle of a request would fill the limit
+                late = _error(408, f"the body did not arrive within {self._body_timeout_s:g} s")
+                await late(scope, receive, send)
+                return
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
@@ -464,6 +517,9 @@ class Guard:
                 return
             if not message.get("more_body"):
                 break
+        if not is_intact(body, headers.get(b"content-digest", b"").decode("latin-1")):
+            await _error(400, "the body does not match its Content-Digest")(scope, receive, send)
+            return
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
         del body
 

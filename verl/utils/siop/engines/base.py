@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from verl.utils.siop.errors import InvalidRequest, SequenceTooLong
+from verl.utils.siop.errors import InvalidRequest
 
 TokenArray = NDArray[np.int64]
 
@@ -49,14 +49,16 @@ class SupportResult:
     """Scores of a request.
 
     Attributes:
-        support: [rollout][boundary][reference] mean log-probability.
+        support: [rollout][boundary][reference] mean log-probability; ``[]`` for a rollout with an error.
         computed_tokens: tokens that went through the model.
-        requested_tokens: tokens of all (boundary, reference) pairs as separate full sequences.
+        requested_tokens: tokens of all (boundary, reference) pairs as separate full sequences, of scored rollouts.
+        errors: why a rollout was not scored, by its index; see :func:`too_long`.
     """
 
     support: list[list[list[float]]]
     computed_tokens: int
     requested_tokens: int
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ class ScoringEngine(Protocol):
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """Mean log-probability of every reference at every boundary; see :class:`SupportResult`.
 
+        A rollout that is longer than ``info.max_model_len`` with one of its probes is an entry of ``errors``; the
+        others are scored.
+
         Raises:
             InvalidRequest: a field is out of range.
-            SequenceTooLong: a rollout with its probe is longer than ``info.max_model_len``.
         """
         ...
 
@@ -103,7 +107,6 @@ def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: st
     Raises:
         InvalidRequest: a token id outside the vocabulary, a boundary outside the response, an empty or impossible
             reference range, or a reference token without any token before it.
-        SequenceTooLong: prompt + response up to a boundary + reference is over ``info.max_model_len``.
     """
     for index, rollout in enumerate(rollouts):
         name = f"{field}[{index}]"
@@ -115,7 +118,6 @@ def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: st
                     f"{name}.boundaries[{b}] = {boundary} is outside the response (0..{len(rollout.response_ids)})"
                 )
         first = len(rollout.prompt_ids) + min(rollout.boundaries, default=0)
-        last = len(rollout.prompt_ids) + max(rollout.boundaries, default=0)
         for r, probe in enumerate(rollout.probes):
             where = f"{name}.references[{r}]"
             if not 0 <= probe.start < probe.end <= len(probe.token_ids):
@@ -128,8 +130,22 @@ def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: st
                 raise InvalidRequest(
                     f"{where}.start = 0 with an empty prompt at boundary 0: the first reference token has no context"
                 )
-            if last + probe.end > info.max_model_len:
-                raise SequenceTooLong(
-                    f"{name} is too long: {last} tokens of prompt and response and {probe.end} of references[{r}] are "
-                    f"{last + probe.end}, max_model_len is {info.max_model_len}"
-                )
+
+
+def too_long(rollouts: Sequence[RolloutQuery], info: EngineInfo) -> dict[int, str]:
+    """Rollouts that the model cannot take: prompt + response up to a boundary + reference is over ``max_model_len``.
+
+    Returns:
+        Index of each such rollout -> how long it is, as text that follows "the rollout is".
+    """
+    errors = {}
+    for index, rollout in enumerate(rollouts):
+        context = len(rollout.prompt_ids) + max(rollout.boundaries, default=0)
+        # The last token that counts is only predicted, so what follows it in the reference takes no room.
+        reference = max((probe.end for probe in rollout.probes), default=0)
+        if reference and context + reference > info.max_model_len:
+            errors[index] = (
+                f"too long: {context + reference} tokens ({context} of prompt and response, {reference} of its longest "
+                f"reference), max_model_len is {info.max_model_len}"
+            )
+    return errors

@@ -203,7 +203,7 @@ class WorkerPool:
         """Score rollouts; with several workers, rollouts with the same prompt stay on one of them.
 
         Raises:
-            InvalidRequest, SequenceTooLong, ScorerError: as the engine.
+            InvalidRequest, ScorerError: as the engine.
             NoWorker: no worker is up, or workers died twice.
         """
         parts = partition(rollouts, max(1, self.num_up))
@@ -214,13 +214,16 @@ class WorkerPool:
             )
         )
         support: list[list[list[float]]] = [[] for _ in rollouts]
+        errors: dict[int, str] = {}
         for part, result in zip(parts, results, strict=True):
+            errors.update({part[index]: message for index, message in result.errors.items()})
             for index, scores in zip(part, result.support, strict=True):
                 support[index] = scores
         return SupportResult(
             support=support,
             computed_tokens=sum(result.computed_tokens for result in results),
             requested_tokens=sum(result.requested_tokens for result in results),
+            errors=dict(sorted(errors.items())),
         )
 
     async def cluster(self, groups: Sequence[Any]) -> list[list[int]]:

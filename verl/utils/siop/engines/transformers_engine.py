@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from verl.utils.siop.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts
+from verl.utils.siop.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts, too_long
 from verl.utils.siop.engines.prefix_tree import TOKEN_BYTES, IntArray, build_prefix_tree, encode_path
 from verl.utils.siop.errors import ScorerError, SiopConfigError
 
@@ -175,11 +175,14 @@ class TransformersEngine:
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """Mean log-probability of every reference at every boundary; see :class:`ScoringEngine`."""
         check_rollouts(rollouts, self.info)
+        errors = too_long(rollouts, self.info)
         paths: list[bytes] = []
         depths: list[IntArray] = []
         targets: list[IntArray] = []
         requested = 0
-        for rollout in rollouts:
+        for index, rollout in enumerate(rollouts):
+            if index in errors:
+                continue
             num_prompt = len(rollout.prompt_ids)
             context = encode_path(rollout.prompt_ids) + encode_path(rollout.response_ids)
             # The last reference token is only predicted, never read.
@@ -193,7 +196,8 @@ class TransformersEngine:
                     targets.append(np.asarray(probe.token_ids[probe.start : probe.end], dtype=np.int64))
                     requested += length + len(probe.token_ids)
         if not paths:
-            return SupportResult([[[] for _ in rollout.boundaries] for rollout in rollouts], 0, requested)
+            empty = [[] if index in errors else [[] for _ in r.boundaries] for index, r in enumerate(rollouts)]
+            return SupportResult(empty, 0, requested, errors)
 
         tree = build_prefix_tree(paths, depths)
         # Duplicate rollouts and nested references ask for the same (row, token) pair: look it up once.
@@ -207,13 +211,16 @@ class TransformersEngine:
         support: list[list[list[float]]] = []
         offset = 0
         for index, rollout in enumerate(rollouts):
+            if index in errors:
+                support.append([])
+                continue
             shape = (len(rollout.boundaries), len(rollout.probes))
             block = means[offset : offset + shape[0] * shape[1]]
             offset += len(block)
             if not np.isfinite(block).all():
                 raise ScorerError(f"{self.info.model} gave a log-probability that is not finite for rollouts[{index}]")
             support.append(block.reshape(shape).tolist())
-        return SupportResult(support=support, computed_tokens=len(tree), requested_tokens=requested)
+        return SupportResult(support=support, computed_tokens=len(tree), requested_tokens=requested, errors=errors)
 
     @torch.inference_mode()
     def _forward(
