@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE
 from verl.utils.debug import marked_timer
@@ -189,7 +190,7 @@ class SiopTrainer(PPOTrainerSync):
             strict=self.siop.siop_strict_entailment,
             timeout_s=self.siop.siop_scorer_timeout_s,
         ) as client:
-            scorer = TimedScorer(client)
+            scorer = TimedScorer(client if self.siop.siop_scorer == "server" else self._policy_scorer(client))
             rows = list(range(len(rollouts)))
             dropped: set[str] = set()
             try:
@@ -205,6 +206,9 @@ class SiopTrainer(PPOTrainerSync):
                 kept = [rollouts[row] for row in rows]
                 rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
             return rewards, rows, dropped, dict(scorer.seconds)
+
+    def _policy_scorer(self, nli: SiopScorer) -> PolicyScorer:
+        return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)
 
     async def _unscorable(self, rollouts: list[Rollout], scorer: SiopScorer) -> set[str]:
         failed = set()
