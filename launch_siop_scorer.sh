@@ -6,7 +6,8 @@
 #   bash launch_siop_scorer.sh status          exit status 0 if it is healthy
 #
 # Environment:
-#   SIOP_MODEL           scorer language model, a directory or a hub id (required)
+#   SIOP_MODEL           scorer language model, a directory or a hub id (required); none: clusters and entailment only,
+#                        for training with algorithm.siop_scorer=policy
 #   SIOP_NLI_MODEL       NLI classifier, as cross-encoder/nli-deberta-v3-base (none: answers are compared by their words)
 #   SIOP_PORT            port (8390)
 #   SIOP_HOST            address to listen on (127.0.0.1, this machine only)
@@ -50,7 +51,7 @@ case $action in
         if [[ " $* " == *" --help "* ]]; then
             exec "$PYTHON" -m verl.utils.siop.scoring_server --help
         fi
-        [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model, a directory or a hub id"
+        [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model: a directory, a hub id, or none"
         engine=${SIOP_ENGINE:-auto}
         gpus=${SIOP_NUM_GPUS:-$(count_gpus)}
         [[ -z ${SIOP_GPU_MEM:-} ]] || say "SIOP_GPU_MEM=$SIOP_GPU_MEM has no effect: engine $engine reserves no memory"

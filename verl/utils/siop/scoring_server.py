@@ -33,7 +33,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from verl.utils.siop.content_digest import content_digest, is_intact
-from verl.utils.siop.engines.base import Probe, RolloutQuery, check_rollouts, too_long
+from verl.utils.siop.engines.base import NO_MODEL, Probe, RolloutQuery, check_rollouts, too_long
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
 from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, WorkerSettings
@@ -594,7 +594,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Environment: SIOP_API_TOKEN, if set, is the bearer token that every request but /health must bring; "
         "RAY_ADDRESS, if set, is the Ray cluster to join (default: a private local Ray).",
     )
-    parser.add_argument("--model", required=True, help="scorer language model: a directory or a hub id")
+    parser.add_argument("--model", required=True, help="scorer language model: a directory, a hub id, or none")
     parser.add_argument("--nli-model", help="NLI sequence classifier: a directory or a hub id (default: none)")
     parser.add_argument(
         "--nli-backend",
@@ -661,7 +661,10 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
         value = getattr(args, option)
         if value is not None and value <= 0:
             raise SiopConfigError(f"--{option.replace('_', '-')} must be more than 0, not {value}")
-    model = _model_path("--model", args.model)
+    if args.model == NO_MODEL and args.engine != "auto":
+        raise SiopConfigError(f"--engine {args.engine} needs a language model, but --model is {NO_MODEL}")
+    model = args.model if args.model == NO_MODEL else _model_path("--model", args.model)
+    engine = "transformers" if args.engine == "auto" else args.engine
     nli_backend = args.nli_backend
     if nli_backend == "auto":
         nli_backend = "transformers" if args.nli_model else "lexical"
@@ -683,7 +686,7 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
     num_workers = num_gpus or args.num_workers
     settings = WorkerSettings(
         model=model,
-        engine="transformers" if args.engine == "auto" else args.engine,
+        engine=NO_MODEL if model == NO_MODEL else engine,
         nli_model=nli_model,
         nli_backend=nli_backend,
         device="cuda" if num_gpus else "cpu",

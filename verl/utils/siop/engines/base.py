@@ -12,6 +12,10 @@ from verl.utils.siop.errors import InvalidRequest
 
 TokenArray = NDArray[np.int64]
 
+# Engine and model of a scorer without a language model, as ``--model`` names them.
+NO_MODEL = "none"
+NO_MODEL_MESSAGE = f"this scorer has no language model (--model {NO_MODEL}): it answers /cluster and /nli_score only"
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -88,6 +92,15 @@ class ScoringEngine(Protocol):
         ...
 
 
+class NoEngine:
+    """The engine of a scorer that is there for clusters and entailment only: it refuses every request."""
+
+    info = EngineInfo(engine=NO_MODEL, model=NO_MODEL, max_model_len=0, vocab_size=0)
+
+    def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
+        raise InvalidRequest(NO_MODEL_MESSAGE)
+
+
 def _check_ids(name: str, token_ids: TokenArray, vocab_size: int) -> None:
     if token_ids.size and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
         bad = int(np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))[0])
@@ -106,8 +119,10 @@ def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: st
 
     Raises:
         InvalidRequest: a token id outside the vocabulary, a boundary outside the response, an empty or impossible
-            reference range, or a reference token without any token before it.
+            reference range, or a reference token without any token before it; any request to :class:`NoEngine`.
     """
+    if info.engine == NO_MODEL:
+        raise InvalidRequest(NO_MODEL_MESSAGE)
     for index, rollout in enumerate(rollouts):
         name = f"{field}[{index}]"
         _check_ids(f"{name}.prompt_ids", rollout.prompt_ids, info.vocab_size)

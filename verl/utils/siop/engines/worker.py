@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
-from verl.utils.siop.engines.base import EngineInfo, RolloutQuery, SupportResult
+from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, NoEngine, RolloutQuery, SupportResult
 
 if TYPE_CHECKING:
     from verl.utils.siop.engines.base import ScoringEngine
@@ -28,8 +28,8 @@ class WorkerSettings:
     """What a worker loads, and where.
 
     Attributes:
-        model: scorer model, directory or hub id.
-        engine: one of ``ENGINES``.
+        model: scorer model, directory or hub id; ``NO_MODEL`` for none.
+        engine: one of ``ENGINES``; ``NO_MODEL`` without a model.
         nli_model: NLI model; not used by the lexical backend.
         nli_backend: one of ``NLI_BACKENDS``.
         device: ``cpu`` or ``cuda`` (Ray shows each worker its own GPU only).
@@ -95,13 +95,16 @@ class ScoringWorker:
                 )
             else:
                 self._nli = LexicalNli()
-            self._engine = TransformersEngine.from_pretrained(
-                settings.model,
-                device=settings.device,
-                dtype=settings.dtype,
-                max_model_len=settings.max_model_len,
-                trust_remote_code=settings.trust_remote_code,
-            )
+            if settings.engine == NO_MODEL:
+                self._engine = NoEngine()
+            else:
+                self._engine = TransformersEngine.from_pretrained(
+                    settings.model,
+                    device=settings.device,
+                    dtype=settings.dtype,
+                    max_model_len=settings.max_model_len,
+                    trust_remote_code=settings.trust_remote_code,
+                )
         return self._engine, self._nli
 
     @ray.method(concurrency_group="health")
