@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 from verl.utils.siop import cpu
+from verl.utils.siop.engines.base import NO_MODEL
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -42,7 +43,11 @@ def check_before_start(config: DictConfig) -> None:
                 check_prompts(path, tokenizer, config.data)
     _check_tool_config(config)
     if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
-        asyncio.run(_check_scorer(siop))
+        if siop.siop_scorer == "policy":
+            _check_router_replay(config)
+        # IGPO asks for support alone.
+        if siop.siop_scorer == "server" or not siop.siop_use_gold_ref:
+            asyncio.run(_check_scorer(siop))
 
 
 def _check_platform(config: DictConfig) -> None:
@@ -140,6 +145,23 @@ def _check_tool_config(config: DictConfig) -> None:
         raise SiopConfigError(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}: no such file")
 
 
+def _check_router_replay(config: DictConfig) -> None:
+    actor = config.actor_rollout_ref.actor
+    for engine in ("megatron", "veomni"):
+        mode = ((actor.get(engine) or {}).get("router_replay") or {}).get("mode", "disabled")
+        if mode != "disabled":
+            raise SiopConfigError(
+                f"actor_rollout_ref.actor.{engine}.router_replay.mode={mode} is not allowed with "
+                "algorithm.siop_scorer=policy: there are no recorded routes for references, which nobody sampled; set "
+                "it to disabled"
+            )
+
+
 async def _check_scorer(siop: SiopConfig) -> None:
     async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
-        await client.wait_ready(timeout_s=min(60.0, siop.siop_scorer_timeout_s))
+        health = await client.wait_ready(timeout_s=min(60.0, siop.siop_scorer_timeout_s))
+    if siop.siop_scorer == "server" and health.get("engine") == NO_MODEL:
+        raise SiopConfigError(
+            f"algorithm.siop_scorer=server, but the scorer at {siop.siop_scorer_url} has no language model: start it "
+            "with one (SIOP_MODEL), or set algorithm.siop_scorer=policy"
+        )
