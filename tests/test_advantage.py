@@ -22,6 +22,7 @@ from verl.trainer.siop import advantage as module
 from verl.trainer.siop.advantage import AdvantageInputError, compute_siop_advantage
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 TOLERANCE = 1e-5
@@ -204,7 +205,7 @@ def test_row_order_changes_no_bit_before_rounding_either(what: str) -> None:
         rows, tokens, uids = rewards[order], mask[order] != 0, index[order.numpy()]
         if what == "broadcast":
             return module._broadcast(rows, tokens, uids, True)
-        return module._turn_level(rows, tokens, uids, what, 0.9, True)[0]
+        return module._turn_level(rows, tokens, uids, SiopConfig(siop_baseline=what), 0.9, True)[0]
 
     first = estimate(torch.arange(32))
     assert first.dtype == torch.float64

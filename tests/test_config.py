@@ -20,12 +20,16 @@ def test_defaults() -> None:
         "siop_advantage_mode": "turn_level",
         "siop_enable_two_pass": True,
         "siop_baseline": "leave_one_out",
+        "siop_return": "sum",
+        "siop_turn_weight": 0.3,
         "siop_boundary": "before_answer",
         "siop_gain": "prob",
         "siop_lambda": 0.5,
         "siop_eta": 1.0,
+        "siop_evidence": "mean",
         "siop_num_refs": 3,
         "siop_epsilon": 1e-8,
+        "siop_consensus_terminal": "frequency",
         "siop_strict_entailment": True,
         "siop_reference_prefix": "\nNow there's enough information to answer\n</think>\n<answer>\n",
         "siop_reference_suffix": "\n</answer><|im_end|>",
@@ -33,14 +37,19 @@ def test_defaults() -> None:
         "siop_scorer_url": "http://127.0.0.1:8390",
         "siop_scorer_timeout_s": 600.0,
         "siop_on_scorer_error": "raise",
+        "siop_import": "",
     }
 
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("siop_reward_mode", "empo", "process, majority_binary, cluster_frequency"),
-        ("siop_baseline", "loo", "leave_one_out, pooled"),
+        ("siop_reward_mode", "empo", "process, majority_binary, cluster_frequency, query_consensus"),
+        ("siop_baseline", "loo", "leave_one_out, pooled, turn_index, turn_group"),
+        ("siop_return", "max", "sum, min"),
+        ("siop_turn_weight", 0, "a number above 0.0"),
+        ("siop_evidence", "sum", "mean, max"),
+        ("siop_consensus_terminal", "mass", "frequency, support"),
         ("siop_boundary", 1, "before_answer, assistant, observation"),
         ("siop_gain", None, "prob, log"),
         ("siop_scorer", "frozen", "server, policy"),
@@ -58,6 +67,8 @@ def test_defaults() -> None:
         ("siop_epsilon", 0, "a number above 0.0"),
         ("siop_scorer_timeout_s", 0, "a number above 0.0"),
         ("siop_reference_prefix", None, "a text"),
+        ("siop_import", None, "a text"),
+        ("siop_import", "no.such.module", "a module that Python can import"),
         ("siop_scorer_url", "localhost:8390", "http://"),
     ],
 )
@@ -77,9 +88,14 @@ def test_an_unknown_key_names_the_nearest() -> None:
 
 
 def test_gold_reference_excludes_the_modes_that_count_clusters() -> None:
-    for mode in ("majority_binary", "cluster_frequency"):
+    for mode in ("majority_binary", "cluster_frequency", "query_consensus"):
         with pytest.raises(SiopConfigError, match=f"siop_use_gold_ref=True.*{mode}"):
             SiopConfig(siop_use_gold_ref=True, siop_reward_mode=mode)
+
+
+def test_turn_group_sums_for_itself() -> None:
+    with pytest.raises(SiopConfigError, match=r"siop_return='min'.*siop_baseline='turn_group'"):
+        SiopConfig(siop_return="min", siop_baseline="turn_group")
 
 
 def test_keys_come_from_the_algorithm_section_in_every_form() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
+from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.siop import cpu
 from verl.utils.siop.engines.base import NO_MODEL
 from verl.utils.siop.errors import SiopConfigError
@@ -35,6 +36,7 @@ def check_before_start(config: DictConfig) -> None:
     siop = SiopConfig.from_algorithm(config.algorithm)
     _check_platform(config)
     _check_rejection(config)
+    check_method(config, siop)
     tokenizer = _tokenizer(config)
     for key in ("train_files", "val_files"):
         for path in _files(config.data[key]):
@@ -65,6 +67,41 @@ def _check_rejection(config: DictConfig) -> None:
             f"algorithm.rollout_correction.rollout_rs={rejection} is not allowed with algorithm.adv_estimator=siop: it "
             "masks single tokens, and a turn is a run of unmasked tokens; set it to null"
         )
+
+
+def check_method(config: DictConfig, siop: SiopConfig) -> None:
+    """Check the method's keys against keys of verl that they must fit.
+
+    Raises:
+        SiopConfigError: a combination that cannot work, naming the keys.
+    """
+    if config.algorithm.adv_estimator != "siop":
+        return
+    gamma, rollout = config.algorithm.gamma, config.actor_rollout_ref.rollout
+    if siop.siop_return == "min" and gamma != 1:
+        raise SiopConfigError(
+            f"algorithm.gamma={gamma} is not allowed with algorithm.siop_return=min, which has no discount; set it to 1"
+        )
+    if siop.siop_reward_mode == "query_consensus" and rollout.multi_turn.format != "hermes":
+        raise SiopConfigError(
+            f"actor_rollout_ref.rollout.multi_turn.format={rollout.multi_turn.format} is not allowed with "
+            "algorithm.siop_reward_mode=query_consensus, which reads queries from hermes tool calls; set it to hermes"
+        )
+    if config.actor_rollout_ref.actor.policy_loss.loss_mode == "turn_clip":
+        needed: dict[str, Any] = {
+            "siop_advantage_mode": "turn_level",
+            "siop_enable_two_pass": True,
+            "siop_baseline": "turn_group",
+            "siop_turn_weight": TURN_WEIGHT,
+            "gamma": 1.0,
+        }
+        for key, value in needed.items():
+            found = gamma if key == "gamma" else getattr(siop, key)
+            if found != value:
+                raise SiopConfigError(
+                    f"algorithm.{key}={found} is not allowed with actor_rollout_ref.actor.policy_loss.loss_mode="
+                    f"turn_clip, which reads each turn's gain back from its advantage; set it to {value}"
+                )
 
 
 def _tokenizer(config: DictConfig) -> Any:

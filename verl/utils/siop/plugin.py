@@ -1,8 +1,8 @@
 """Entry point of the ``verl.plugins`` group: verl imports this module in every process at ``import verl``.
 
-It registers the ``siop`` advantage estimator and, if ``VERL_PLATFORM=cpu``, the CPU platform and rollout. verl reports
-a plugin that fails to import at DEBUG level only, so :func:`require_registered` checks the result and is called by the
-training entry point in the driver and in the trainer's process.
+It registers the ``siop`` advantage estimator, the ``turn_clip`` policy loss and, if ``VERL_PLATFORM=cpu``, the CPU
+platform and rollout. verl reports a plugin that fails to import at DEBUG level only, so :func:`require_registered`
+checks the result and is called by the training entry point in the driver and in the trainer's process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from verl.utils.siop.errors import SiopError
 if cpu.is_active():
     cpu.activate()
 
-import verl.trainer.siop.advantage  # noqa: F401  (registers the estimator)
+import verl.trainer.siop.advantage  # (registers the estimator)
+import verl.trainer.siop.turn_clip  # noqa: F401  (registers the policy loss)
 
 
 class PluginNotLoaded(SiopError, ImportError):

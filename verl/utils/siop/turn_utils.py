@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from verl.utils.siop.errors import RolloutError, SiopConfigError
+from verl.utils.siop.nli_clustering import identity_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,11 @@ _THINK_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
 # No tag of the pair inside, so that a stray tag before the answer does not swallow it.
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 # A truncated observation has no closing tag.
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
+
+# A normalised tool call.
+Query = tuple[str, ...]
 
 
 def get_assistant_turn_ranges(response_mask: Any) -> list[tuple[int, int]]:
@@ -147,3 +153,43 @@ def extract_observations(
             text = "\n".join(response.strip() for response in responses)
         observations.append(_without_special_tokens(text, tokenizer))
     return [text for text in observations if text]
+
+
+def parse_queries(turn_text: str) -> list[Query]:
+    """The queries of one assistant turn: its tool calls, normalised so that equal ones can be counted.
+
+    Reads hermes calls, ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, wherever verl's hermes parser finds
+    them. A query is the tool's name and, sorted by name, each argument with the SQuAD normal form of its text (of its
+    JSON, if it is no text). A call that is not valid JSON, or has no name or no arguments, is none: the tool is not
+    called either.
+
+    >>> parse_queries('<tool_call>{"name": "search", "arguments": {"query": "The  Tower!"}}</tool_call>')
+    [('search', 'query', 'tower')]
+    """
+    queries = []
+    for text in _TOOL_CALL.findall(turn_text):
+        try:
+            call = json.loads(text)
+            name, arguments = call["name"], call["arguments"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        named = arguments if isinstance(arguments, dict) else {"": arguments}
+        parts = [
+            (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+            for key, value in named.items()
+        ]
+        queries.append((str(name), *(part for key, value in sorted(parts) for part in (key, identity_key(value)))))
+    return queries
+
+
+def extract_queries(
+    response_ids: Sequence[int], turn_ranges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[Query]]:
+    """The queries of each assistant turn of a rollout, see :func:`parse_queries`.
+
+    Args:
+        response_ids: L response tokens.
+        turn_ranges: T half-open ranges of the assistant turns.
+        tokenizer: the policy's tokenizer.
+    """
+    return [parse_queries(_decode(tokenizer, response_ids[start:end])) for start, end in turn_ranges]
