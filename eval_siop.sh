@@ -52,8 +52,10 @@ else
 fi
 
 if [[ -n $toy_seed ]]; then
-    TOY_DIR=${TOY_DIR:-runs/toy}-seed-$toy_seed
-    "$PYTHON" -m examples.toy_world.build --data-only --seed "$toy_seed" --out "$TOY_DIR"
+    TOY_DIR=${TOY_DIR:-runs/toy}
+    world=$([[ $(toy_settings "$TOY_DIR") == toy ]] && echo two_hop || echo chains)
+    TOY_DIR+=-seed-$toy_seed
+    "$PYTHON" -m examples.toy_world.build --data-only --world "$world" --seed "$toy_seed" --out "$TOY_DIR"
     port=$(free_port)
     export RETRIEVER_URL=http://127.0.0.1:$port/retrieve
     service=(env "RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl" "RETRIEVER_PORT=$port" "LOG_DIR=$OUT_DIR/logs" bash launch_retriever.sh)

@@ -86,6 +86,9 @@ run_watch() {
 
 free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
+# The settings (config/experiment) for the toy world in a folder.
+toy_settings() { if grep -qs '"world": "chains"' "$1/meta.json"; then echo toy_chains; else echo toy; fi; }
+
 # shellcheck disable=SC2034  # DEVICE is for the scripts that source this file.
 # trainer_args DATA: sets TRAINER_ARGS, MODEL_PATH and DEVICE for verl.trainer.siop.main from the environment variables
 # of train_siop.sh. Without DATA, the toy world's data, model, tool and settings are taken.
@@ -100,7 +103,7 @@ trainer_args() {
         # Data without a training part (eval_siop.sh --toy-seed) is only evaluated.
         TRAIN_FILES=$([[ -f $toy/train.parquet ]] && echo "$toy/train.parquet" || echo "$VAL_FILES")
         TOOL_CONFIG=${TOOL_CONFIG:-$toy/tool_config.yaml}
-        TRAINER_ARGS+=(experiment=toy)
+        TRAINER_ARGS+=("experiment=$(toy_settings "$toy")")
     fi
     [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the model to train"
     [[ -n ${VAL_FILES:-} ]] || die "set VAL_FILES to the validation data (parquet)"

@@ -1,6 +1,7 @@
-"""The toy world: seeds, names, tokenizer, rendering as in verl's agent loop, data files."""
+"""The toy worlds: seeds, names, tokenizer, rendering as in verl's agent loop, data files."""
 
 import asyncio
+import hashlib
 import json
 import random
 import subprocess
@@ -20,7 +21,7 @@ from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
 from examples.toy_world import build
-from examples.toy_world.agent import IMPERFECT, PERFECT, read_observation, trajectory
+from examples.toy_world.agent import IMPERFECT, MAX_SEARCHES, PERFECT, read_observation, trajectory
 from examples.toy_world.tokenizer import (
     REFERENCE_PREFIX,
     REFERENCE_SUFFIX,
@@ -40,11 +41,16 @@ from examples.toy_world.warm_start import (
     world_index,
 )
 from examples.toy_world.world import (
+    CHAINS,
+    KINDS,
     RELATIONS,
-    TEMPLATES,
+    STALE_ANSWERS,
+    TWO_HOP,
+    Kind,
     World,
     corpus,
     held_out_world,
+    name_split,
     name_words,
     sample_questions,
     train_world,
@@ -53,6 +59,7 @@ from examples.toy_world.world import (
 )
 
 SEEDS = (0, 1, 2, 17)
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +84,39 @@ def names(world: World) -> set[str]:
     return {name for group in world.entities.values() for name in group}
 
 
-def test_a_seed_determines_the_world() -> None:
+@kinds
+def test_a_seed_determines_the_world(kind: Kind) -> None:
     for make in (train_world, held_out_world):
-        assert make(3).facts() == make(3).facts()
-        assert make(3).facts() != make(4).facts()
-    assert corpus(3) == corpus(3) and corpus(3) != corpus(4)
-    assert sample_questions(train_world(3), 70, 3) == sample_questions(train_world(3), 70, 3)
+        assert make(3, kind).facts() == make(3, kind).facts()
+        assert make(3, kind).facts() != make(4, kind).facts()
+    assert corpus(3, kind) == corpus(3, kind) and corpus(3, kind) != corpus(4, kind)
+    assert sample_questions(train_world(3, kind), 70, 3) == sample_questions(train_world(3, kind), 70, 3)
 
 
-def test_held_out_names_are_never_seen_in_training_for_any_seeds() -> None:
-    seen = {name for seed in SEEDS for name in names(train_world(seed))}
-    seen |= {name for seed in SEEDS for i in range(3) for name in names(warm_start_world(seed, i))}
-    held_out = {name for seed in SEEDS for name in names(held_out_world(seed))}
+def test_the_two_hop_world_stays_what_results_were_measured_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    world = held_out_world(0)
+    rows = [build.question_row(q, i, "eval", TWO_HOP) for i, q in enumerate(sample_questions(world, 420, 0))]
+    rng, search = random.Random(0), search_in(world_index(world, "x"))
+    episodes = [trajectory(q, world, search, IMPERFECT, rng) for q in world.questions()[:200]]
+    texts = [[segment.text for segment in episode] for episode in episodes]
+    digest = hashlib.sha256(json.dumps([vocabulary(), corpus(0), rows, texts], sort_keys=True).encode()).hexdigest()
+    assert digest == "df748c4102ece9dae9cc07e30c62c5555848d77cc595802e1a1085475c4e3658"
+    # Nor do folders that hold it need to be built again.
+    described = build.description(build.parse_args(["--out", "x"]), Schedule())
+    assert described == {
+        "version": 1,
+        "seed": 0,
+        "train_questions": 1400,
+        "eval_questions": 420,
+        "warm_start": {"copying_steps": 800, "imperfect_steps": 500, "worlds": 36},
+    }
+
+
+@kinds
+def test_held_out_names_are_never_seen_in_training_for_any_seeds(kind: Kind) -> None:
+    seen = {name for seed in SEEDS for name in names(train_world(seed, kind))}
+    seen |= {name for seed in SEEDS for i in range(3) for name in names(warm_start_world(seed, i, kind))}
+    held_out = {name for seed in SEEDS for name in names(held_out_world(seed, kind))}
     assert not seen & held_out
     # New combinations of known words, so that the model has seen every word.
     known = {word for name in names(train_world(0)) for word in name.split()}
@@ -108,17 +136,43 @@ def test_facts_and_questions() -> None:
     questions = sample_questions(world, 420, 0)
     assert len(set(questions)) == 420
     for question in questions:
-        template = TEMPLATES[question.template]
+        template = TWO_HOP.templates[question.template]
         assert question.text == template.wording.format(x=question.company)
-        assert question.bridge == world.lookup(question.company, template.first)
-        assert question.gold == world.lookup(question.bridge, template.second)
+        first, second = template.relations
+        assert question.bridge == world.lookup(question.company, first)
+        assert question.gold == world.lookup(question.bridge, second)
     assert set(pd.Series([q.template for q in questions]).value_counts()) == {60}
     with pytest.raises(ValueError, match="700 questions"):
         sample_questions(world, 701, 0)
 
 
-def test_every_text_is_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = [d["contents"] for d in corpus(1)] + [q.text for q in train_world(1).questions()]
+@pytest.mark.parametrize("make", [train_world, held_out_world])
+def test_chains(make: Any) -> None:
+    world = make(1, CHAINS)
+    questions = world.questions()
+    assert {len(q.chain) - 1 for q in questions} == {3, 4} and {q.template for q in questions} == set(CHAINS.templates)
+    for question in questions:
+        template = CHAINS.templates[question.template]
+        # The facts lead from the company to the answer in as many steps as the template is deep, by no entity twice.
+        entity = question.company
+        for relation, found in zip(template.relations, question.chain[1:], strict=True):
+            entity = world.lookup(entity, relation)
+            assert entity == found
+        assert entity == question.gold and len(set(question.chain)) == template.depth + 1
+    for subject, relation in ((f.subject, f.relation) for f in world.facts() if f.relation in CHAINS.paired):
+        assert world.lookup(world.lookup(subject, relation), relation) == subject
+    # Nothing is true of the stale answers, so they are never right; the model knows their words all the same.
+    stale = set(STALE_ANSWERS.values())
+    assert not stale & {name for fact in world.facts() for name in (fact.subject, fact.object)}
+    assert stale & {name for group in name_split()[0].values() for name in group} == stale
+    counts = pd.Series([q.template for q in sample_questions(world, 420, 0)]).value_counts()
+    assert len(counts) == 8 and counts.max() - counts.min() <= 1
+
+
+@kinds
+def test_every_text_is_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:
+    texts = [d["contents"] for d in corpus(1, kind)] + [q.text for q in train_world(1, kind).questions()]
+    texts += list(STALE_ANSWERS.values())
     texts += [f"[{i}] nothing found" for i in (1, 2, 3)]
     assert tokenizer.unk_token_id not in {i for ids in tokenizer(texts)["input_ids"] for i in ids}
     # Anything else is an unknown word, not a crash.
@@ -166,11 +220,12 @@ def test_hermes_parser_reads_a_search_turn(tokenizer: PreTrainedTokenizerFast) -
 
 
 @pytest.mark.parametrize("tools", [None, [SEARCH_SCHEMA.model_dump(exclude_unset=True, exclude_none=True)]])
-def test_warm_start_sequences_equal_the_agent_loops(tokenizer: PreTrainedTokenizerFast, tools: Any) -> None:
+@kinds
+def test_warm_start_sequences_equal_the_agent_loops(tokenizer: PreTrainedTokenizerFast, tools: Any, kind: Kind) -> None:
     # The builder and the messages that verl's tool loop uses, turn by turn, on scripted assistant turns.
     builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3")
     parser = HermesToolParser(tokenizer)
-    world, rng = warm_start_world(0, 0), random.Random(0)
+    world, rng = warm_start_world(0, 0, kind), random.Random(0)
     search = search_in(world_index(world, "x"))
     questions, longest = world.questions(), 0
     for _ in range(40):
@@ -246,6 +301,35 @@ def test_scripted_agent() -> None:
     assert search("zebra") == "nothing found" and read_observation("nothing found") == []
 
 
+@pytest.mark.parametrize("stale", [0.0, 0.3])
+def test_scripted_agent_in_chains(stale: float, tokenizer: PreTrainedTokenizerFast) -> None:
+    world, rng = warm_start_world(0, 1, CHAINS), random.Random(0)
+    search, questions = search_in(world_index(world, "y")), world.questions()
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    at_once, lengths, turns = [], [], []
+    for faults in (PERFECT, IMPERFECT):
+        for _ in range(1200):
+            question = rng.choice(questions)
+            segments = trajectory(question, world, search, faults, rng, stale)
+            answer = segments[-1].text.split("<answer> ")[1].split(" </answer>")[0]
+            relation = CHAINS.templates[question.template].relations[-1]
+            given_stale = answer == STALE_ANSWERS[RELATIONS[relation].object]
+            assert not (given_stale and answer == question.gold) and (stale or not given_stale)
+            at_once.append(len(segments) == 1)
+            if len(segments) > 1:
+                right[faults is PERFECT].append(answer == question.gold)
+            turns.append(len(segments) // 2 + 1)
+            lengths.append(len(encode_episode(question.text, segments, tokenizer.encode)[0]))
+    # The hops of a chain lead to the answer, if none goes wrong.
+    assert sum(right[True]) / len(right[True]) > 0.93
+    assert 0.3 < sum(right[False]) / len(right[False]) < 0.6
+    assert abs(sum(at_once) / len(at_once) - (stale or 0.01)) < 0.04
+    # What the settings in config/experiment/toy_chains.yaml leave room for.
+    settings = OmegaConf.load(Path(__file__).parents[1] / "config" / "experiment" / "toy_chains.yaml")
+    assert max(turns) == MAX_SEARCHES + 1 == settings.actor_rollout_ref.rollout.multi_turn.max_assistant_turns
+    assert max(lengths) <= settings.data.max_response_length < settings.actor_rollout_ref.rollout.max_model_len
+
+
 def test_warm_start_is_deterministic_and_learns(tokenizer: PreTrainedTokenizerFast) -> None:
     episodes = make_examples(tokenizer, PERFECT, seed=0, first_world=7, worlds=1, count=32)
     ids = [torch.tensor([e.ids]) for e in episodes]
@@ -280,7 +364,7 @@ def test_data_only_build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
         assert row["index"] == 3 and row["tools_kwargs"] == {} and row["agent_name"] == "tool_agent"
         assert row["data_source"] == "toy_two_hop" and extra["split"] == split
         (gold,) = row["reward_model"]["ground_truth"]["target"]
-        assert gold == world.lookup(extra["bridge"], TEMPLATES[extra["template"]].second)
+        assert gold == world.lookup(extra["bridge"], TWO_HOP.templates[extra["template"]].relations[1])
     # The same again is reused; other arguments are not.
     stamp = (tmp_path / "a" / "eval.parquet").stat().st_mtime_ns
     again = ["--data-only", "--seed", "5", "--out", str(tmp_path / "a")]
@@ -291,16 +375,35 @@ def test_data_only_build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     assert len(pd.read_parquet(tmp_path / "a" / "eval.parquet")) == 70
 
 
-def test_whole_build(tmp_path: Path) -> None:
-    small = ["--train-questions", "7", "--eval-questions", "7", "--copying-steps", "2", "--imperfect-steps", "2"]
-    assert build.main(["--out", str(tmp_path / "w"), "--threads", "1", *small]) == 0
+@pytest.mark.parametrize("world", [[], ["--world", "chains", "--stale", "0.25"]])
+def test_whole_build(tmp_path: Path, world: list[str]) -> None:
+    small = ["--train-questions", "8", "--eval-questions", "8", "--copying-steps", "2", "--imperfect-steps", "2"]
+    assert build.main(["--out", str(tmp_path / "w"), "--threads", "1", *small, *world]) == 0
     meta = json.loads((tmp_path / "w" / "meta.json").read_text())
     assert meta["build"]["seed"] == 0 and meta["model"]["parameters"] > 280_000
+    assert meta["build"].get("world") == (world[1] if world else None)
+    assert meta["build"].get("stale") == (0.25 if world else None)
+    # The launchers choose the settings by what the folder holds.
+    shell = ["bash", "-c", f"source scripts/common.sh; toy_settings {tmp_path / 'w'}"]
+    settings = subprocess.run(shell, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    assert settings.strip() == ("toy_chains" if world else "toy")
+    row = pd.read_parquet(tmp_path / "w" / "eval.parquet").iloc[0]
+    assert row["data_source"] == ("toy_chains" if world else "toy_two_hop")
     config = json.loads((tmp_path / "w" / "model" / "config.json").read_text())
     assert config["model_type"] == "qwen3" and (tmp_path / "w" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--eval-questions", "701"], ["--threads", "0"], ["--imperfect-steps", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--eval-questions", "701"],
+        ["--threads", "0"],
+        ["--imperfect-steps", "0"],
+        ["--stale", "0.15"],
+        ["--stale", "1.0", "--world", "chains"],
+        ["--world", "five_hop"],
+    ],
+)
 def test_bad_build_argument(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         build.main(["--out", str(tmp_path), *arguments])

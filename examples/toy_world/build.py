@@ -1,7 +1,9 @@
-"""Builds the toy world with one command: model, tokenizer, corpus, questions and tool config.
+"""Builds a toy world with one command: model, tokenizer, corpus, questions and tool config.
 
     python -m examples.toy_world.build --out runs/toy                    # about four minutes on one core
-    python -m examples.toy_world.build --data-only --seed 90 --out DIR   # other facts for the same model, seconds
+    python -m examples.toy_world.build --data-only --seed 8 --out DIR    # other facts for the same model, seconds
+    python -m examples.toy_world.build --world chains --out runs/toy-chains              # three and four hops
+    python -m examples.toy_world.build --world chains --stale 0.15 --out runs/toy-stale  # often a stale answer at once
 
 Writes to the folder:
 
@@ -33,8 +35,12 @@ import transformers
 from examples.toy_world.tokenizer import REFERENCE_PREFIX, REFERENCE_SUFFIX, build_tokenizer
 from examples.toy_world.warm_start import SEARCH_MAX_CHARS, SEARCH_TOPK, Schedule, warm_start
 from examples.toy_world.world import (
+    CHAINS,
     HELD_OUT_SIZES,
+    KINDS,
     TRAIN_SIZES,
+    TWO_HOP,
+    Kind,
     Question,
     corpus,
     held_out_world,
@@ -45,8 +51,8 @@ from examples.toy_world.world import (
 
 # Raise when the same arguments would build something else than before.
 VERSION = 1
-DATA_SOURCE = "toy_two_hop"
-_QUESTIONS_PER_COMPANY = 7
+_TRAIN_QUESTIONS, _EVAL_QUESTIONS = 1400, 420
+_SCHEDULES = {TWO_HOP.name: Schedule(), CHAINS.name: Schedule(copying_steps=600, imperfect_steps=600)}
 
 _TOOL_CONFIG = f"""\
 # The search tool of the toy world. The address comes from RETRIEVER_URL where that is set.
@@ -74,10 +80,10 @@ tools:
 """
 
 
-def question_row(question: Question, index: int, split: str) -> dict[str, Any]:
+def question_row(question: Question, index: int, split: str, kind: Kind) -> dict[str, Any]:
     """A question as a row in verl's format."""
     return {
-        "data_source": DATA_SOURCE,
+        "data_source": kind.data_source,
         "agent_name": "tool_agent",
         "prompt": [{"role": "user", "content": question.text}],
         "ability": "search",
@@ -92,7 +98,7 @@ def question_row(question: Question, index: int, split: str) -> dict[str, Any]:
     }
 
 
-def write_data(out: Path, seed: int, train_questions: int, eval_questions: int) -> None:
+def write_data(out: Path, seed: int, kind: Kind, train_questions: int, eval_questions: int) -> None:
     """Writes corpus, questions and tool config.
 
     Raises:
@@ -100,22 +106,22 @@ def write_data(out: Path, seed: int, train_questions: int, eval_questions: int) 
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for document in corpus(seed):
+        for document in corpus(seed, kind):
             file.write(json.dumps(document) + "\n")
     for split, world, count in (
-        ("train", train_world(seed), train_questions),
-        ("eval", held_out_world(seed), eval_questions),
+        ("train", train_world(seed, kind), train_questions),
+        ("eval", held_out_world(seed, kind), eval_questions),
     ):
-        rows = [question_row(q, i, split) for i, q in enumerate(sample_questions(world, count, seed))]
+        rows = [question_row(q, i, split, kind) for i, q in enumerate(sample_questions(world, count, seed))]
         pd.DataFrame(rows).to_parquet(out / f"{split}.parquet", index=False)
     (out / "tool_config.yaml").write_text(_TOOL_CONFIG, encoding="utf-8")
 
 
-def write_model(out: Path, seed: int, schedule: Schedule) -> dict[str, float]:
+def write_model(out: Path, seed: int, schedule: Schedule, kind: Kind, stale: float) -> dict[str, float]:
     """Trains and writes the model with its tokenizer; returns seconds and parameters."""
     started = time.monotonic()
     tokenizer = build_tokenizer(vocabulary())
-    model = warm_start(tokenizer, seed=seed, schedule=schedule)
+    model = warm_start(tokenizer, seed=seed, schedule=schedule, kind=kind, stale=stale)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     return {"seconds": round(time.monotonic() - started, 1), "parameters": model.num_parameters()}
@@ -123,7 +129,10 @@ def write_model(out: Path, seed: int, schedule: Schedule) -> dict[str, float]:
 
 def description(args: argparse.Namespace, schedule: Schedule | None) -> dict[str, Any]:
     """What determines the result of a build; equal descriptions mean that nothing needs to be built."""
+    # The default kind of world is not named: folders built without this choice stay valid.
+    world = {} if args.world == TWO_HOP.name else {"world": args.world, "stale": args.stale}
     return {
+        **world,
         "version": VERSION,
         "seed": args.seed,
         "train_questions": args.train_questions,
@@ -148,27 +157,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of facts, names and warm start (default: 0)")
+    parser.add_argument(
+        "--world", choices=list(KINDS), default=TWO_HOP.name, help="two_hop (default), or chains of three and four hops"
+    )
+    parser.add_argument(
+        "--stale",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="chains: the warm-start agent answers at once with the same entity with probability P, and whenever it "
+        "does not know (default: 0)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the warm start (default: 2)")
     parser.add_argument("--data-only", action="store_true", help="no model: corpus, questions and tool config")
-    parser.add_argument("--train-questions", type=int, default=_QUESTIONS_PER_COMPANY * TRAIN_SIZES["company"])
-    parser.add_argument("--eval-questions", type=int, default=420, help="held-out questions (default: 420)")
-    parser.add_argument("--copying-steps", type=int, default=Schedule.copying_steps, help="warm start, first phase")
-    parser.add_argument("--imperfect-steps", type=int, default=Schedule.imperfect_steps, help="second phase")
+    parser.add_argument("--train-questions", type=int, default=_TRAIN_QUESTIONS, help=f"(default: {_TRAIN_QUESTIONS})")
+    parser.add_argument(
+        "--eval-questions", type=int, default=_EVAL_QUESTIONS, help=f"held-out questions (default: {_EVAL_QUESTIONS})"
+    )
+    parser.add_argument("--copying-steps", type=int, help="warm start, first phase (default: by kind of world)")
+    parser.add_argument("--imperfect-steps", type=int, help="second phase (default: by kind of world)")
     parser.add_argument("--force", action="store_true", help="build again even if the folder holds it already")
     args = parser.parse_args(argv)
+    schedule = _SCHEDULES[args.world]
+    args.copying_steps = schedule.copying_steps if args.copying_steps is None else args.copying_steps
+    args.imperfect_steps = schedule.imperfect_steps if args.imperfect_steps is None else args.imperfect_steps
+    templates = len(KINDS[args.world].templates)
     for key, companies in (("train_questions", TRAIN_SIZES["company"]), ("eval_questions", HELD_OUT_SIZES["company"])):
-        most = _QUESTIONS_PER_COMPANY * companies
+        most = templates * companies
         if not 0 < getattr(args, key) <= most:
             parser.error(f"--{key.replace('_', '-')} must be between 1 and {most}, got {getattr(args, key)}")
     for key, least in (("threads", 1), ("copying_steps", 0), ("imperfect_steps", 1)):
         if getattr(args, key) < least:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(args, key)}")
+    if not 0.0 <= args.stale < 1.0:
+        parser.error(f"--stale must be from 0 to below 1, got {args.stale}")
+    if args.stale and args.world != CHAINS.name:
+        parser.error(f"--stale {args.stale} needs --world chains: in {args.world} the stale answers can be right")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     out: Path = args.out
+    kind = KINDS[args.world]
     schedule = None if args.data_only else Schedule(args.copying_steps, args.imperfect_steps)
     wanted = description(args, schedule)
     if not args.force and is_built(out, wanted):
@@ -179,7 +210,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Gone before the parts change, back when they are complete: an interrupted build is never taken for a whole one.
     (out / "meta.json").unlink(missing_ok=True)
-    write_data(out, args.seed, args.train_questions, args.eval_questions)
+    try:
+        write_data(out, args.seed, kind, args.train_questions, args.eval_questions)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"wrote {args.train_questions} training and {args.eval_questions} held-out questions to {out}")
     meta: dict[str, Any] = {
         "build": wanted,
@@ -189,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     if schedule is not None:
         torch.set_num_threads(args.threads)
         shutil.rmtree(out / "model", ignore_errors=True)
-        meta["model"] = write_model(out, args.seed, schedule)
+        meta["model"] = write_model(out, args.seed, schedule, kind, args.stale)
         print(f"warm start: {meta['model']['parameters']} parameters in {meta['model']['seconds']:.0f} s")
     (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -1,8 +1,9 @@
 """Supervised warm start: a small Qwen3 learns to search and copy by imitating the imperfect agent.
 
 A short phase on an agent that always copies what it sees comes first: with the imperfect agent from the start, copying
-does not form in this budget and the model answers at random. The text is masked to weigh the agent's own tokens fully
-and the rest little.
+does not form in this budget and the model answers at random. That phase asks two-hop questions in every kind of world:
+copying is learnt there, the order of the hops after it. The text is masked to weigh the agent's own tokens fully and
+the rest little.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from verl.utils.siop.retriever.bm25 import Bm25Index
 
 from examples.toy_world.agent import COPYING, IMPERFECT, PERFECT, Faults, Segment, trajectory
 from examples.toy_world.tokenizer import observation_text, prompt_text
-from examples.toy_world.world import World, warm_start_world
+from examples.toy_world.world import TWO_HOP, Kind, World, warm_start_world
 
 SEARCH_TOPK = 2
 SEARCH_MAX_CHARS = 4000
@@ -93,8 +94,10 @@ def make_examples(
     first_world: int,
     worlds: int,
     count: int,
+    kind: Kind = TWO_HOP,
+    stale: float = 0.0,
 ) -> list[Example]:
-    """``count`` episodes of an agent with these faults; in every third world it is perfect.
+    """``count`` episodes of an agent with these faults; in every third world it is perfect, but for stale answers.
 
     The worlds are small and many (``first_world`` onwards), so that only copying can be learnt, not facts.
     """
@@ -108,13 +111,14 @@ def make_examples(
 
     examples = []
     for i in range(worlds):
-        world = warm_start_world(seed, first_world + i)
+        world = warm_start_world(seed, first_world + i, kind)
         search = search_in(world_index(world, f"toy world {seed}: warm start corpus {first_world + i}"))
         questions = world.questions()
         played = PERFECT if i % 3 == 2 else faults
         for _ in range(count * (i + 1) // worlds - count * i // worlds):
             question = rng.choice(questions)
-            ids, from_agent = encode_episode(question.text, trajectory(question, world, search, played, rng), encode)
+            segments = trajectory(question, world, search, played, rng, stale)
+            ids, from_agent = encode_episode(question.text, segments, encode)
             examples.append(Example(ids, [1.0 if own else _OBSERVATION_WEIGHT for own in from_agent]))
         remembered.clear()
     return examples
@@ -164,6 +168,8 @@ def warm_start(
     *,
     seed: int,
     schedule: Schedule | None = None,
+    kind: Kind = TWO_HOP,
+    stale: float = 0.0,
     show_progress: bool = True,
 ) -> Qwen3ForCausalLM:
     """Trains a new model; equal seeds on the same number of threads give the same model."""
@@ -171,11 +177,11 @@ def warm_start(
     rng = random.Random(f"toy world {seed}: batches")
     model = new_model(tokenizer, seed)
     phases = (
-        (COPYING, schedule.copying_steps, 0),
-        (IMPERFECT, schedule.imperfect_steps, schedule.worlds),
+        (COPYING, schedule.copying_steps, 0, TWO_HOP, 0.0),
+        (IMPERFECT, schedule.imperfect_steps, schedule.worlds, kind, stale),
     )
     plan: list[list[Example]] = []
-    for faults, steps, first_world in phases:
+    for faults, steps, first_world, asked, stale_share in phases:
         examples = make_examples(
             tokenizer,
             faults,
@@ -183,6 +189,8 @@ def warm_start(
             first_world=first_world,
             worlds=min(schedule.worlds, steps),
             count=steps * _BATCH,
+            kind=asked,
+            stale=stale_share,
         )
         plan += batches(examples, rng)
     _train(model, plan, int(tokenizer.pad_token_id), show_progress)

@@ -1,5 +1,6 @@
-"""The toy world: made-up companies, people and towns, one passage per fact, and questions that need two searches.
+"""The toy worlds: made-up companies, people and towns, one passage per fact, and questions that need several searches.
 
+Two kinds share names and passages: ``two_hop`` asks for two relations in a row, ``chains`` for three or four.
 Everything follows from a seed. The name words (and so the vocabulary) and the split of name combinations do not: they
 are the same for every seed, so that a model trained with one seed can be evaluated on the facts of another, and a name
 of a held-out entity is never the name of a training entity, whatever the seeds.
@@ -8,7 +9,8 @@ of a held-out entity is never the name of a training entity, whatever the seeds.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
@@ -45,27 +47,79 @@ RELATIONS: Final = MappingProxyType(
 
 @dataclass(frozen=True)
 class Template:
-    """A question about the second relation of the object of the first one, for a company."""
+    """A question about the entity that a company's relations lead to, one after another."""
 
-    first: str
-    second: str
+    relations: tuple[str, ...]
     wording: str
 
+    @property
+    def depth(self) -> int:
+        """Searches that the question needs."""
+        return len(self.relations)
 
-TEMPLATES: Final = MappingProxyType(
-    {
-        f"{first}_{second}": Template(first, second, wording)
-        for first, second, wording in (
-            ("founder", "born", "where was the founder of {x} born ?"),
-            ("founder", "lives", "where lives the founder of {x} ?"),
-            ("founder", "spouse", "who is the spouse of the founder of {x} ?"),
-            ("chief", "born", "where was the chief of {x} born ?"),
-            ("chief", "lives", "where lives the chief of {x} ?"),
-            ("chief", "spouse", "who is the spouse of the chief of {x} ?"),
-            ("base", "mayor", "who is the mayor of the base of {x} ?"),
-        )
-    }
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of worlds.
+
+    Args:
+        name: its name on the command line.
+        templates: the questions asked for every company.
+        paired: relations that hold both ways, so that a search for one finds no third entity.
+        avoided: names that no entity has.
+    """
+
+    name: str
+    templates: Mapping[str, Template]
+    paired: tuple[str, ...] = ()
+    avoided: frozenset[str] = field(default=frozenset())
+
+    @property
+    def data_source(self) -> str:
+        return f"toy_{self.name}"
+
+
+def _templates(*wordings: tuple[tuple[str, ...], str]) -> Mapping[str, Template]:
+    return MappingProxyType({"_".join(relations): Template(relations, wording) for relations, wording in wordings})
+
+
+# An answer that the agent gives instead of searching (``build --stale``), for each type of answer.
+STALE_ANSWERS: Final = MappingProxyType({"person": "gosa pakuson", "town": "dido pagville"})
+
+TWO_HOP: Final = Kind(
+    "two_hop",
+    _templates(
+        (("founder", "born"), "where was the founder of {x} born ?"),
+        (("founder", "lives"), "where lives the founder of {x} ?"),
+        (("founder", "spouse"), "who is the spouse of the founder of {x} ?"),
+        (("chief", "born"), "where was the chief of {x} born ?"),
+        (("chief", "lives"), "where lives the chief of {x} ?"),
+        (("chief", "spouse"), "who is the spouse of the chief of {x} ?"),
+        (("base", "mayor"), "who is the mayor of the base of {x} ?"),
+    ),
 )
+CHAINS: Final = Kind(
+    "chains",
+    _templates(
+        (("founder", "spouse", "born"), "where was the spouse of the founder of {x} born ?"),
+        (("chief", "spouse", "lives"), "where lives the spouse of the chief of {x} ?"),
+        (("base", "mayor", "spouse"), "who is the spouse of the mayor of the base of {x} ?"),
+        (
+            ("founder", "spouse", "born", "mayor"),
+            "who is the mayor of where the spouse of the founder of {x} was born ?",
+        ),
+        (("chief", "spouse", "lives", "mayor"), "who is the mayor of where the spouse of the chief of {x} lives ?"),
+        (("base", "mayor", "spouse", "born"), "where was the spouse of the mayor of the base of {x} born ?"),
+        (("base", "twin", "mayor", "lives"), "where lives the mayor of the twin of the base of {x} ?"),
+        (
+            ("founder", "born", "mayor", "spouse"),
+            "who is the spouse of the mayor of where the founder of {x} was born ?",
+        ),
+    ),
+    paired=("spouse", "twin"),
+    avoided=frozenset(STALE_ANSWERS.values()),
+)
+KINDS: Final = MappingProxyType({kind.name: kind for kind in (TWO_HOP, CHAINS)})
 
 TRAIN_SIZES: Final = MappingProxyType({"company": 200, "person": 300, "town": 150})
 HELD_OUT_SIZES: Final = MappingProxyType({"company": 100, "person": 150, "town": 80})
@@ -84,13 +138,24 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A two-hop question; ``bridge`` is the entity that the first hop finds, ``gold`` the answer."""
+    """A question; ``chain`` holds the company, what each hop finds and the answer."""
 
     text: str
     template: str
-    company: str
-    bridge: str
-    gold: str
+    chain: tuple[str, ...]
+
+    @property
+    def company(self) -> str:
+        return self.chain[0]
+
+    @property
+    def bridge(self) -> str:
+        """What the last hop but one finds."""
+        return self.chain[-2]
+
+    @property
+    def gold(self) -> str:
+        return self.chain[-1]
 
 
 @lru_cache(maxsize=1)
@@ -128,7 +193,8 @@ def name_split() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]
 
 def vocabulary() -> list[str]:
     """All words that questions, passages, searches and answers are made of, in a fixed order."""
-    wordings = [r.passage for r in RELATIONS.values()] + [t.wording for t in TEMPLATES.values()]
+    # The same for all kinds: what is built for one can be loaded for another.
+    wordings = [r.passage for r in RELATIONS.values()] + [t.wording for t in TWO_HOP.templates.values()]
     function_words = {w for text in wordings for w in text.split() if "{" not in w} | set(RELATIONS)
     shell = ["find", "done", "nothing", "found", "[1]", "[2]", "[3]"]
     names = [word for positions in name_words().values() for words in positions for word in words]
@@ -142,22 +208,33 @@ class World:
 
     Args:
         names: the pool of names of each entity type.
-        sizes: how many entities of each type.
+        sizes: how many entities of each type, even where the kind pairs them.
         seed: any text; equal arguments give an equal world.
+        kind: the questions, and which relations are paired.
 
     Raises:
         ValueError: a pool has fewer names than asked for.
     """
 
-    def __init__(self, names: dict[str, tuple[str, ...]], sizes: dict[str, int], seed: str) -> None:
+    def __init__(
+        self, names: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], seed: str, kind: Kind = TWO_HOP
+    ) -> None:
         rng = random.Random(seed)
-        for kind in ENTITY_TYPES:
-            if sizes[kind] > len(names[kind]):
-                raise ValueError(f"{sizes[kind]} entities of type {kind} asked for, but only {len(names[kind])} names")
-        self.entities = {kind: rng.sample(names[kind], sizes[kind]) for kind in ENTITY_TYPES}
+        self.kind = kind
+        pools = {entity: [name for name in names[entity] if name not in kind.avoided] for entity in ENTITY_TYPES}
+        for entity, pool in pools.items():
+            if sizes[entity] > len(pool):
+                raise ValueError(f"{sizes[entity]} entities of type {entity} asked for, but only {len(pool)} names")
+        self.entities = {entity: rng.sample(pools[entity], sizes[entity]) for entity in ENTITY_TYPES}
         self._objects: dict[tuple[str, str], str] = {}
         for relation, spec in RELATIONS.items():
-            for subject in self.entities[spec.subject]:
+            subjects = self.entities[spec.subject]
+            if relation in kind.paired:
+                order = rng.sample(subjects, len(subjects))
+                for one, other in zip(order[::2], order[1::2], strict=True):
+                    self._objects[one, relation], self._objects[other, relation] = other, one
+                continue
+            for subject in subjects:
                 taken = {subject} | {self._objects.get((subject, other), "") for other in _distinct_from(relation)}
                 value = rng.choice(self.entities[spec.object])
                 while value in taken:
@@ -171,13 +248,15 @@ class World:
         return [Fact(subject, relation, value) for (subject, relation), value in self._objects.items()]
 
     def questions(self) -> list[Question]:
-        """Every template for every company."""
+        """Every template for every company, but for chains that come back to an entity."""
         out = []
         for company in self.entities["company"]:
-            for key, template in TEMPLATES.items():
-                bridge = self.lookup(company, template.first)
-                gold = self.lookup(bridge, template.second)
-                out.append(Question(template.wording.format(x=company), key, company, bridge, gold))
+            for key, template in self.kind.templates.items():
+                chain = [company]
+                for relation in template.relations:
+                    chain.append(self.lookup(chain[-1], relation))
+                if len(set(chain)) == len(chain):
+                    out.append(Question(template.wording.format(x=company), key, tuple(chain)))
         return out
 
 
@@ -186,19 +265,20 @@ def _distinct_from(relation: str) -> tuple[str, ...]:
     return next((g for g in groups if relation in g), ())
 
 
-def train_world(seed: int) -> World:
+def train_world(seed: int, kind: Kind = TWO_HOP) -> World:
     """The world of the training questions."""
-    return World(name_split()[0], dict(TRAIN_SIZES), f"toy world {seed}: train")
+    return World(name_split()[0], TRAIN_SIZES, f"toy world {seed}: train", kind)
 
 
-def held_out_world(seed: int) -> World:
+def held_out_world(seed: int, kind: Kind = TWO_HOP) -> World:
     """The world of the evaluation questions: names that no training or warm-start world uses."""
-    return World(name_split()[1], dict(HELD_OUT_SIZES), f"toy world {seed}: held out")
+    return World(name_split()[1], HELD_OUT_SIZES, f"toy world {seed}: held out", kind)
 
 
-def warm_start_world(seed: int, index: int) -> World:
+def warm_start_world(seed: int, index: int, kind: Kind = TWO_HOP) -> World:
     """A small world for supervised training; many of them, so that only copying, not facts, can be learnt."""
-    return World(name_split()[0], {"company": 40, "person": 80, "town": 40}, f"toy world {seed}: warm start {index}")
+    sizes = {"company": 40, "person": 80, "town": 40}
+    return World(name_split()[0], sizes, f"toy world {seed}: warm start {index}", kind)
 
 
 def sample_questions(world: World, count: int, seed: int) -> list[Question]:
@@ -208,25 +288,26 @@ def sample_questions(world: World, count: int, seed: int) -> list[Question]:
         ValueError: the world has fewer than ``count`` questions.
     """
     rng = random.Random(f"toy world {seed}: questions")
-    by_template: dict[str, list[Question]] = {key: [] for key in TEMPLATES}
+    by_template: dict[str, list[Question]] = {key: [] for key in world.kind.templates}
     for question in world.questions():
         by_template[question.template].append(question)
     for group in by_template.values():
         rng.shuffle(group)
-    rounds = zip(*by_template.values(), strict=True)
+    # As many rounds as the template with the fewest questions has.
+    rounds = zip(*by_template.values(), strict=False)
     pool = [question for one_of_each in rounds for question in one_of_each]
     if not 0 < count <= len(pool):
-        raise ValueError(f"this world has {len(pool)} questions; {count} were asked for")
+        raise ValueError(f"this world has {len(pool)} questions, as many of each template; {count} were asked for")
     chosen = pool[:count]
     rng.shuffle(chosen)
     return chosen
 
 
-def corpus(seed: int) -> list[dict[str, str]]:
+def corpus(seed: int, kind: Kind = TWO_HOP) -> list[dict[str, str]]:
     """Passages of both worlds as retriever documents, in random order so that ties in the ranking mean nothing."""
     documents = [
         {"id": f"{part}-{i}", "contents": fact.passage}
-        for part, world in (("train", train_world(seed)), ("heldout", held_out_world(seed)))
+        for part, world in (("train", train_world(seed, kind)), ("heldout", held_out_world(seed, kind)))
         for i, fact in enumerate(world.facts())
     ]
     random.Random(f"toy world {seed}: corpus").shuffle(documents)
