@@ -21,6 +21,7 @@ class FailingScorer(Scorer):
     """Refuses to cluster the answers of some questions, as a scorer does that runs out of length for one of them."""
 
     bad: tuple[str, ...] = ()
+    computed_tokens = requested_tokens = 7
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -39,17 +40,19 @@ class FailingScorer(Scorer):
 
 def _trainer(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], **keys: Any) -> SiopTrainer:
     trainer = object.__new__(SiopTrainer)
-    trainer.siop, trainer.tokenizer = SiopConfig(**keys), byte_tokenizer()
+    trainer.siop, trainer.gamma, trainer.tokenizer = SiopConfig(**keys), 1.0, byte_tokenizer()
     monkeypatch.setattr(module, "ScoringClient", FailingScorer)
     monkeypatch.setattr(FailingScorer, "bad", bad)
     return trainer
 
 
 def test_all_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    rewards, rows, dropped, seconds = asyncio.run(_trainer(monkeypatch, ())._score(ROLLOUTS))
+    rewards, rows, dropped, cost = asyncio.run(_trainer(monkeypatch, ())._score(ROLLOUTS))
     assert rows == list(range(6)) and dropped == set()
     assert rewards.turn_rewards == run(ROLLOUTS).turn_rewards
-    assert set(seconds) == {"cluster", "entailment", "support"}
+    seconds = {f"siop/seconds/{kind}" for kind in ("cluster", "entailment", "support")}
+    assert set(cost) == {*seconds, "siop/tokens/computed", "siop/tokens/requested"}
+    assert all(cost[name] > 0 for name in cost)
 
 
 def test_a_scorer_error_ends_the_run_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

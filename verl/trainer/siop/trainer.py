@@ -49,7 +49,7 @@ class EveryGroupDropped(SiopError, RuntimeError):
 class TimedScorer:
     """A :class:`SiopScorer` that adds up the wall seconds spent waiting for each kind of call."""
 
-    scorer: SiopScorer
+    scorer: ScoringClient | PolicyScorer
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def _timed(self, kind: str, call: Awaitable[T]) -> T:
@@ -67,6 +67,14 @@ class TimedScorer:
 
     async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
         return await self._timed("support", self.scorer.support(rollouts))
+
+    def metrics(self) -> dict[str, float]:
+        """``siop/seconds/…`` by kind of call and ``siop/tokens/…``: computed, and requested as full sequences."""
+        return {
+            **{f"siop/seconds/{kind}": value for kind, value in self.seconds.items()},
+            "siop/tokens/computed": float(self.scorer.computed_tokens),
+            "siop/tokens/requested": float(self.scorer.requested_tokens),
+        }
 
 
 @register_trainer("siop")
@@ -90,7 +98,7 @@ class SiopTrainer(PPOTrainerSync):
                 "trainer needs CheckedReplayBuffer or a subclass of it"
             )
         self.uses_siop = config.algorithm.adv_estimator == "siop"
-        self.siop = SiopConfig.from_algorithm(config.algorithm)
+        self.siop, self.gamma = SiopConfig.from_algorithm(config.algorithm), float(config.algorithm.gamma)
         self._records: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------ rewards
@@ -123,7 +131,7 @@ class SiopTrainer(PPOTrainerSync):
 
     def _write_turn_rewards(self, keys: list[str], data: TensorDict, partition_id: str, metrics: dict) -> None:
         rollouts = self._rollouts(keys, data)
-        rewards, kept, dropped, seconds = asyncio.run(self._score(rollouts))
+        rewards, kept, dropped, cost = asyncio.run(self._score(rollouts))
 
         masks = column(data, "response_mask")
         turn_rewards: list[list[float]] = [[] for _ in masks]
@@ -145,9 +153,9 @@ class SiopTrainer(PPOTrainerSync):
                 ),
             )
 
-        metrics.update(group_metrics(rewards, [rollouts[row] for row in kept], self.siop))
+        metrics.update(group_metrics(rewards, [rollouts[row] for row in kept], self.siop, self.gamma))
         metrics["siop/dropped_groups"] = float(len(dropped))
-        metrics.update({f"siop/seconds/{kind}": value for kind, value in seconds.items()})
+        metrics.update(cost)
         for index, row in enumerate(kept):
             self._records[keys[row]].update(
                 question=rollouts[row].question,
@@ -184,7 +192,7 @@ class SiopTrainer(PPOTrainerSync):
         ]
 
     async def _score(self, rollouts: list[Rollout]) -> tuple[GroupRewards, list[int], set[str], dict[str, float]]:
-        """Rewards of the rows that could be scored, those rows, the questions that could not, seconds by call."""
+        """Rewards of the rows that could be scored, those rows, the questions that could not, what it cost."""
         async with ScoringClient(
             self.siop.siop_scorer_url,
             strict=self.siop.siop_strict_entailment,
@@ -205,7 +213,7 @@ class SiopTrainer(PPOTrainerSync):
                     raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error
                 kept = [rollouts[row] for row in rows]
                 rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
-            return rewards, rows, dropped, dict(scorer.seconds)
+            return rewards, rows, dropped, scorer.metrics()
 
     def _policy_scorer(self, nli: SiopScorer) -> PolicyScorer:
         return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)

@@ -7,17 +7,22 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from verl.utils.siop.baselines import Turns
 from verl.utils.siop.siop_process_reward import GroupRewards, Rollout, SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 
-def group_metrics(rewards: GroupRewards, rollouts: Sequence[Rollout], config: SiopConfig) -> dict[str, float]:
+def group_metrics(
+    rewards: GroupRewards, rollouts: Sequence[Rollout], config: SiopConfig, gamma: float = 1.0
+) -> dict[str, float]:
     """Metrics of a batch; a key whose mean would run over nothing is left out.
 
     Args:
         rewards: result of :func:`~verl.utils.siop.siop_process_reward.compute_group_rewards`.
         rollouts: the rollouts it was computed for, in the same order.
         config: the configuration it was computed with.
+        gamma: discount of the return-to-go.
 
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
@@ -29,7 +34,8 @@ def group_metrics(rewards: GroupRewards, rollouts: Sequence[Rollout], config: Si
         - ``siop/evidence``: rho of the rollout's cluster, where it was computed
         - ``siop/support_first``, ``siop/support_last``: support at boundary 0 and at the last
         - ``siop/turn_reward/mean``, ``/std``: over all turn rewards, and by turn ``siop/turn_reward/turn_1/mean`` …;
-          rollouts without an answer have none
+          rollouts without turn rewards (in most modes those without an answer) count in none
+        - ``siop/return_to_go/turn_1/mean``, ``/std`` …: what a turn is worth (``siop_return``), over the same rollouts
     """
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
@@ -56,7 +62,23 @@ def group_metrics(rewards: GroupRewards, rollouts: Sequence[Rollout], config: Si
     for turn in range(max(map(len, rewards.turn_rewards), default=0)):
         at_turn = [turns[turn] for turns in rewards.turn_rewards if len(turns) > turn]
         metrics.update(_mean_and_std(f"siop/turn_reward/turn_{turn + 1}", at_turn))
+    for turn, at_turn in enumerate(_returns_by_turn(rewards.turn_rewards, config, gamma)):
+        metrics.update(_mean_and_std(f"siop/return_to_go/turn_{turn + 1}", at_turn))
     return metrics
+
+
+def _returns_by_turn(turn_rewards: Sequence[Sequence[float]], config: SiopConfig, gamma: float) -> list[list[float]]:
+    """The returns of all rollouts that have rewards and reach a turn, for each turn."""
+    rows = [list(rewards) for rewards in turn_rewards if rewards]
+    if not rows:
+        return []
+    turns_B = np.array([len(row) for row in rows])
+    reached_BT = np.arange(turns_B.max())[None, :] < turns_B[:, None]
+    rewards_BT = np.zeros(reached_BT.shape)
+    rewards_BT[reached_BT] = [reward for row in rows for reward in row]
+    turns = Turns(rewards_BT, reached_BT, np.zeros(len(rows), dtype=int), gamma, scale=False, config=config)
+    returns_BT = turns.returns()
+    return [returns_BT[reached_BT[:, turn], turn].tolist() for turn in range(reached_BT.shape[1])]
 
 
 def _entropy(counts: Sequence[int]) -> float:

@@ -76,6 +76,10 @@ class ScoringClient:
         backoff_s: pause before the second attempt; it doubles from there, up to 30 s, and is drawn between once and
             twice that.
 
+    Attributes:
+        computed_tokens: tokens that went through the scorer's model for the answers received so far.
+        requested_tokens: tokens of the same scores as separate full sequences.
+
     Raises (all methods):
         ScorerUnavailable: no answer after the last attempt.
         ScorerError: the service refused the request, could not score one of its rollouts, or its answer is not valid.
@@ -101,6 +105,7 @@ class ScoringClient:
         token = token if token is not None else os.environ.get("SIOP_API_TOKEN")
         # A proxy that compresses would change the body, and so its digest.
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
+        self.computed_tokens = self.requested_tokens = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -214,6 +219,11 @@ class ScoringClient:
                 for rollout, rows in zip(part, support, strict=True):
                     for row in _only(rows, len(rollout.boundaries)):
                         _numbers(row, len(rollout.references), -sys.float_info.max, MAX_LOGPROB)
+                computed, requested = _numbers(
+                    [data["computed_tokens"], data["requested_tokens"]], 2, 0, sys.float_info.max
+                )
+                self.computed_tokens += int(computed)
+                self.requested_tokens += int(requested)
                 return support
 
             return await self._post("/support", {"rollouts": [_rollout_json(rollout) for rollout in part]}, read)
