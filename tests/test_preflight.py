@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,52 @@ def test_a_correct_setup_passes_up_to_the_scorer(parts: dict[str, str]) -> None:
     _check(parts, trainer__val_only="true")
     with pytest.raises(ScorerUnavailable, match=parts["algorithm.siop_scorer_url"]):
         _check(parts)
+
+
+@pytest.fixture
+def scorer_without_model(parts: dict[str, str]) -> Iterator[None]:
+    """Something that answers /health as a scorer does that was started with ``--model none``."""
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"status": "healthy", "num_workers": 1, "engine": "none", "model": "none"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    parts["algorithm.siop_scorer_url"] = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_scorer_without_a_language_model_is_enough_for_the_policy_alone(
+    parts: dict[str, str], scorer_without_model: None
+) -> None:
+    _check(parts, algorithm__siop_scorer="policy")
+    with pytest.raises(SiopConfigError, match=r"siop_scorer=server, but the scorer at http.* has no language model"):
+        _check(parts)
+
+
+def test_support_from_the_policy_needs_a_scorer_only_for_clusters(parts: dict[str, str]) -> None:
+    _check(parts, algorithm__siop_scorer="policy", algorithm__siop_use_gold_ref="true")
+    with pytest.raises(ScorerUnavailable):
+        _check(parts, algorithm__siop_scorer="policy")
+
+
+def test_support_from_the_policy_cannot_replay_routes(parts: dict[str, str]) -> None:
+    changes = [
+        "algorithm.siop_scorer=policy",
+        "+actor_rollout_ref.actor.megatron.router_replay.mode=R3",
+    ]
+    with pytest.raises(SiopConfigError, match=r"actor.megatron.router_replay.mode=R3 is not allowed .*siop_scorer=pol"):
+        check_before_start(_config(*(f"{key}={value}" for key, value in parts.items()), *changes))
 
 
 @pytest.mark.parametrize(
