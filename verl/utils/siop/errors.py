@@ -17,6 +17,10 @@ class ScorerError(SiopError, RuntimeError):
     """The scorer answered, but refused the request or sent a response that is not valid."""
 
 
+class EngineFailed(ScorerError):
+    """The scoring engine is broken and has to be built anew; nothing that it would still give can be trusted."""
+
+
 class ServiceUnavailable(SiopError, ConnectionError):
     """A service could not be reached, or did not answer, within the allowed attempts.
 
