@@ -36,10 +36,10 @@ from verl.utils.siop.engines.base import Probe, RolloutQuery
 from verl.utils.siop.engines.nli import AnswerGroup, TransformersNli
 from verl.utils.siop.engines.pool import WorkerPool, _Worker, partition
 from verl.utils.siop.engines.transformers_engine import TransformersEngine
-from verl.utils.siop.engines.worker import WorkerSettings
+from verl.utils.siop.engines.worker import ScoringWorker, WorkerSettings
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 from verl.utils.siop.scoring_client import ScoringClient
-from verl.utils.siop.scoring_server import main
+from verl.utils.siop.scoring_server import _parser, _settings, create_app, main
 from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
 
 TOKEN = "secret"
@@ -583,6 +583,7 @@ def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys,
         (["--model", lm, "--nli-model", str(tmp_path / "no_nli")], "no_nli.*LABEL_0"),
         (["--model", lm, "--nli-model", "./nowhere"], "--nli-model: the model directory ./nowhere does not exist"),
         (["--model", lm, "--nli-backend", "transformers"], "needs --nli-model"),
+        (["--model", "none", "--engine", "transformers"], "--engine transformers needs a language model"),
         (["--model", lm, "--num-gpus", "99"], "--num-gpus is 99"),
         (["--model", lm, "--max-concurrency", "0"], "--max-concurrency must be more than 0"),
         (["--model", lm, "--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
@@ -590,6 +591,35 @@ def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys,
         assert main([*arguments, "--port", "0"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(f"the scorer cannot start: .*{message}", line)
+
+
+def test_without_a_language_model_only_clusters_and_entailment_are_answered():
+    settings, workers, _ = _settings(_parser().parse_args(["--model", "none", "--num-gpus", "0"]))
+    assert (settings.model, settings.engine, workers) == ("none", "none", 1)
+    worker = ScoringWorker(settings)
+    pool = WorkerPool(settings, num_workers=1)
+    pool.info, pool._workers = worker.load(), [_Worker(None, 0, up=True)]
+
+    async def call(method, payload, cost):
+        return getattr(worker, method)(payload)
+
+    pool._call = call
+
+    async def ask():
+        transport = httpx.ASGITransport(create_app(pool)[0])
+        async with httpx.AsyncClient(transport=transport, base_url="http://scorer") as http:
+            health = await http.get("/health")
+            refused = [await http.post("/support", json=body(request())), await http.post("/support", json=body([]))]
+            item = {"prompt_ids": [1], "response_ids": [2], "ref_start": 0, "ref_end": 1}
+            refused.append(await http.post("/score", json={"items": [item]}))
+            pair = {"premise": "in Paris", "hypothesis": "Paris"}
+            return health.json(), refused, await http.post("/nli_score", json={"pairs": [pair]})
+
+    health, refused, entailment = asyncio.run(ask())
+    assert (health["engine"], health["model"], health["nli"]) == ("none", "none", "lexical")
+    for response in refused:
+        assert response.status_code == 422 and "this scorer has no language model" in response.json()["detail"]
+    assert entailment.json()["scores"] == [1.0]
 
 
 def test_a_model_that_cannot_be_packed_ends_the_service_by_name(tmp_path):
