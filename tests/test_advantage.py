@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from statistics import fmean, stdev
+from statistics import fmean, pvariance, stdev
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,41 @@ def plain_leave_one_out(
     return result
 
 
-PLAIN = {"pooled": plain_pooled, "leave_one_out": plain_leave_one_out}
+def plain_turn_index(turn_rewards: list[list[float]], uids: list[str], gamma: float, scale: bool) -> list[list[float]]:
+    returns = [return_to_go(rewards, gamma) for rewards in turn_rewards]
+    result = []
+    for own, uid in zip(returns, uids, strict=True):
+        row = []
+        for t, value in enumerate(own):
+            peers = [other[t] for other, name in zip(returns, uids, strict=True) if name == uid and len(other) > t]
+            spread = stdev(peers) if scale and len(peers) > 1 else 1.0
+            spread = 1.0 if spread < 1e-6 else spread
+            row.append((value - fmean(peers)) / (spread + 1e-6 if scale else 1.0))
+        result.append(row)
+    return result
+
+
+def plain_turn_group(turn_rewards: list[list[float]], uids: list[str], gamma: float, scale: bool) -> list[list[float]]:
+    def normalised(value: float, peers: list[float]) -> float:
+        return (value - fmean(peers)) / (math.sqrt(pvariance(peers) + 1e-8) + 1e-6 if scale else 1.0)
+
+    result: list[list[float]] = []
+    for own, uid in zip(turn_rewards, uids, strict=True):
+        group = [other for other, name in zip(turn_rewards, uids, strict=True) if name == uid and other]
+        gains = [normalised(r, [other[t] for other in group if len(other) - 1 > t]) for t, r in enumerate(own[:-1])]
+        outcome = normalised(own[-1], [other[-1] for other in group]) if own else 0.0
+        sums = [value / math.sqrt(len(gains) - t) for t, value in enumerate(return_to_go(gains, gamma))]
+        result.append([0.3 * value + outcome for value in sums] + [outcome] * bool(own))
+    return result
+
+
+PLAIN = {
+    "pooled": plain_pooled,
+    "leave_one_out": plain_leave_one_out,
+    "turn_index": plain_turn_index,
+    "turn_group": plain_turn_group,
+}
+BASELINE_NAMES = [*PLAIN]
 
 # Rewards of a coarse grid, so that no standard deviation is a rounding error of one.
 batches = st.lists(
@@ -154,7 +188,7 @@ batches = st.lists(
 
 
 @settings(deadline=None)
-@given(batches, st.sampled_from(["pooled", "leave_one_out"]), st.sampled_from([1.0, 0.9, 0.0]), st.booleans())
+@given(batches, st.sampled_from(BASELINE_NAMES), st.sampled_from([1.0, 0.9, 0.0]), st.booleans())
 def test_the_estimator_equals_its_definition(
     batch: list[tuple[str, list[float]]], baseline: str, gamma: float, scale: bool
 ) -> None:
@@ -172,7 +206,7 @@ def test_the_estimator_equals_its_definition(
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["q1", "q2"]), st.lists(st.floats(-3, 3), max_size=4)), min_size=1, max_size=10),
-    st.sampled_from(["pooled", "leave_one_out", "broadcast"]),
+    st.sampled_from([*BASELINE_NAMES, "broadcast"]),
     st.randoms(use_true_random=False),
 )
 def test_row_order_and_padding_change_no_bit(batch: list[tuple[str, list[float]]], what: str, random: Any) -> None:
@@ -194,7 +228,7 @@ def test_row_order_and_padding_change_no_bit(batch: list[tuple[str, list[float]]
         assert not b[:, a.shape[1] :].any()
 
 
-@pytest.mark.parametrize("what", ["pooled", "leave_one_out", "broadcast"])
+@pytest.mark.parametrize("what", [*BASELINE_NAMES, "broadcast"])
 def test_row_order_changes_no_bit_before_rounding_either(what: str) -> None:
     """Single precision hides nearly all differences in the order of a sum; double precision does not."""
     rng = np.random.default_rng(0)
@@ -325,7 +359,7 @@ def test_explicit_arguments_win_over_the_section() -> None:
     assert by_turn(from_section, mask)[0][1] > by_turn(from_section, mask)[0][0]
 
 
-@pytest.mark.parametrize("baseline", ["pooled", "leave_one_out"])
+@pytest.mark.parametrize("baseline", BASELINE_NAMES)
 @pytest.mark.parametrize("scale", [True, False])
 def test_equal_rewards_give_exactly_zero(baseline: str, scale: bool) -> None:
     rewards, mask, index = batch_of([[0.1], [0.1], [0.1], [0.7], [0.7], [0.7]], ["a"] * 3 + ["b"] * 3)
@@ -333,7 +367,7 @@ def test_equal_rewards_give_exactly_zero(baseline: str, scale: bool) -> None:
     assert not compute_siop_advantage(rewards, mask, index=index, config=config)[0].any()
 
 
-@pytest.mark.parametrize("baseline", ["pooled", "leave_one_out"])
+@pytest.mark.parametrize("baseline", BASELINE_NAMES)
 def test_a_question_with_one_rollout_of_one_turn(baseline: str) -> None:
     rewards, mask, index = batch_of([[5.0], [1.0], [2.0]], ["alone", "b", "b"])
     config = {"siop_baseline": baseline}
@@ -348,7 +382,7 @@ def test_a_question_with_one_rollout_has_no_leave_one_out_baseline() -> None:
     assert not compute_siop_advantage(rewards, mask, index=index)[0].any()
 
 
-@pytest.mark.parametrize("keys", [{}, {"siop_baseline": "pooled"}, {"siop_advantage_mode": "broadcast"}])
+@pytest.mark.parametrize("keys", [*({"siop_baseline": n} for n in PLAIN), {"siop_advantage_mode": "broadcast"}])
 def test_a_batch_of_padding_only(keys: dict[str, Any]) -> None:
     zeros = torch.zeros(2, 5)
     advantages, returns = compute_siop_advantage(zeros + 1, zeros, index=np.array(["a", "a"]), config=keys)
