@@ -6,12 +6,10 @@ import random
 
 import pytest
 import torch
-from fixtures_scorer import pair_tokenizer, save_classifier, tiny_classifier
-from hypothesis import given
-from hypothesis import strategies as st
+from fixtures_scorer import pair_tokenizer, save_classifier, teach_self_test, tiny_classifier
 from verl.utils.siop.engines.nli import AnswerGroup, LexicalNli, TransformersNli, cluster_in_rounds
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError
-from verl.utils.siop.nli_clustering import greedy_clusters
+from verl.utils.siop.nli_clustering import greedy_clusters, normalize_answer
 
 LABELS = ("contradiction", "neutral", "entailment")
 MAX_LEN = 96
@@ -31,38 +29,52 @@ def nli():
         logits = torch.cat([model(**tokenizer(a, b, return_tensors="pt")).logits for a in texts[:8] for b in texts[:8]])
     with torch.no_grad():
         model.classifier.bias -= logits.mean(0)
-    return TransformersNli(model, tokenizer, "tiny")
+    return TransformersNli(model, tokenizer, "tiny", self_test=False)
 
 
 def decode(encoded):
     return pair_tokenizer().decode(encoded["input_ids"])
 
 
-@given(
-    st.lists(
-        st.lists(st.sampled_from(["Paris", "paris.", "Rome", "the", "a", "Oslo", "Bern"]), max_size=7), max_size=4
-    ),
-    st.integers(0, 2**32),
-)
-def test_rounds_give_the_clusters_of_the_greedy_pass(groups, seed):
-    # Any relation between texts: neither symmetric nor transitive.
-    table = {}
+def greedy_by_definition(answers, related):
+    """The algorithm of one group: an unassigned answer opens a cluster and takes its later unassigned equivalents."""
+    clusters, opened = [None] * len(answers), 0
+    for i, opener in enumerate(answers):
+        if clusters[i] is None:
+            for j in range(i, len(answers)):
+                same = j == i or normalize_answer(answers[j]) == normalize_answer(opener) != ""
+                if clusters[j] is None and (same or related(opener, answers[j])):
+                    clusters[j] = opened
+            opened += 1
+    return clusters
 
-    def related(a, b):
-        if (a, b) not in table:
-            table[a, b] = random.Random(f"{seed} {a} {b}").random() < 0.4
-        return table[a, b]
 
-    calls = []
+def test_rounds_give_the_clusters_of_one_group_at_a_time():
+    """Thousands of random relations between texts, most of them neither symmetric nor transitive."""
+    words = ["Paris", "paris.", "Rome", "the Rome", "Oslo", "Bern", "Kyiv", "Lima"]
+    asymmetric = intransitive = 0
+    for seed in range(3000):
+        rng = random.Random(seed)
+        share = rng.choice([0.05, 0.2, 0.5, 0.8])
+        table = {(a, b): rng.random() < share for a in words for b in words}
+        groups = [rng.choices(words, k=rng.randrange(9)) for _ in range(rng.randrange(5))]
+        rounds = []
 
-    def equivalent(questions):
-        calls.append(questions)
-        return [related(groups[g][i], groups[g][j]) for g, i, j in questions]
+        def equivalent(questions, table=table, groups=groups, rounds=rounds):
+            rounds.append(questions)
+            texts = [(groups[g][i], groups[g][j]) for g, i, j in questions]
+            assert all(normalize_answer(a) != normalize_answer(b) for a, b in texts)
+            return [table[pair] for pair in texts]
 
-    expected = [greedy_clusters(answers, lambda i, j, a=answers: related(a[i], a[j])) for answers in groups]
-    assert cluster_in_rounds(groups, equivalent) == expected
-    assert all(calls)
-    assert len(calls) <= max((max(ids, default=-1) + 1 for ids in expected), default=0)
+        expected = [greedy_by_definition(answers, lambda a, b, t=table: t[a, b]) for answers in groups]
+        assert cluster_in_rounds(groups, equivalent) == expected
+        assert all(rounds)
+        assert len(rounds) <= max((len(set(ids)) for ids in expected), default=0), "a round per cluster at most"
+        asymmetric += any(table[a, b] != table[b, a] for a, b in table)
+        intransitive += any(
+            table[a, b] and table[b, c] and not table[a, c] for a in words for b in words for c in words
+        )
+    assert min(asymmetric, intransitive) > 2000
 
 
 def test_lexical_clusters_are_equal_normalised_answers():
@@ -102,7 +114,7 @@ def test_label_order_comes_from_the_model(nli, order):
     with torch.no_grad():
         model.classifier.weight.copy_(nli._model.classifier.weight[list(order)])
         model.classifier.bias.copy_(nli._model.classifier.bias[list(order)])
-    permuted = TransformersNli(model, pair_tokenizer())
+    permuted = TransformersNli(model, pair_tokenizer(), self_test=False)
     pairs = [("a b c", "d"), ("x", "yy"), ("long premise here", "z")]
     assert permuted.entailment(pairs) == pytest.approx(nli.entailment(pairs), abs=1e-5)
     groups = [AnswerGroup("who?", list("abcdefgh"), strict) for strict in (True, False)]
@@ -160,10 +172,76 @@ def test_models_without_the_labels_are_refused(tmp_path):
         TransformersNli(tiny_classifier(("LABEL_0", "LABEL_1")), pair_tokenizer(), "other")
     with pytest.raises(SiopConfigError, match="has 2"):
         TransformersNli(tiny_classifier(("entailment", "ENTAILS")), pair_tokenizer())
-    two = TransformersNli(tiny_classifier(("not_entailment", "entailment")), pair_tokenizer())
+    two = TransformersNli(tiny_classifier(("not_entailment", "entailment")), pair_tokenizer(), self_test=False)
     assert len(two.entailment([("a", "b")])) == 1
     with pytest.raises(InvalidRequest, match="strict = false"):
         two.cluster([AnswerGroup("q", ["a", "b"], strict=False)])
+
+
+def computed(nli, ask):
+    """What ``ask(nli)`` returns, the pairs it asked for and those that were computed."""
+    before = nli.asked, nli.computed
+    result = ask(nli)
+    return result, nli.asked - before[0], nli.computed - before[1]
+
+
+def fresh(nli, **options):
+    return TransformersNli(nli._model, pair_tokenizer(), self_test=False, **options)
+
+
+def test_pairs_are_computed_once(nli):
+    nli = fresh(nli)
+    pairs = [("p", "h"), ("p", "g"), ("p", "h"), ("h", "p")]
+    first = computed(nli, lambda nli: nli.entailment(pairs))
+    assert first[1:] == (4, 3)
+    assert computed(nli, lambda nli: nli.entailment(pairs)) == (first[0], 4, 0)
+
+    groups = [AnswerGroup("q1", ["x", "y", "X.", "y"]), AnswerGroup("q2", ["x", "y"]), AnswerGroup("q1", ["y", "x"])]
+    ids, asked, first_time = computed(nli, lambda nli: nli.cluster(groups))
+    # Both directions of (x, y), once for each question; answers identical once normalised are not asked about.
+    assert (asked, first_time) == (8, 4)
+    assert computed(nli, lambda nli: nli.cluster(groups)) == (ids, asked, 0)
+    assert ids == [fresh(nli, cache_entries=0).cluster([group])[0] for group in groups]
+    # The same texts in another role are another pair.
+    assert computed(nli, lambda nli: nli.entailment([("q1", "xy"), ("q1x", "y"), ("x", "y")]))[2] == 3
+
+
+def test_the_cache_forgets_the_least_recently_used(nli):
+    expected = fresh(nli).entailment([("p", str(n)) for n in range(6)])
+    nli = fresh(nli, cache_entries=3)
+    ask = lambda *numbers: computed(nli, lambda nli: nli.entailment([("p", str(n)) for n in numbers]))  # noqa: E731
+    scores, _, count = ask(*range(6))  # more than fit
+    assert scores == pytest.approx(expected, abs=1e-5) and count == 6
+    assert len(nli._cache) == 3
+    assert ask(3)[2] == 0  # 3, 4, 5 are there, 3 now the latest
+    assert ask(0)[2] == 1  # takes the place of 4
+    assert (ask(3)[2], ask(5)[2], ask(4)[2]) == (0, 0, 1)
+    none = fresh(nli, cache_entries=0)
+    assert computed(none, lambda nli: nli.entailment([("p", "1")] * 2))[2] == 1
+    assert computed(none, lambda nli: nli.entailment([("p", "1")]))[2] == 1
+
+
+def test_the_self_test_refuses_a_model_that_is_not_trained_for_nli(tmp_path):
+    for labels in (LABELS, ("entailment", "not_entailment")):
+        model = teach_self_test(tiny_classifier(labels))
+        assert TransformersNli(model, pair_tokenizer(), "taught").entailment([("a", "b")])
+        with torch.no_grad():
+            model.classifier.weight.neg_()
+            model.classifier.bias.neg_()
+        with pytest.raises(SiopConfigError, match=r"taught fails the self-test.*capital.*--no-nli-self-test"):
+            TransformersNli(model, pair_tokenizer(), "taught")
+        # Always the same label: right for one of the two.
+        for index in range(len(labels)):
+            with torch.no_grad():
+                model.classifier.weight.zero_()
+                model.classifier.bias.zero_()[index] = 1.0
+            wrong = "contradiction" if labels[index] == "entailment" else "entailment"
+            with pytest.raises(SiopConfigError, match=f"which is {wrong}"):
+                TransformersNli(model, pair_tokenizer(), "taught")
+    save_classifier(tmp_path, self_test=False)
+    with pytest.raises(SiopConfigError, match="self-test"):
+        TransformersNli.from_pretrained(str(tmp_path))
+    assert TransformersNli.from_pretrained(str(tmp_path), self_test=False).entailment([("a", "b")])
 
 
 def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):
@@ -175,4 +253,4 @@ def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):
     )
     pair_tokenizer().save_pretrained(tmp_path / "headless")
     with pytest.raises(SiopConfigError, match=r"headless.*classifier"):
-        TransformersNli.from_pretrained(str(tmp_path / "headless"))
+        TransformersNli.from_pretrained(str(tmp_path / "headless"), self_test=False)

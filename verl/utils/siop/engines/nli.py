@@ -6,12 +6,14 @@ needs no model and compares words.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cachetools import LRUCache
 from verl.utils.siop.errors import InvalidRequest, ScorerError, SequenceTooLong, SiopConfigError
 from verl.utils.siop.nli_clustering import (
     entailment_index,
@@ -24,6 +26,13 @@ from verl.utils.siop.nli_clustering import (
 
 logger = logging.getLogger(__name__)
 
+CACHE_ENTRIES = 1 << 16
+# Premise, hypothesis and the label that any trained NLI model gives them.
+SELF_TEST = (
+    ("Paris is the capital of France.", "The capital of France is Paris.", "entailment"),
+    ("Paris is the capital of France.", "Paris is not the capital of France.", "contradiction"),
+)
+
 
 @dataclass(frozen=True)
 class AnswerGroup:
@@ -35,9 +44,17 @@ class AnswerGroup:
 
 
 class NliBackend(Protocol):
-    """Entailment and clusters."""
+    """Entailment and clusters.
+
+    Attributes:
+        name: the model, for messages and ``/health``.
+        asked: ordered pairs of texts that have been asked for so far.
+        computed: those of them that went through a model.
+    """
 
     name: str
+    asked: int
+    computed: int
 
     def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
         """Cluster ids of each group's answers: those of :func:`nli_clustering.greedy_clusters`."""
@@ -101,6 +118,8 @@ class LexicalNli:
     0.0) if it contains the hypothesis' normalised words as one run. A hypothesis without words is never entailed."""
 
     name = "lexical"
+    asked = 0
+    computed = 0
 
     def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
         """See :class:`NliBackend`."""
@@ -121,15 +140,20 @@ class TransformersNli:
     Texts that do not fit the model are cut: the question of an answer from its left, an evidence premise from its
     right. An answer or a hypothesis is never cut.
 
+    Results are kept by the texts they belong to, (question, a, b) or (premise, hypothesis), and the least recently used
+    ones are forgotten. The keys are digests, so that an entry takes about 400 bytes however long its texts are.
+
     Args:
         model: sequence classifier in eval mode on its device.
         tokenizer: its tokenizer.
         name: what messages call the model.
         max_len: longest input in tokens; None for the model's own limit.
         batch_tokens: bound on rows × longest row of a batch.
+        cache_entries: how many results are kept, 0 for none; the default takes about 25 MB.
+        self_test: refuse a model that gets one of ``SELF_TEST`` wrong.
 
     Raises:
-        SiopConfigError: not exactly one label of ``id2label`` starts with ``entail``.
+        SiopConfigError: not exactly one label of ``id2label`` starts with ``entail``, or the self-test fails.
     """
 
     def __init__(
@@ -139,6 +163,8 @@ class TransformersNli:
         name: str | None = None,
         max_len: int | None = None,
         batch_tokens: int = 16384,
+        cache_entries: int = CACHE_ENTRIES,
+        self_test: bool = True,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -149,15 +175,25 @@ class TransformersNli:
             raise SiopConfigError(f"NLI model {self.name}: {error}") from error
         self._max_len = max_len or _longest_input(model.config, tokenizer)
         self._batch_tokens = batch_tokens
+        self._cache: LRUCache[bytes, list[float]] = LRUCache(cache_entries)
+        self.asked = self.computed = 0
+        if self_test:
+            self._self_test()
 
     @classmethod
     def from_pretrained(
-        cls, path: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+        cls,
+        path: str,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        self_test: bool = True,
     ) -> TransformersNli:
         """Load a model directory or hub id; ``auto`` is float32 on CPU and float16 on GPU.
 
         Raises:
-            SiopConfigError: the model cannot be loaded, or its labels are not those of an NLI model.
+            SiopConfigError: the model cannot be loaded, its labels are not those of an NLI model, or it fails the
+                self-test.
         """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -180,7 +216,7 @@ class TransformersNli:
                 f"NLI model {path} is not a trained sequence classifier: it has no weights for "
                 f"{', '.join(sorted(loading['missing_keys'])[:3])}"
             )
-        backend = cls(model.to(device).eval(), tokenizer, path)
+        backend = cls(model.to(device).eval(), tokenizer, path, self_test=self_test)
         logger.info(
             "NLI model %s: labels %s, at most %d tokens, on %s, loaded in %.1f s",
             path,
@@ -206,12 +242,12 @@ class TransformersNli:
                 raise InvalidRequest(f"strict = false cannot be used with NLI model {self.name}: {error}") from error
 
         def equivalent(questions: list[Question]) -> list[bool]:
-            encoded: list[dict[str, list[int]]] = []
+            texts: list[tuple[str, ...]] = []
             for g, i, j in questions:
                 question, answers = groups[g].question, groups[g].answers
-                encoded.append(self._encode_answers(question, answers[i], answers[j]))
-                encoded.append(self._encode_answers(question, answers[j], answers[i]))
-            labels = [max(range(len(row)), key=row.__getitem__) for row in self._classify(encoded)]
+                texts += [(question, answers[i], answers[j]), (question, answers[j], answers[i])]
+            rows = self._rows(texts, self._encode_answers)
+            labels = [max(range(len(row)), key=row.__getitem__) for row in rows]
             same = []
             for (g, _, _), forward, backward in zip(questions, labels[::2], labels[1::2], strict=True):
                 if groups[g].strict:
@@ -229,10 +265,36 @@ class TransformersNli:
         Raises:
             SequenceTooLong: a hypothesis alone does not fit the model.
         """
-        distinct = list(dict.fromkeys(tuple(pair) for pair in pairs))
-        rows = self._classify([self._encode_evidence(premise, hypothesis) for premise, hypothesis in distinct])
-        scores = {pair: row[self._entailment] for pair, row in zip(distinct, rows, strict=True)}
-        return [scores[tuple(pair)] for pair in pairs]
+        rows = self._rows([tuple(pair) for pair in pairs], self._encode_evidence)
+        return [row[self._entailment] for row in rows]
+
+    def _rows(self, texts: Sequence[tuple[str, ...]], encode: Callable[..., dict[str, list[int]]]) -> list[list[float]]:
+        """Label probabilities of each entry of ``texts``; ``encode(*entry)`` is the model's input. Entries that are in
+        the cache, or that were there before in the list, do not reach the model."""
+        keys = [_key(entry) for entry in texts]
+        known = {key: self._cache[key] for key in keys if key in self._cache}
+        missing = {key: entry for key, entry in zip(keys, texts, strict=True) if key not in known}
+        rows = self._classify([encode(*entry) for entry in missing.values()])
+        self.asked += len(texts)
+        self.computed += len(rows)
+        known.update(zip(missing, rows, strict=True))
+        if self._cache.maxsize:
+            for key in missing:
+                self._cache[key] = known[key]
+        return [known[key] for key in keys]
+
+    def _self_test(self) -> None:
+        for premise, hypothesis, expected in SELF_TEST:
+            (row,) = self._classify([self._encode_evidence(premise, hypothesis)])
+            given = row.index(max(row))
+            # A model with two labels has another name for what is not entailed.
+            if (given == self._entailment) != (expected == "entailment"):
+                raise SiopConfigError(
+                    f"NLI model {self.name} fails the self-test: it gives label {self._id2label[given]!r} with "
+                    f"P(entailment) = {row[self._entailment]:.3f} to {premise!r} -> {hypothesis!r}, which is "
+                    f"{expected}. It is not trained for NLI, or the names of its labels are wrong; "
+                    "--no-nli-self-test takes it all the same"
+                )
 
     def _encode_answers(self, question: str, a: str, b: str) -> dict[str, list[int]]:
         def render(kept: int) -> tuple[str, str]:
@@ -307,6 +369,14 @@ def _longest_input(config: Any, tokenizer: Any) -> int:
     if longest > 1_000_000:
         raise SiopConfigError(f"neither the NLI model ({config.model_type}) nor its tokenizer states a longest input")
     return int(longest)
+
+
+def _key(texts: tuple[str, ...]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in (str(len(texts)), *texts):
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()
 
 
 def _excerpt(text: str) -> str:
