@@ -200,6 +200,17 @@ def test_eta_zero_asks_for_no_evidence() -> None:
     assert run(mixed_batch(), siop_eta=3.0).support == rewards.support
 
 
+def test_evidence_is_averaged_or_maximal_over_the_observations_of_a_rollout() -> None:
+    mean, largest = run(mixed_batch()), run(mixed_batch(), siop_evidence="max")
+    by_member = [[Scorer.entails(f"Doc {n}", "Paris") for n in documents] for documents in ((1, 2), (1, 4, 5))]
+    assert mean.evidence[0] == pytest.approx((sum(by_member[0]) / 2 + sum(by_member[1]) / 3) / 2, abs=1e-12)
+    assert largest.evidence[0] == pytest.approx((max(by_member[0]) + max(by_member[1])) / 2, abs=1e-12)
+    assert largest.evidence[5] == mean.evidence[5] == 0.0
+    assert (largest.support, largest.references) == (mean.support, mean.references)
+    weights = [2 / 4 * math.exp(largest.evidence[0] or 0), 1 / 4 * math.exp(largest.evidence[2] or 0), 1 / 4]
+    assert largest.target_mass[0] == pytest.approx(weights[0] / sum(weights))
+
+
 def test_a_large_eta_does_not_overflow() -> None:
     rewards = run(mixed_batch(), siop_eta=1e6)
     assert math.fsum(rewards.target_mass[index] for index in (0, 2, 5)) == pytest.approx(1.0)
@@ -272,6 +283,68 @@ def test_ttrl_tie_goes_to_the_cluster_that_opened_first() -> None:
     assert run(batch, siop_reward_mode="majority_binary").target_mass == [0.0, 1.0, 0.0, 0.0, 1.0]
 
 
+def query_rollout(uid: str, answer: str | None, *turns: str | list[str]) -> Rollout:
+    """One turn per query or list of queries, then an answer turn (empty if it is None)."""
+    calls = [
+        "".join(
+            f'<tool_call>\n{{"name": "search", "arguments": {{"query": "{query}"}}}}\n</tool_call>'
+            for query in ([turn] if isinstance(turn, str) else turn)
+        )
+        for turn in turns
+    ]
+    last = "done<|im_end|>" if answer is None else f"<answer>{answer}</answer><|im_end|>"
+    return rollout(uid, [*calls, last], [tool_result("Doc")] * len(turns))
+
+
+def query_batch() -> list[Rollout]:
+    return [
+        query_rollout("a", "Paris", "the capital!", "Capital", "river"),
+        query_rollout("a", "paris", "CAPITAL", "mayor"),
+        query_rollout("a", "Lyon", ["capital", "river"]),
+        query_rollout("a", None, "river", "capital"),
+        query_rollout("b", "blue", "capital"),
+        query_rollout("a", "Nice"),
+    ]
+
+
+def test_query_consensus_with_frequency_by_hand() -> None:
+    scorer = Scorer()
+    rewards = run(query_batch(), scorer, siop_reward_mode="query_consensus", siop_consensus_terminal="frequency")
+    # Five rollouts of question a: 4 issue "capital", 3 "river", 1 "mayor". Masses of the 4 answers: 2/4, 1/4, 1/4.
+    assert rewards.turn_rewards == [
+        [3 / 4, 0.0, 2 / 4, 2 / 4],
+        [3 / 4, 0.0, 2 / 4],
+        [(3 + 2) / 2 / 4, 1 / 4],
+        [2 / 4, 3 / 4, 0.0],
+        [0.0, 1.0],
+        [1 / 4],
+    ]
+    assert rewards.target_mass == [0.5, 0.5, 0.25, 0.0, 1.0, 0.25]
+    assert scorer.support_calls == scorer.entailment_calls == []
+
+
+def test_query_consensus_with_support_pays_what_the_searches_added() -> None:
+    keys: dict[str, Any] = {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support"}
+    rewards, plain = run(query_batch(), **keys), run(query_batch())
+    assert rewards.target_mass == plain.target_mass
+    assert rewards.support == plain.support
+    queries = run(query_batch(), siop_reward_mode="query_consensus")
+    for index in range(5):
+        turns, support = rewards.turn_rewards[index], rewards.support[index]
+        assert turns[:-1] == queries.turn_rewards[index][:-1]
+        gained = rewards.target_mass[index] * (support[-1] - support[0]) if support else 0.0
+        assert turns[-1] == pytest.approx(gained)
+    assert rewards.turn_rewards[5] == [0.0]  # an answer without a search earns nothing
+    log = run(query_batch(), **keys, siop_gain="log", siop_epsilon=0.1)
+    p = log.support[0]
+    assert log.turn_rewards[0][-1] == pytest.approx(log.target_mass[0] * math.log((p[-1] + 0.1) / (p[0] + 0.1)))
+
+
+def test_query_consensus_of_a_single_rollout_and_of_padding() -> None:
+    batch = [query_rollout("a", "Paris", "capital"), Rollout("a", "Q a", [], [0], [0])]
+    assert run(batch, siop_reward_mode="query_consensus").turn_rewards == [[0.0, 1.0], []]
+
+
 def test_igpo_gold_is_the_only_reference() -> None:
     gold = ["Paris France", "Lutetia"]
     batch = [
@@ -300,7 +373,7 @@ def test_igpo_without_a_label_is_refused(gold: list[str] | None) -> None:
 
 
 def test_labels_change_nothing_in_the_verifier_free_modes() -> None:
-    for mode in ("process", "majority_binary", "cluster_frequency"):
+    for mode in ("process", "majority_binary", "cluster_frequency", "query_consensus"):
         labelled = mixed_batch()
         for item in labelled:
             item.gold = ["Lyon"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import groupby
@@ -18,7 +19,9 @@ from verl.utils.siop.turn_utils import (
     boundaries,
     extract_answer,
     extract_observations,
+    extract_queries,
     get_assistant_turn_ranges,
+    parse_queries,
 )
 
 
@@ -153,12 +156,54 @@ def test_observation_text(observation: str, expected: list[str]) -> None:
     assert extract_observations(item.response_ids, turns, byte_tokenizer()) == expected
 
 
+@pytest.mark.parametrize(
+    ("turn", "queries"),
+    [
+        (
+            '<think>x</think> <tool_call> {"name": "search", "arguments": {"query": " The  Tower! "}} </tool_call>',
+            [("search", "query", "tower")],
+        ),
+        (
+            '<tool_call>{"name": "f", "arguments": {"b": "X", "a": ["y", 1]}}</tool_call>'
+            '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
+            [("f", "a", "y 1", "b", "x"), ("g",)],
+        ),
+        ('<tool_call>{"name": "search", "arguments": "塔 の"}</tool_call>', [("search", "", "塔 の")]),
+        ('<tool_call>{"name": "search", "arguments": {"query": "!"}}</tool_call>', [("search", "query", "!")]),
+        ('<tool_call>{"name": "search"}</tool_call><tool_call>[1]</tool_call><tool_call>{"na</tool_call>', []),
+        ('<tool_call>{"name": "search", "arguments": {"query": "cut of', []),
+        ("<answer>Paris</answer>", []),
+    ],
+)
+def test_queries_of_a_turn(turn: str, queries: list[tuple[str, ...]]) -> None:
+    assert parse_queries(turn) == queries
+    item = rollout("q", [turn, "<answer>x</answer>", turn], [tool_result(turn), tool_result("")])
+    turns = get_assistant_turn_ranges(item.response_mask)
+    assert extract_queries(item.response_ids, turns, byte_tokenizer()) == [queries, [], queries]
+
+
+def test_queries_are_those_that_verls_parser_calls() -> None:
+    import asyncio
+
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+
+    text = (
+        '<think><tool_call>{"name": "search", "arguments": {"query": "a b"}}</tool_call></think>'
+        '<tool_call>\n{"name": "search", "arguments": {"query": "c"}}\n</tool_call><tool_call>{"x": 1}</tool_call>'
+        '<tool_call>{"name": "search", "arguments": {"query": "d'
+    )
+    ids = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    _, calls = asyncio.run(ToolParser.get_tool_parser("hermes", byte_tokenizer()).extract_tool_calls(ids))
+    assert [(call.name, json.loads(call.arguments)["query"]) for call in calls] == [("search", "a b"), ("search", "c")]
+    assert parse_queries(text) == [("search", "query", "b"), ("search", "query", "c")]
+
+
 def test_the_method_imports_no_server_and_no_engine() -> None:
     script = """
 import importlib, sys
 import verl, verl.utils.reward_score
 before = set(sys.modules)
-own = ["turn_utils", "nli_clustering", "siop_process_reward", "metrics", "errors"]
+own = ["turn_utils", "nli_clustering", "siop_process_reward", "credit", "baselines", "metrics", "errors"]
 modules = ["verl.utils.siop." + name for name in own] + ["verl.utils.reward_score.siop_reward"]
 assert not before & set(modules), "loaded already, so this test would prove nothing"
 for name in modules:
