@@ -2,10 +2,11 @@
 # The whole method on a laptop CPU: a made-up world, a small search agent, SIOP training without labels, evaluation.
 # About ten minutes the first time; a second call reuses what is there. Ctrl-C stops everything it started.
 #
-#   bash quickstart.sh [--method siop|release|grpo|empo|ttrl] [--seed N]
+#   bash quickstart.sh [--method siop|policy|release|grpo|empo|ttrl] [--seed N]
 #
-#   --method   siop (default); release: the first release's formulas; grpo: exact match with the gold answer, the only
-#              one that uses labels; empo, ttrl: rewards from cluster sizes alone (config/ablation/METHOD.yaml)
+#   --method   siop (default); policy: the policy is its own scorer; release: the first release's formulas; grpo: exact
+#              match with the gold answer, the only one that uses labels; empo, ttrl: rewards from cluster sizes alone
+#              (config/ablation/METHOD.yaml)
 #   --seed     seed of data order and sampling (1)
 #
 # Environment:
@@ -30,7 +31,10 @@ while [[ $# -gt 0 ]]; do
         *) die "unknown argument '$1'; see bash quickstart.sh --help" ;;
     esac
 done
-case $method in siop | release | grpo | empo | ttrl) ;; *) die "--method $method: choose siop, release, grpo, empo or ttrl" ;; esac
+case $method in
+    siop | policy | release | grpo | empo | ttrl) ;;
+    *) die "--method $method: choose siop, policy, release, grpo, empo or ttrl" ;;
+esac
 [[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: a whole number from 0"
 steps=${QUICKSTART_STEPS:-60}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS=$steps: a whole number from 1"
@@ -91,12 +95,14 @@ phase "toy world in $TOY_DIR: facts, questions, and a model warm-started on an i
 run "$PYTHON" -m examples.toy_world.build --out "$TOY_DIR" --threads "$(getconf _NPROCESSORS_ONLN)"
 finished
 
-phase "services: retriever (BM25) and scorer (the warm-start model, frozen)"
+scorer=$TOY_DIR/model
+[[ $method != policy ]] || scorer=none
+phase "services: retriever (BM25) and scorer (language model: $scorer)"
 RETRIEVER_PORT=$(free_port)
 SIOP_PORT=$(free_port)
 export RETRIEVER_PORT SIOP_PORT
 export RETRIEVER_CORPUS_FILE=$TOY_DIR/corpus.jsonl RETRIEVER_URL=http://127.0.0.1:$RETRIEVER_PORT/retrieve
-export SIOP_MODEL=$TOY_DIR/model SIOP_NUM_GPUS=0 SIOP_SCORER_URL=http://127.0.0.1:$SIOP_PORT
+export SIOP_MODEL=$scorer SIOP_NUM_GPUS=0 SIOP_SCORER_URL=http://127.0.0.1:$SIOP_PORT
 run bash launch_retriever.sh
 run bash launch_siop_scorer.sh
 finished
