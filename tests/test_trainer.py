@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
 import torch
 from method_helpers import Scorer, byte_tokenizer, run, search_rollout
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.siop import trainer as module
 from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _question, _session
@@ -70,6 +72,39 @@ def test_drop_group_leaves_out_the_failed_question_alone(monkeypatch: pytest.Mon
 def test_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = _trainer(monkeypatch, ("Q a", "Q b", "Q c"), siop_on_scorer_error="drop_group")
     with pytest.raises(EveryGroupDropped, match="all 3 questions"):
+        asyncio.run(trainer._score(ROLLOUTS))
+
+
+class Actor:
+    """An actor whose log-probs are all -1, but not numbers for the sequences of one question."""
+
+    def __init__(self, bad: str) -> None:
+        self.bad = byte_tokenizer()(f"Q {bad}<|im_end|>")["input_ids"]
+
+    def _query_dispatch_info(self, mesh: str) -> list[int]:
+        return [0]
+
+    def compute_log_prob(self, data: TensorDict) -> TensorDict:
+        bad, rows = torch.tensor(self.bad), data["input_ids"].unbind()
+        log_probs = [
+            torch.full(row.shape, float("nan") if (row.unfold(0, len(bad), 1) == bad).all(1).any() else -1.0)
+            for row in rows
+        ]
+        return TensorDict({"log_probs": torch.nested.as_nested_tensor(log_probs, layout=torch.jagged)}, [len(rows)])
+
+
+def test_support_comes_from_the_policy_or_the_question_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(monkeypatch, (), siop_scorer="policy", siop_on_scorer_error="drop_group")
+    rollout = {"log_prob_use_dynamic_bsz": True, "log_prob_max_token_len_per_gpu": 1000}
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
+    trainer.actor_rollout_wg = Actor(bad="c")
+    rewards, rows, dropped, cost = asyncio.run(trainer._score(ROLLOUTS))
+    assert dropped == {"c"} and rows == [0, 1, 2, 3]
+    assert rewards.support == [[pytest.approx(math.exp(-1))] * 3] * 4
+    assert cost["siop/seconds/support"] > 0
+    assert cost["siop/tokens/requested"] > cost["siop/tokens/computed"] > 0
+    trainer.siop = SiopConfig(siop_scorer="policy")
+    with pytest.raises(ScorerError, match="the actor gave no finite log-prob"):
         asyncio.run(trainer._score(ROLLOUTS))
 
 
