@@ -15,20 +15,19 @@ worker processes watch this one.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import threading
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from verl.utils.siop.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts, too_long
+from verl.utils.siop.engines.lora import Adapter, read_adapter
 from verl.utils.siop.engines.prefix_tree import TOKEN_BYTES, TOKEN_DTYPE, IntArray, build_prefix_tree, encode_path
 from verl.utils.siop.errors import EngineFailed, ScorerError, SiopConfigError
 
@@ -127,28 +126,33 @@ class VllmEngine:
     def __init__(
         self, llm: Any, sampling_params: Any, lora_request: Any = None, name: str | None = None, self_test: bool = True
     ) -> None:
-        config = llm.llm_engine.vllm_config
         self._llm, self._sampling_params, self._lora_request = llm, sampling_params, lora_request
+        self._build: Callable[[str], Any] | None = None
         self._lora: Any = None
         self._lora_count = 0
         self._lock = threading.Lock()
         self._failed: str | None = None
         self.last_call = CallStatistics()
+        # From vLLM 0.32: the log-probabilities of given tokens from a given position on.
+        self._rows_from = {"prompt_logprob_start", "prompt_logprob_token_ids"} <= _fields(sampling_params)
+        self._read_config(name)
+        if self_test:
+            self._self_test()
+
+    def _read_config(self, name: str | None) -> None:
+        config = self._llm.llm_engine.vllm_config
         name = name or str(config.model_config.model)
         if not config.cache_config.enable_prefix_caching:
             raise SiopConfigError(f"vLLM cannot cache prefixes of {name}; use the transformers engine or another model")
         self._block_size = int(config.cache_config.block_size)
         self._num_blocks = int(config.cache_config.num_gpu_blocks) - 1  # vLLM keeps one
-        # From vLLM 0.32: only the rows from a given position are returned.
-        self._rows_from = "prompt_logprob_start" in _fields(sampling_params)
+        self._dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.info = EngineInfo(
             engine="vllm",
             model=name,
             max_model_len=int(config.model_config.max_model_len),
             vocab_size=int(config.model_config.get_vocab_size()),
         )
-        if self_test:
-            self._self_test(SELF_TEST_TOLERANCE[str(config.model_config.dtype).removeprefix("torch.")])
 
     @classmethod
     def from_pretrained(
@@ -161,7 +165,6 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         gpu_memory: float | None = None,
         lora_path: str | None = None,
-        max_lora_rank: int | None = None,
         block_size: int | None = None,
         kv_cache_bytes: int | None = None,
     ) -> VllmEngine:
@@ -175,9 +178,7 @@ class VllmEngine:
             trust_remote_code: run Python code that comes with the model.
             tensor_parallel_size: GPUs that share the model.
             gpu_memory: share of each GPU's memory for weights and KV cache; None for ``DEFAULT_GPU_MEMORY``.
-            lora_path: LoRA adapter on top of the model, see :meth:`load_lora`.
-            max_lora_rank: largest rank of the adapters that :meth:`load_lora` will load later; None: the rank of
-                ``lora_path``, or no adapters.
+            lora_path: LoRA adapter on top of the model; None: the engine takes no adapters, see :meth:`load_lora`.
             block_size: tokens in a block of the KV cache, which is what can be shared; None: 16 on CPU, vLLM's choice
                 on GPU.
             kv_cache_bytes: size of the KV cache; None: ``VLLM_CPU_KVCACHE_SPACE`` (GiB) or 2 GiB on CPU, what
@@ -192,8 +193,7 @@ class VllmEngine:
             raise SiopConfigError(
                 f"gpu_memory = {gpu_memory} is not a share of a GPU's memory (more than 0, at most 1)"
             )
-        if lora_path is not None:
-            max_lora_rank = max(max_lora_rank or 0, lora_rank(lora_path))
+        adapter = None if lora_path is None else _check_adapter(lora_path)
         _set_environment(on_cpu)
         try:
             from vllm import LLM, SamplingParams
@@ -223,19 +223,29 @@ class VllmEngine:
             options["block_size"] = block_size or CPU_BLOCK_SIZE
         if kv_cache_bytes or (on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ):
             options["kv_cache_memory_bytes"] = kv_cache_bytes or CPU_KV_CACHE_BYTES
-        if max_lora_rank:
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(max_lora_rank)}
-        try:
-            llm = LLM(model=path, **options)
-        except Exception as error:
-            raise SiopConfigError(f"vLLM cannot load the scorer model {path}: {_one_line(error)}") from error
-        engine = cls(llm, SamplingParams, LoRARequest, path)
+        if adapter is not None:
+            options |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= adapter.rank),
+                # Not the head: vLLM applies an adapter there to sampled tokens only, not to those of a prompt.
+                "lora_target_modules": sorted(adapter.modules),
+            }
+
+        def build(model: str) -> Any:
+            try:
+                return LLM(model=model, **options)
+            except Exception as error:
+                raise SiopConfigError(f"vLLM cannot load the scorer model {model}: {_one_line(error)}") from error
+
+        engine = cls(build(path), SamplingParams, LoRARequest, path)
+        engine._build = build
         if lora_path is not None:
             engine.load_lora(lora_path)
         logger.info(
             "scorer model %s: vLLM, %s on %s, %d GPU(s), max_model_len %d, KV cache of %d tokens, loaded in %.1f s",
             path,
-            str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            engine._dtype,
             device,
             0 if on_cpu else tensor_parallel_size,
             engine.info.max_model_len,
@@ -247,23 +257,24 @@ class VllmEngine:
     def load_lora(self, path: str | None) -> None:
         """Score with another LoRA adapter from the next call on; None for the model alone.
 
+        The engine must have been built with an adapter of at least this rank for at least these layers.
+
         Raises:
-            SiopConfigError: the engine was built without adapters or for a smaller rank, or the adapter cannot be
-                loaded. The adapter of before stays.
+            SiopConfigError: it was not, or the adapter cannot be loaded. The adapter of before stays.
         """
         with self._lock:
-            config = self._llm.llm_engine.vllm_config.lora_config
-            if path is None:
-                request = None
-            elif config is None:
-                raise SiopConfigError(
-                    f"no LoRA adapter ({path}): the engine was built without lora_path, max_lora_rank"
-                )
-            elif lora_rank(path) > config.max_lora_rank:
-                raise SiopConfigError(
-                    f"LoRA adapter {path} has rank {lora_rank(path)}, the engine was built for {config.max_lora_rank}"
-                )
-            else:
+            self._check_usable()
+            request = None
+            if path is not None:
+                adapter, config = _check_adapter(path), self._llm.llm_engine.vllm_config.lora_config
+                if config is None:
+                    raise SiopConfigError(f"LoRA adapter {path}: the engine was built without an adapter")
+                other = adapter.modules - set(config.target_modules)
+                if adapter.rank > config.max_lora_rank or other:
+                    raise SiopConfigError(
+                        f"LoRA adapter {path} has rank {adapter.rank} and changes {_names(adapter.modules)}; the "
+                        f"engine was built for rank {config.max_lora_rank} and {_names(config.target_modules)}"
+                    )
                 # A new number each time: vLLM keeps adapters by number, and the same folder may hold new weights.
                 self._lora_count += 1
                 request = self._lora_request(f"adapter-{self._lora_count}", self._lora_count, path)
@@ -276,26 +287,27 @@ class VllmEngine:
             self._lora = request
 
     def load_weights(self, path: str) -> None:
-        """Replace the model's weights by those of another checkpoint of the same architecture.
+        """Score with the weights of another checkpoint, without an adapter, from the next call on.
+
+        vLLM is started anew for it: its own reload leaves the head of a model with tied embeddings as it was.
 
         Raises:
-            EngineFailed: that failed; the weights may be mixed, so the engine refuses every later call.
+            SiopConfigError: the checkpoint cannot be loaded; the engine is closed.
         """
+        assert self._build is not None, "an engine over a given vllm.LLM loads nothing"
+        self.close()
         with self._lock:
-            self._check_usable()
-            try:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-                # No later call would use what is cached, since each has its own salt; but it would fill the cache.
-                self._llm.reset_prefix_cache()
-            except Exception as error:
-                raise self._fail(f"vLLM cannot load the weights of {path}", error) from error
+            self._llm = self._build(path)
+            self._read_config(path)
+            self._failed = None
 
     def close(self) -> None:
         """Free the model. Every later call fails."""
         with self._lock:
             if self._llm is not None:
                 self._llm.llm_engine.engine_core.shutdown()
-            self._llm, self._failed = None, "it is closed"
+            self._llm = self._lora = None
+            self._failed = "it is closed"
 
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """Mean log-probability of every reference at every boundary; see :class:`ScoringEngine`.
@@ -348,7 +360,7 @@ class VllmEngine:
         for contexts, wave in self._waves(list(branches.values())):
             computed += self._run_wave(contexts, wave, values, salt)
         return np.array(
-            [values[nodes[i.first - s :]].mean() for i, s, nodes in zip(items, starts, tree.rows)]
+            [values[nodes[i.first - s :]].mean() for i, s, nodes in zip(items, starts, tree.rows, strict=True)]
         ), computed
 
     def _waves(self, branches: Sequence[_Branch]) -> Iterator[tuple[list[bytes], list[_Branch]]]:
@@ -381,7 +393,7 @@ class VllmEngine:
         yield contexts, wave
 
     def _run_wave(self, contexts: Sequence[bytes], branches: Sequence[_Branch], values: np.ndarray, salt: str) -> int:
-        """Fill ``values`` with the log-probabilities of all nodes that the branches want; returns the tokens computed."""
+        """Fill ``values`` at all nodes that the branches want; returns the tokens computed."""
         # Only whole blocks are cached, so nothing is gained by running the rest of a context.
         whole = TOKEN_BYTES * self._block_size
         prompts = _maximal({context[: len(context) // whole * whole] for context in contexts} - {b""})
@@ -520,7 +532,7 @@ class VllmEngine:
         if self._failed:
             raise EngineFailed(f"the engine of {self.info.model} cannot be used any more: {self._failed}")
 
-    def _self_test(self, tolerance: float) -> None:
+    def _self_test(self) -> None:
         """Score branches that share cached blocks, and the same as plain full sequences, and compare."""
         rng = np.random.default_rng(0)
         length = min(3 * self._block_size, self.info.max_model_len - 8)
@@ -549,7 +561,7 @@ class VllmEngine:
         for item, score, output in zip(items, scores, outputs, strict=True):
             rows = output.prompt_logprobs
             plain = np.mean([rows.logprobs[rows.start_indices[p]] for p in range(item.first, item.length)])
-            if not abs(plain - score) <= tolerance:
+            if not abs(plain - score) <= SELF_TEST_TOLERANCE[self._dtype]:
                 raise SiopConfigError(
                     f"{self.info.model} fails the self-test of scoring through vLLM's prefix cache: {score:.4f} with "
                     f"it, {plain:.4f} without; use the transformers engine or another version of vLLM"
@@ -606,32 +618,32 @@ def _fields(sampling_params: Any) -> frozenset[str]:
     )
 
 
-def lora_rank(path: str) -> int:
-    """Rank of a LoRA adapter.
+def _check_adapter(path: str) -> Adapter:
+    """The adapter, if vLLM applies all of it.
 
     Raises:
-        SiopConfigError: the folder holds no LoRA adapter.
+        SiopConfigError: the folder holds no adapter, or one that vLLM would apply in part.
     """
-    file = Path(path) / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        ranks = [config["r"], *config.get("rank_pattern", {}).values()]
-        return max(int(rank) for rank in ranks)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SiopConfigError(f"lora_path: {path} holds no LoRA adapter: {_one_line(error)}") from error
+    adapter = read_adapter(path)
+    bad = [*adapter.extras, *sorted(adapter.modules & {"lm_head", "embed_tokens"})]
+    if adapter.rank > LORA_RANKS[-1]:
+        bad.append(f"rank {adapter.rank} (at most {LORA_RANKS[-1]})")
+    if bad:
+        raise SiopConfigError(
+            f"lora_path: engine vllm cannot apply {', '.join(bad)} of {path}; merge it into the model, or use the "
+            "transformers engine"
+        )
+    return adapter
 
 
-def _allowed_rank(rank: int) -> int:
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise SiopConfigError(f"LoRA rank {rank} is more than vLLM takes ({LORA_RANKS[-1]})")
+def _names(modules: Iterable[str]) -> str:
+    return ", ".join(sorted(modules))
 
 
 def _set_environment(on_cpu: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine process of its own could outlive this one
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
