@@ -36,7 +36,7 @@ from verl.utils.siop.content_digest import content_digest, is_intact
 from verl.utils.siop.engines.base import NO_MODEL, Probe, RolloutQuery, check_rollouts, too_long
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
-from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, WorkerSettings
+from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerSettings
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
 from verl.utils.siop.nli_clustering import entailment_index
 
@@ -223,10 +223,19 @@ class _Metrics:
         self.requested = Counter(
             "siop_scorer_requested_tokens", "Tokens of the same scores as full sequences", registry=self.registry
         )
-        Gauge("siop_scorer_workers", "Workers that are asked for", registry=self.registry).set(pool.num_workers)
-        Gauge("siop_scorer_workers_up", "Workers that are ready", registry=self.registry).set_function(
-            lambda: pool.num_up
+        self.nli_asked = Counter(
+            "siop_scorer_nli_asked_pairs", "Pairs of texts that the NLI model was asked for", registry=self.registry
         )
+        self.nli_computed = Counter(
+            "siop_scorer_nli_computed_pairs", "Those that were not known yet", registry=self.registry
+        )
+        for name, what, value in (
+            ("workers", "Scoring workers that are asked for", lambda: pool.num_workers),
+            ("workers_up", "Scoring workers that are ready", lambda: pool.num_up),
+            ("nli_workers", "NLI workers that are asked for", lambda: pool.num_nli_workers),
+            ("nli_workers_up", "NLI workers that are ready", lambda: pool.num_nli_up),
+        ):
+            Gauge(f"siop_scorer_{name}", what, registry=self.registry).set_function(value)
 
 
 def _tokens(token_ids: Sequence[int]) -> np.ndarray:
@@ -274,16 +283,20 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
             raise NoWorker("the scorer is still loading its models")
         check_rollouts(rollouts, pool.info.engine, field)
 
+    def count_nli(result: NliResult[Any]) -> None:
+        metrics.nli_asked.inc(result.asked)
+        metrics.nli_computed.inc(result.computed)
+
     def require_loaded() -> None:
         if pool.info is None:
             raise NoWorker("the scorer is still loading its models")
 
     @app.get("/health")
     async def health() -> Response:
-        """200 when every worker is ready, 503 while loading or degraded."""
+        """200 when every worker is ready, 503 while loading or degraded; ``num_workers`` counts scoring workers."""
         if pool.info is None:
             return JSONResponse({"status": "loading", "num_workers": pool.num_up}, status_code=503)
-        if pool.num_up < pool.num_workers:
+        if not pool.is_complete:
             return JSONResponse({"status": "degraded", "num_workers": pool.num_up}, status_code=503)
         info = pool.info
         return JSONResponse(
@@ -363,8 +376,10 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
         started = time.perf_counter()
         require_loaded()
         groups = [AnswerGroup(group.question, group.answers, group.strict) for group in body.groups]
+        clusters = await pool.cluster(groups)
+        count_nli(clusters)
         results = []
-        for group, ids in zip(body.groups, await pool.cluster(groups), strict=True):
+        for group, ids in zip(body.groups, clusters.values, strict=True):
             info = {}
             for cluster_id in range(max(ids, default=-1) + 1):
                 members = [index for index, other in enumerate(ids) if other == cluster_id]
@@ -383,7 +398,8 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
         started = time.perf_counter()
         require_loaded()
         scores = await pool.entailment([(pair.premise, pair.hypothesis) for pair in body.pairs])
-        return ScoresAnswer(scores=scores, elapsed_ms=_elapsed_ms(started))
+        count_nli(scores)
+        return ScoresAnswer(scores=scores.values, elapsed_ms=_elapsed_ms(started))
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -602,6 +618,11 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="lexical compares words and needs no model; auto: transformers with --nli-model, else lexical",
     )
+    parser.add_argument(
+        "--no-nli-self-test",
+        action="store_true",
+        help="take an NLI model that gets an obvious entailment or contradiction wrong (for untrained test models)",
+    )
     parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="engine of the scorer model")
     parser.add_argument("--num-gpus", type=int, help="GPUs, one worker each; 0: CPU (default: all GPUs seen)")
     parser.add_argument("--num-workers", type=int, default=1, help="workers on CPU (default: %(default)s)")
@@ -689,6 +710,7 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
         engine=NO_MODEL if model == NO_MODEL else engine,
         nli_model=nli_model,
         nli_backend=nli_backend,
+        nli_self_test=not args.no_nli_self_test,
         device="cuda" if num_gpus else "cpu",
         dtype=args.dtype,
         max_model_len=args.max_model_len,

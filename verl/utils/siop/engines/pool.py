@@ -6,19 +6,17 @@ import asyncio
 import logging
 import os
 import re
-import shutil
 import socket
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from verl.utils.siop.engines.base import RolloutQuery, SupportResult
-from verl.utils.siop.engines.worker import ScoringWorker, WorkerInfo, WorkerSettings
+from verl.utils.siop.engines.nli import AnswerGroup, LexicalNli
+from verl.utils.siop.engines.ray_dir import RayDir
+from verl.utils.siop.engines.worker import NliResult, NliWorker, ScoringWorker, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import SiopConfigError, SiopError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +25,8 @@ NAMESPACE = "siop-scorer"
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 MAX_RESTARTS = 100
 WATCH_INTERVAL_S = 2.0
+# Of each GPU, as Ray counts; it places by this and limits nothing.
+NLI_GPU_SHARE = 0.2
 
 
 class NoWorker(SiopError, RuntimeError):
@@ -37,17 +37,25 @@ class NoWorker(SiopError, RuntimeError):
 class _Worker:
     handle: Any
     index: int
+    kind: str = "worker"
     up: bool = False
     outstanding: int = 0
     recovery: asyncio.Task[None] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.index}"
+
 
 class WorkerPool:
-    """Scoring workers and the Ray they run on.
+    """Scoring workers, NLI workers, and the Ray they run on.
+
+    The two kinds are processes of their own, so that neither waits for the other. On GPUs every scoring worker leaves a
+    share of its GPU to one NLI worker; if it takes several whole GPUs, the NLI workers run on CPU. On CPU there is one
+    NLI worker. The lexical backend needs none: it runs in a thread of this process.
 
     Args:
-        settings: what each worker loads.
-        num_workers: how many workers.
+        settings: what the workers load.
+        num_workers: how many scoring workers.
         gpus_per_worker: GPUs of each, 0 on CPU.
         restart_wait_s: how long a request waits for a worker when all have died.
     """
@@ -59,17 +67,34 @@ class WorkerPool:
         self._settings, self._num_workers, self._gpus = settings, num_workers, gpus_per_worker
         self._restart_wait_s = restart_wait_s
         self._workers: list[_Worker] = []
-        self._temp_dir: Path | None = None
+        self._nli_workers: list[_Worker] = []
+        self._lexical = LexicalNli() if settings.nli_backend == "lexical" else None
+        self._ray_dir: RayDir | None = None
 
     @property
     def num_workers(self) -> int:
-        """Workers that were asked for."""
+        """Scoring workers that were asked for."""
         return self._num_workers
 
     @property
     def num_up(self) -> int:
-        """Workers that are ready now."""
+        """Scoring workers that are ready now."""
         return sum(worker.up for worker in self._workers)
+
+    @property
+    def num_nli_workers(self) -> int:
+        """NLI workers that were asked for."""
+        return 0 if self._lexical else self._num_workers if self._gpus else 1
+
+    @property
+    def num_nli_up(self) -> int:
+        """NLI workers that are ready now."""
+        return sum(worker.up for worker in self._nli_workers)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all workers of both kinds are ready."""
+        return (self.num_up, self.num_nli_up) == (self.num_workers, self.num_nli_workers)
 
     def start(self) -> None:
         """Join the cluster of ``RAY_ADDRESS``, or start a small private Ray, and create the workers.
@@ -94,31 +119,42 @@ class WorkerPool:
                     f"RAY_AUTH_MODE=token and its token): {' '.join(str(error).split())[:300]}"
                 ) from error
         else:
-            # A directory of its own, so that no other Ray on this machine takes this one for its cluster. Under the
-            # system's own /tmp with a short name: Ray puts sockets there, whose paths may have 107 characters.
-            self._temp_dir = Path(tempfile.mkdtemp(prefix="siop-", dir="/tmp"))
+            self._ray_dir = RayDir()
             ray.init(
                 address="local",
                 include_dashboard=False,
                 num_cpus=0,  # no idle workers; ours ask for no CPU share
                 num_gpus=int(self._num_workers * self._gpus),
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self._temp_dir),
+                _temp_dir=str(self._ray_dir.path),
                 **options,
             )
         available = ray.cluster_resources().get("GPU", 0)
         needed = self._num_workers * self._gpus
         if needed > available:
             raise SiopConfigError(f"{needed:g} GPUs are asked for, the Ray cluster has {available:g}")
-        actor_options: dict[str, Any] = {
+        nli_share = NLI_GPU_SHARE if self._gpus == 1 and self.num_nli_workers else 0.0
+        nli_settings = self._settings if nli_share else replace(self._settings, device="cpu")
+        # The scoring workers first: each takes the most of a GPU, and the NLI workers then fit beside them only.
+        self._workers = [
+            _Worker(self._create(ScoringWorker, self._settings, self._gpus - nli_share), index)
+            for index in range(self.num_workers)
+        ]
+        self._nli_workers = [
+            _Worker(self._create(NliWorker, nli_settings, nli_share), index, "NLI worker")
+            for index in range(self.num_nli_workers)
+        ]
+
+    @staticmethod
+    def _create(kind: type, settings: WorkerSettings, num_gpus: float) -> Any:
+        options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": self._gpus,
+            "num_gpus": num_gpus,
             "max_restarts": MAX_RESTARTS,
             "concurrency_groups": {"health": 1},
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
         }
-        actor = ray.remote(**actor_options)(ScoringWorker)
-        self._workers = [_Worker(actor.remote(self._settings), index) for index in range(self._num_workers)]
+        return ray.remote(**options)(kind).remote(settings)
 
     async def load(self) -> None:
         """Wait until every worker has loaded its models.
@@ -128,13 +164,19 @@ class WorkerPool:
             NoWorker: a worker died while it was loading.
         """
 
-        async def load_one(worker: _Worker) -> WorkerInfo:
-            info = await worker.handle.load.remote()
+        async def load_all(workers: list[_Worker]) -> list[Any]:
+            return await asyncio.gather(*(load_one(worker) for worker in workers))
+
+        async def load_one(worker: _Worker) -> Any:
+            loaded = await worker.handle.load.remote()
             worker.up = True
-            return info
+            return loaded
 
         try:
-            self.info = (await asyncio.gather(*(load_one(worker) for worker in self._workers)))[0]
+            # On a shared GPU the NLI model first: an engine that reserves memory counts what is free.
+            names = await load_all(self._nli_workers if self._gpus else [])
+            names += await load_all([*self._nli_workers, *self._workers])
+            self.info = WorkerInfo(engine=names[-1], nli=self._lexical.name if self._lexical else names[0])
         except RayTaskError as error:
             raise _own_error(error) from error
         except RayActorError as error:
@@ -144,19 +186,19 @@ class WorkerPool:
         """Notice dead workers while there are no requests; runs until cancelled."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for worker in self._workers:
+            for worker in self._workers + self._nli_workers:
                 if worker.up:
                     try:
                         await asyncio.wait_for(_as_future(worker.handle.ping.remote()), timeout=10)
                     except RayActorError as error:
                         self._lost(worker, error)
                     except asyncio.TimeoutError:
-                        logger.warning("worker %d is slow to answer a ping", worker.index)
+                        logger.warning("%s is slow to answer a ping", worker)
 
     def _lost(self, worker: _Worker, error: RayActorError) -> None:
         worker.up = False
         if worker.recovery is None or worker.recovery.done():
-            logger.error("worker %d died, Ray restarts it: %s", worker.index, " ".join(str(error).split())[:300])
+            logger.error("%s died, Ray restarts it: %s", worker, " ".join(str(error).split())[:300])
             worker.recovery = asyncio.create_task(self._recover(worker))
 
     async def _recover(self, worker: _Worker) -> None:
@@ -166,27 +208,29 @@ class WorkerPool:
             except RayActorError:
                 await asyncio.sleep(1.0)
             except RayTaskError as error:
-                logger.error("worker %d cannot load its models again: %s", worker.index, error.cause)
+                logger.error("%s cannot load its model again: %s", worker, error.cause)
                 await asyncio.sleep(10.0)
             else:
                 worker.up = True
-                logger.info("worker %d is back", worker.index)
+                logger.info("%s is back", worker)
                 return
 
-    async def _pick(self, wait_s: float) -> _Worker:
+    @staticmethod
+    async def _pick(workers: list[_Worker], wait_s: float) -> _Worker:
         deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            up = [worker for worker in self._workers if worker.up]
+            up = [worker for worker in workers if worker.up]
             if up:
                 return min(up, key=lambda worker: worker.outstanding)
             if asyncio.get_running_loop().time() >= deadline:
-                raise NoWorker(f"none of the {self._num_workers} scoring worker(s) is up")
+                raise NoWorker(f"none of {len(workers)} is up: {', '.join(map(str, workers))}")
             await asyncio.sleep(0.1)
 
     async def _call(self, method: str, payload: Any, cost: int) -> Any:
         """Call the least loaded worker; if it dies, once more on another one or on the restarted one."""
+        workers = self._workers if method == "support" else self._nli_workers
         for attempt in range(2):
-            worker = await self._pick(self._restart_wait_s if attempt else 0.0)
+            worker = await self._pick(workers, self._restart_wait_s if attempt else 0.0)
             worker.outstanding += cost
             try:
                 return await getattr(worker.handle, method).remote(payload)
@@ -226,31 +270,31 @@ class WorkerPool:
             errors=dict(sorted(errors.items())),
         )
 
-    async def cluster(self, groups: Sequence[Any]) -> list[list[int]]:
-        """Cluster ids of :class:`AnswerGroup` s; errors as :meth:`support`."""
-        cost = sum(len(group.answers) for group in groups)
+    async def cluster(self, groups: Sequence[AnswerGroup]) -> NliResult[list[int]]:
+        """Cluster ids of each group; errors as :meth:`support`."""
+        if self._lexical:
+            return NliResult(await asyncio.to_thread(self._lexical.cluster, groups))
+        cost = sum(len(group.question) + len(answer) for group in groups for answer in group.answers)
         return await self._call("cluster", list(groups), cost)
 
-    async def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    async def entailment(self, pairs: Sequence[tuple[str, str]]) -> NliResult[float]:
         """P(premise entails hypothesis); errors as :meth:`support`."""
-        return await self._call("entailment", list(pairs), len(pairs))
+        if self._lexical:
+            return NliResult(await asyncio.to_thread(self._lexical.entailment, pairs))
+        return await self._call("entailment", list(pairs), sum(len(p) + len(h) for p, h in pairs))
 
     def close(self) -> None:
         """Stop the workers and the private Ray. Safe to call more than once."""
-        for worker in self._workers:
+        for worker in self._workers + self._nli_workers:
             if worker.recovery is not None:
                 worker.recovery.cancel()
             if ray.is_initialized():
                 ray.kill(worker.handle, no_restart=True)
-        self._workers = []
+        self._workers, self._nli_workers = [], []
         ray.shutdown()  # also what an interrupted start has left
-        if self._temp_dir is not None:
-            for _ in range(20):  # Ray's last processes may still write there
-                shutil.rmtree(self._temp_dir, ignore_errors=True)
-                if not self._temp_dir.exists():
-                    break
-                time.sleep(0.1)
-            self._temp_dir = None
+        if self._ray_dir is not None:
+            self._ray_dir.remove()
+            self._ray_dir = None
 
 
 def partition(rollouts: Sequence[RolloutQuery], num_parts: int) -> list[list[int]]:

@@ -196,7 +196,9 @@ class TransformersEngine:
                     targets.append(np.asarray(probe.token_ids[probe.start : probe.end], dtype=np.int64))
                     requested += length + len(probe.token_ids)
         if not paths:
-            empty = [[] if index in errors else [[] for _ in r.boundaries] for index, r in enumerate(rollouts)]
+            empty: list[list[list[float]]] = [
+                [] if index in errors else [[] for _ in r.boundaries] for index, r in enumerate(rollouts)
+            ]
             return SupportResult(empty, 0, requested, errors)
 
         tree = build_prefix_tree(paths, depths)

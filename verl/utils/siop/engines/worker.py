@@ -1,4 +1,4 @@
-"""Ray actor of the scorer: one language-model engine and one NLI backend on one device.
+"""Ray actors of the scorer: one holds a language-model engine, the other an NLI model.
 
 Imports neither torch nor transformers before it loads its models, so that the HTTP front can import it.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, NoEngine, RolloutQuery, SupportResult
 
 if TYPE_CHECKING:
     from verl.utils.siop.engines.base import ScoringEngine
-    from verl.utils.siop.engines.nli import AnswerGroup, NliBackend
+    from verl.utils.siop.engines.nli import AnswerGroup, TransformersNli
+
+T = TypeVar("T")
 
 ENGINES = ("transformers",)
 NLI_BACKENDS = ("lexical", "transformers")
@@ -25,24 +27,26 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker loads, and where.
+    """What the workers load, and where.
 
     Attributes:
         model: scorer model, directory or hub id; ``NO_MODEL`` for none.
         engine: one of ``ENGINES``; ``NO_MODEL`` without a model.
         nli_model: NLI model; not used by the lexical backend.
         nli_backend: one of ``NLI_BACKENDS``.
+        nli_self_test: refuse an NLI model that gets two plain pairs wrong.
         device: ``cpu`` or ``cuda`` (Ray shows each worker its own GPU only).
         dtype: ``auto`` or a torch dtype name.
         max_model_len: longest sequence, None for the model's own limit.
         trust_remote_code: run Python code that comes with the models.
-        threads: CPU threads.
+        threads: CPU threads of each worker.
     """
 
     model: str
     engine: str = "transformers"
     nli_model: str | None = None
     nli_backend: str = "lexical"
+    nli_self_test: bool = True
     device: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -52,74 +56,115 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A loaded worker: limits and identity of its models."""
+    """Loaded workers: limits and identity of their models."""
 
     engine: EngineInfo
     nli: str
 
 
-class ScoringWorker:
-    """Loads its models on first use, so that a failure is an ordinary exception of :meth:`load` with its own type,
-    and so that a worker that Ray restarted loads them again by itself."""
+@dataclass(frozen=True)
+class NliResult(Generic[T]):
+    """Values by group or pair, how many pairs of texts were asked for, and how many of them went through the model."""
+
+    values: list[T]
+    asked: int = 0
+    computed: int = 0
+
+
+class _Worker:
+    """Loads its model on first use, so that a failure is an ordinary exception of ``load`` with its own type, and so
+    that a worker that Ray restarted loads it again by itself."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         for noisy in ("httpx", "ray"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self._settings = settings
-        self._engine: ScoringEngine | None = None
-        self._nli: NliBackend | None = None
+        self._model: Any = None
 
-    def load(self) -> WorkerInfo:
-        """Load the models if that has not happened yet.
+    def _create(self) -> Any:
+        raise NotImplementedError
 
-        Raises:
-            SiopConfigError: a model cannot be loaded or used.
-        """
-        engine, nli = self._loaded()
-        return WorkerInfo(engine=engine.info, nli=nli.name)
-
-    def _loaded(self) -> tuple[ScoringEngine, NliBackend]:
-        if self._engine is None or self._nli is None:
+    def _loaded(self) -> Any:
+        if self._model is None:
             import torch
-            from verl.utils.siop.engines.nli import LexicalNli, TransformersNli
-            from verl.utils.siop.engines.transformers_engine import TransformersEngine
 
-            settings = self._settings
-            torch.set_num_threads(settings.threads)
-            # The NLI model first: it is the smaller one, and its mistakes show at once.
-            if settings.nli_backend == "transformers":
-                assert settings.nli_model is not None
-                self._nli = TransformersNli.from_pretrained(
-                    settings.nli_model, settings.device, trust_remote_code=settings.trust_remote_code
-                )
-            else:
-                self._nli = LexicalNli()
-            if settings.engine == NO_MODEL:
-                self._engine = NoEngine()
-            else:
-                self._engine = TransformersEngine.from_pretrained(
-                    settings.model,
-                    device=settings.device,
-                    dtype=settings.dtype,
-                    max_model_len=settings.max_model_len,
-                    trust_remote_code=settings.trust_remote_code,
-                )
-        return self._engine, self._nli
+            torch.set_num_threads(self._settings.threads)
+            self._model = self._create()
+        return self._model
 
     @ray.method(concurrency_group="health")
     def ping(self) -> int:
         """Process id; answers while a long request runs."""
         return os.getpid()
 
+
+class ScoringWorker(_Worker):
+    """Holds the scorer language model."""
+
+    def _create(self) -> ScoringEngine:
+        settings = self._settings
+        if settings.engine == NO_MODEL:
+            return NoEngine()
+        from verl.utils.siop.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine.from_pretrained(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def load(self) -> EngineInfo:
+        """Load the model if that has not happened yet.
+
+        Raises:
+            SiopConfigError: it cannot be loaded or used.
+        """
+        info: EngineInfo = self._loaded().info
+        return info
+
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """See :class:`ScoringEngine`."""
-        return self._loaded()[0].support(rollouts)
+        result: SupportResult = self._loaded().support(rollouts)
+        return result
 
-    def cluster(self, groups: Sequence[AnswerGroup]) -> list[list[int]]:
-        """See :class:`NliBackend`."""
-        return self._loaded()[1].cluster(groups)
 
-    def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+class NliWorker(_Worker):
+    """Holds the NLI model."""
+
+    def _create(self) -> TransformersNli:
+        from verl.utils.siop.engines.nli import TransformersNli
+
+        settings = self._settings
+        assert settings.nli_model is not None
+        return TransformersNli.from_pretrained(
+            settings.nli_model,
+            settings.device,
+            trust_remote_code=settings.trust_remote_code,
+            self_test=settings.nli_self_test,
+        )
+
+    def load(self) -> str:
+        """Load the model if that has not happened yet, and return its name.
+
+        Raises:
+            SiopConfigError: it cannot be loaded or used.
+        """
+        name: str = self._loaded().name
+        return name
+
+    def cluster(self, groups: Sequence[AnswerGroup]) -> NliResult[list[int]]:
         """See :class:`NliBackend`."""
-        return self._loaded()[1].entailment(pairs)
+        return self._counted(lambda nli: nli.cluster(groups))
+
+    def entailment(self, pairs: Sequence[tuple[str, str]]) -> NliResult[float]:
+        """See :class:`NliBackend`."""
+        return self._counted(lambda nli: nli.entailment(pairs))
+
+    def _counted(self, ask: Callable[[TransformersNli], list[T]]) -> NliResult[T]:
+        nli = self._loaded()
+        asked, computed = nli.asked, nli.computed
+        values = ask(nli)
+        return NliResult(values, nli.asked - asked, nli.computed - computed)
