@@ -342,6 +342,31 @@ def test_the_default_is_leave_one_out_with_one_scale_for_the_batch() -> None:
     assert advantages[3].max() > 5 * advantages[0].max()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("siop_reward_mode", "cluster_frequency"),
+        ("siop_use_gold_ref", True),
+        ("siop_boundary", "assistant"),
+        ("siop_gain", "log"),
+        ("siop_lambda", 0.0),
+        ("siop_eta", 0.0),
+        ("siop_evidence", "max"),
+        ("siop_num_refs", 1),
+        ("siop_epsilon", 0.1),
+        ("siop_consensus_terminal", "support"),
+        ("siop_strict_entailment", False),
+        ("siop_reference_prefix", "x"),
+        ("siop_reference_suffix", "x"),
+        ("siop_turn_weight", 1.0),  # of another baseline
+    ],
+)
+def test_keys_of_other_stages_change_no_advantage(key: str, value: Any) -> None:
+    rewards, mask, index = batch_of([[1.0, 2.0], [0.5], [10.0], [30.0]], ["a", "a", "b", "b"])
+    plain, other = (compute_siop_advantage(rewards, mask, index=index, config=c) for c in ({}, {key: value}))
+    assert torch.equal(plain[0], other[0]) and torch.equal(plain[1], other[1])
+
+
 def test_no_sibling_reached_the_turn() -> None:
     rewards, mask, index = batch_of([[1.0, 2.0, 4.0], [0.5, 0.25], [3.0]], ["a", "a", "a"])
     advantages, _ = compute_siop_advantage(rewards, mask, index=index, norm_adv_by_std_in_grpo=False)

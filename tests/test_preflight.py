@@ -18,14 +18,16 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures_scorer import free_port
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
-from verl.trainer.siop.preflight import DataError, check_before_start
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.siop.main import record_config
+from verl.trainer.siop.preflight import DataError, check_before_start, check_method
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
 from examples.toy_world.tokenizer import REFERENCE_PREFIX, REFERENCE_SUFFIX
 
 ROOT = Path(__file__).parent.parent
+CLIP = ["actor_rollout_ref.actor.policy_loss.loss_mode=turn_clip", "algorithm.siop_baseline=turn_group"]
 ROW = {
     "data_source": "test",
     "prompt": [{"role": "user", "content": "who?"}],
@@ -72,28 +74,75 @@ def test_yaml_and_config_class_have_the_same_defaults() -> None:
     assert SiopConfig.from_algorithm(_config().algorithm) == SiopConfig()
 
 
+OTHER_VALUES: dict[str, Any] = {
+    "siop_reward_mode": "query_consensus",
+    "siop_use_gold_ref": True,
+    "siop_advantage_mode": "broadcast",
+    "siop_enable_two_pass": False,
+    "siop_baseline": "turn_group",
+    "siop_return": "min",
+    "siop_turn_weight": 1.5,
+    "siop_boundary": "observation",
+    "siop_gain": "log",
+    "siop_lambda": 0.3,
+    "siop_eta": 0.0,
+    "siop_evidence": "max",
+    "siop_num_refs": 2,
+    "siop_epsilon": 1e-6,
+    "siop_consensus_terminal": "support",
+    "siop_strict_entailment": False,
+    "siop_reference_prefix": "\nNow:\n",
+    "siop_reference_suffix": "<|im_end|>",
+    "siop_scorer": "policy",
+    "siop_scorer_url": "https://elsewhere:1",
+    "siop_scorer_timeout_s": 5.0,
+    "siop_on_scorer_error": "drop_group",
+    "siop_import": "json",
+}
+
+
 @pytest.mark.parametrize("key", sorted(SiopConfig.__dataclass_fields__))
-def test_every_key_is_an_override_without_plus(key: str) -> None:
-    value = {"siop_lambda": 0.3}.get(key, getattr(SiopConfig(), key))
-    text = f'"{value}"' if isinstance(value, str) else value
-    assert SiopConfig.from_algorithm(_config(f"algorithm.{key}={text}").algorithm) == SiopConfig(**{key: value})
+def test_every_key_is_an_override_without_plus_and_is_recorded(key: str, tmp_path: Path) -> None:
+    value = OTHER_VALUES[key]
+    text = f'"{value}"' if isinstance(value, str) else json.dumps(value)
+    parts = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m"]
+    config = _config(f"algorithm.{key}={text}", f"trainer.default_local_dir={tmp_path}/run", *parts)
+    assert SiopConfig.from_algorithm(config.algorithm) == SiopConfig(**{key: value}) != SiopConfig()
+    record_config(config)
+    recorded = OmegaConf.load(tmp_path / "run" / "config.yaml").algorithm
+    assert recorded[key] == value
+    assert SiopConfig.from_algorithm(recorded) == SiopConfig(**{key: value})
+
+
+def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
+    record_config(_config("trainer.val_only=true", f"trainer.default_local_dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("siop", {}),
+        ("policy", {"siop_scorer": "policy"}),
         ("release", {"siop_baseline": "pooled", "siop_boundary": "assistant", "siop_gain": "log"}),
         ("empo", {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast"}),
         ("ttrl", {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"}),
         ("grpo", {}),
+        ("igpo", {"siop_use_gold_ref": True}),
+        ("query_consensus", {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support"}),
+        ("query_frequency", {"siop_reward_mode": "query_consensus"}),
+        ("matchtir", {"siop_baseline": "turn_index"}),
+        ("pure", {"siop_return": "min"}),
+        ("a2tgpo", {"siop_baseline": "turn_group"}),
     ],
 )
 def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
     overrides = [f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]", f"ablation={name}"]
     config = _config(*overrides)
     assert SiopConfig.from_algorithm(config.algorithm) == SiopConfig(**changes)
+    check_method(config, SiopConfig(**changes))
     assert config.algorithm.adv_estimator == ("grpo" if name == "grpo" else "siop")
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == ("turn_clip" if name == "a2tgpo" else "vanilla")
     toy = _config(*overrides, "experiment=toy")
     assert toy.trainer.total_training_steps == 60 and toy.actor_rollout_ref.rollout.n == 8
     assert toy.algorithm.siop_reference_prefix == REFERENCE_PREFIX
@@ -166,6 +215,31 @@ def test_wrong_keys_and_values_are_named(parts: dict[str, str], override: str, m
     overrides = [f"{key}={value}" for key, value in parts.items()]
     with pytest.raises(SiopConfigError, match=message):
         check_before_start(_config(*overrides, override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.siop_return=min", "algorithm.gamma=0.9"], r"algorithm.gamma=0.9 .*algorithm.siop_return=min"),
+        (
+            ["algorithm.siop_reward_mode=query_consensus", "actor_rollout_ref.rollout.multi_turn.format=gpt-oss"],
+            r"multi_turn.format=gpt-oss .*siop_reward_mode=query_consensus.*hermes",
+        ),
+        (
+            ["actor_rollout_ref.actor.policy_loss.loss_mode=turn_clip"],
+            r"siop_baseline=leave_one_out .*set it to turn_gr",
+        ),
+        ([*CLIP, "algorithm.gamma=0.9"], r"algorithm.gamma=0.9 .*turn_clip.*set it to 1.0"),
+        ([*CLIP, "algorithm.siop_turn_weight=1.0"], r"algorithm.siop_turn_weight=1.0 .*set it to 0.3"),
+        ([*CLIP, "algorithm.siop_advantage_mode=broadcast"], r"siop_advantage_mode=broadcast .*set it to turn_level"),
+    ],
+)
+def test_keys_that_do_not_fit_keys_of_verl(overrides: list[str], message: str) -> None:
+    config = _config(*overrides)
+    with pytest.raises(SiopConfigError, match=message):
+        check_method(config, SiopConfig.from_algorithm(config.algorithm))
+    config.algorithm.adv_estimator = "grpo"  # which uses none of them
+    check_method(config, SiopConfig.from_algorithm(config.algorithm))
 
 
 @pytest.mark.parametrize("column", ["prompt", "data_source", "reward_model"])

@@ -380,6 +380,26 @@ def test_labels_change_nothing_in_the_verifier_free_modes() -> None:
         assert run(labelled, siop_reward_mode=mode) == run(mixed_batch(), siop_reward_mode=mode)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("siop_advantage_mode", "broadcast"),
+        ("siop_enable_two_pass", False),
+        ("siop_baseline", "turn_group"),
+        ("siop_return", "min"),
+        ("siop_turn_weight", 1.0),
+        ("siop_scorer", "policy"),
+        ("siop_scorer_url", "http://elsewhere:1"),
+        ("siop_scorer_timeout_s", 1.0),
+        ("siop_on_scorer_error", "drop_group"),
+        ("siop_consensus_terminal", "support"),  # of another mode
+        ("siop_import", "json"),
+    ],
+)
+def test_keys_of_other_stages_change_no_turn_reward(key: str, value: Any) -> None:
+    assert run(mixed_batch(), **{key: value}) == run(mixed_batch())
+
+
 # --- references -------------------------------------------------------------------------------------------------------
 
 

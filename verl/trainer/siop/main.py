@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hydra
 import ray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.siop.preflight import check_before_start
@@ -26,6 +27,14 @@ class SiopTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ign
         super().run(config)
 
 
+def record_config(config: DictConfig) -> None:
+    """Write the resolved configuration beside the checkpoints, as ``config.yaml``; an evaluation writes none."""
+    if not config.trainer.get("val_only", False):
+        folder = Path(config.trainer.default_local_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+
+
 @hydra.main(config_path="config", config_name="siop_trainer", version_base=None)
 def _run(config: DictConfig) -> None:
     try:
@@ -37,6 +46,7 @@ def _run(config: DictConfig) -> None:
             use_reference_policy=need_reference_policy(config),
             use_critic=need_critic(config),
         )
+        record_config(config)
         run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(SiopTaskRunner))
     except (SiopError, ray.exceptions.RayTaskError) as error:
         # Ray's wrapper is also an instance of what it wraps, and its text is the whole remote traceback.
