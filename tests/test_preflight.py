@@ -101,17 +101,21 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(SiopConfig.__dataclass_fields__))
-def test_every_key_is_an_override_without_plus_and_is_recorded(key: str, tmp_path: Path) -> None:
-    value = OTHER_VALUES[key]
-    text = f'"{value}"' if isinstance(value, str) else json.dumps(value)
+def test_every_key_is_an_override_without_plus_and_is_recorded(tmp_path: Path) -> None:
+    assert set(OTHER_VALUES) == set(SiopConfig.__dataclass_fields__)
+    apart = {"siop_use_gold_ref", "siop_baseline"}  # not allowed with the other values of siop_reward_mode, siop_return
     parts = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m"]
-    config = _config(f"algorithm.{key}={text}", f"trainer.default_local_dir={tmp_path}/run", *parts)
-    assert SiopConfig.from_algorithm(config.algorithm) == SiopConfig(**{key: value}) != SiopConfig()
-    record_config(config)
-    recorded = OmegaConf.load(tmp_path / "run" / "config.yaml").algorithm
-    assert recorded[key] == value
-    assert SiopConfig.from_algorithm(recorded) == SiopConfig(**{key: value})
+    for keys in (apart, set(OTHER_VALUES) - apart):
+        values = {key: OTHER_VALUES[key] for key in keys}
+        texts = {key: f'"{value}"' if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        folder = tmp_path / str(len(keys))
+        overrides = [f"algorithm.{key}={text}" for key, text in texts.items()]
+        config = _config(*overrides, f"trainer.default_local_dir={folder}", *parts)
+        record_config(config)
+        recorded = OmegaConf.load(folder / "config.yaml").algorithm
+        for algorithm in (config.algorithm, recorded):
+            assert SiopConfig.from_algorithm(algorithm) == SiopConfig(**values)
+            assert all(algorithm[key] == value != getattr(SiopConfig(), key) for key, value in values.items())
 
 
 def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
@@ -143,7 +147,12 @@ def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
     check_method(config, SiopConfig(**changes))
     assert config.algorithm.adv_estimator == ("grpo" if name == "grpo" else "siop")
     assert config.actor_rollout_ref.actor.policy_loss.loss_mode == ("turn_clip" if name == "a2tgpo" else "vanilla")
+
+
+def test_the_toy_experiment_and_a_preset() -> None:
+    overrides = [f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]", "ablation=release"]
     toy = _config(*overrides, "experiment=toy")
+    assert toy.algorithm.siop_baseline == "pooled"
     assert toy.trainer.total_training_steps == 60 and toy.actor_rollout_ref.rollout.n == 8
     assert toy.algorithm.siop_reference_prefix == REFERENCE_PREFIX
     assert toy.algorithm.siop_reference_suffix == REFERENCE_SUFFIX
