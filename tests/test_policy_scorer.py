@@ -147,8 +147,8 @@ def test_temperature_of_sampling_does_not_matter() -> None:
 
 
 def test_a_large_batch_goes_in_several_calls_that_keep_questions_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CALL_TOKENS", 200)
-    actor, requests = Actor(), _requests()
+    monkeypatch.setattr(module, "RANK_TOKENS", 100)
+    actor, requests = Actor(2), _requests()
     assert _flat(_support(actor, requests)) == pytest.approx(_flat(_one_by_one(actor.model, requests)), abs=1e-5)
     assert [len(call) for call in actor.calls] == [12, 2]
     assert _support(actor, []) == []
