@@ -1,4 +1,4 @@
-"""The packed prefix tree, and the scores of the transformers engine against plain full-sequence forward passes."""
+"""The packed prefix tree, and what the transformers engine takes, refuses and keeps in memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from fixtures_scorer import MAX_MODEL_LEN, VOCAB_SIZE, tiny_causal_lm
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from verl.utils.siop.engines.base import Probe, RolloutQuery
+from scoring_cases import TOKEN, flat, plain_support, prefixes, query
+from transformers import AutoConfig
 from verl.utils.siop.engines.prefix_tree import build_prefix_tree, encode_path
-from verl.utils.siop.engines.transformers_engine import TransformersEngine
+from verl.utils.siop.engines.transformers_engine import TransformersEngine, check_architecture
 from verl.utils.siop.errors import InvalidRequest, SiopConfigError
 
 
@@ -24,55 +25,6 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def model():
     return tiny_causal_lm()
-
-
-def prefixes(paths):
-    return {tuple(path[:length]) for path in paths for length in range(1, len(path) + 1)}
-
-
-def ids(*tokens):
-    return np.array(tokens, dtype=np.int64)
-
-
-def query(prompt, response, boundaries, *probes):
-    return RolloutQuery(ids(*prompt), ids(*response), boundaries, [Probe(ids(*t), s, e) for t, s, e in probes])
-
-
-def paths_of(rollouts):
-    """All token paths that have to be computed for a request: contexts with their references but the last token."""
-    return [
-        [*rollout.prompt_ids, *rollout.response_ids[:boundary], *probe.token_ids[: probe.end - 1]]
-        for rollout in rollouts
-        for boundary in rollout.boundaries
-        for probe in rollout.probes
-    ]
-
-
-@torch.inference_mode()
-def plain_support(model, rollouts):
-    """The definition: one full sequence per (boundary, reference)."""
-    support = []
-    for rollout in rollouts:
-        rows = []
-        for boundary in rollout.boundaries:
-            context = np.concatenate([rollout.prompt_ids, rollout.response_ids[:boundary]])
-            row = []
-            for probe in rollout.probes:
-                full = torch.from_numpy(np.concatenate([context, probe.token_ids]))
-                logprobs = model(input_ids=full[None], use_cache=False).logits[0].log_softmax(-1)
-                at = torch.arange(len(context) + probe.start, len(context) + probe.end)
-                row.append(float(logprobs[at - 1, full[at]].mean()))
-            rows.append(row)
-        support.append(rows)
-    return support
-
-
-def flat(support):
-    return [score for rows in support for row in rows for score in row]
-
-
-# Few distinct tokens, one of them with several bytes, so that paths share prefixes and their order is tested.
-TOKEN = st.sampled_from([0, 1, 2, 258, 300])
 
 
 @given(st.lists(st.lists(TOKEN, max_size=7), max_size=12))
@@ -88,72 +40,35 @@ def test_tree_has_one_node_per_distinct_prefix_and_each_sees_its_own_path_only(p
             assert nodes[(nodes <= last) & (last < tree.end)].tolist() == rows.tolist()
 
 
-@st.composite
-def requests(draw):
-    prompts = draw(st.lists(st.lists(TOKEN, min_size=1, max_size=5), min_size=1, max_size=2))
-    tokens = draw(st.lists(st.lists(TOKEN, min_size=1, max_size=5), min_size=1, max_size=3))
-    references = [(reference, 0, len(reference)) for reference in tokens]
-    # One that is a prefix of another, and one of a single token.
-    references += [(tokens[0][:1], 0, 1), (tokens[0], len(tokens[0]) - 1, len(tokens[0]))]
-    rollouts = []
-    for _ in range(draw(st.integers(1, 4))):
-        response = draw(st.lists(TOKEN, max_size=12))
-        turns = draw(st.integers(1, 6))
-        cuts = draw(st.lists(st.integers(0, len(response)), min_size=turns, max_size=turns))
-        chosen = draw(st.lists(st.sampled_from(references), min_size=1, max_size=4))
-        rollouts.append(query(draw(st.sampled_from(prompts)), response, [0, *cuts], *chosen))
-    if draw(st.booleans()):
-        rollouts.append(rollouts[0])
-    return rollouts
-
-
-@settings(max_examples=25, deadline=None)
-@given(requests(), st.sampled_from([1, 3, 7, 256]))
-def test_scores_are_those_of_full_sequences(model, rollouts, chunk_tokens):
-    engine = TransformersEngine(model, chunk_tokens=chunk_tokens, self_test=False)
-    result = engine.support(rollouts)
-    expected = plain_support(model, rollouts)
-    assert [[len(row) for row in rows] for rows in result.support] == [[len(row) for row in rows] for rows in expected]
-    np.testing.assert_allclose(flat(result.support), flat(expected), atol=1e-4)
-    paths = paths_of(rollouts)
-    assert result.computed_tokens == len(prefixes(paths))
-    assert result.requested_tokens == sum(
-        len(rollout.prompt_ids) + boundary + len(probe.token_ids)
-        for rollout in rollouts
-        for boundary in rollout.boundaries
-        for probe in rollout.probes
-    )
-
-
-def test_many_reference_rows_are_split_into_bounded_blocks_of_logits(model):
+def test_logits_and_masks_stay_bounded(model):
+    """The language-model head sees the rows that predict a reference token, a few at a time; a mask has the columns of
+    the current path, not of the whole request."""
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, VOCAB_SIZE, n).tolist()  # noqa: E731
-    rollouts = [query(draw(6), draw(9), [0, 4, 9], (draw(8), 1, 7), (draw(5), 0, 5)) for _ in range(3)]
-    engine = TransformersEngine(model, self_test=False)
+    prompt, references = draw(6), [(draw(8), 1, 7), (draw(5), 0, 5)]
+    rollouts = [query(prompt, draw(60), [0, 25, 60], *references) for _ in range(12)]
+    engine = TransformersEngine(model, chunk_tokens=32, self_test=False)
     engine._max_rows = 4
-    widths = []
-
-    def spy(module, args, kwargs, output):
-        widths.append(output.logits.shape[1])
-
-    hook = model.register_forward_hook(spy, with_kwargs=True)
+    head_rows, masks = [], []
+    hooks = [
+        model.lm_head.register_forward_pre_hook(lambda module, args: head_rows.append(args[0].shape[1])),
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"].shape[2:]), with_kwargs=True
+        ),
+    ]
     try:
-        support = engine.support(rollouts).support
+        result = engine.support(rollouts)
     finally:
-        hook.remove()
-    assert max(widths) == 4
-    np.testing.assert_allclose(flat(support), flat(plain_support(model, rollouts)), atol=1e-4)
-
-
-def test_the_weights_of_the_moment_are_used(model):
-    rollouts = [query([1, 2], [3, 4, 5], [0, 2, 3], ([6, 7, 8], 1, 3))]
-    other = tiny_causal_lm(seed=1)
-    engine = TransformersEngine(other)
-    before = flat(engine.support(rollouts).support)
-    other.load_state_dict(model.state_dict())
-    after = flat(engine.support(rollouts).support)
-    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 0.1
-    np.testing.assert_allclose(after, flat(plain_support(model, rollouts)), atol=1e-4)
+        for hook in hooks:
+            hook.remove()
+    # At the prompt's end both references are the same for all rollouts; each of the 24 later boundaries has its own.
+    # A row that predicts the first token of the second reference is the context's last token.
+    assert sum(head_rows) == (6 + 5) * (1 + 24)
+    assert max(head_rows) <= 4
+    longest = 6 + 60 + 7
+    assert result.computed_tokens > 10 * longest
+    assert max(rows for rows, _ in masks) <= 32 and max(columns for _, columns in masks) <= longest + 32
+    np.testing.assert_allclose(flat(result.support), flat(plain_support(model, rollouts)), atol=1e-4)
 
 
 def test_longest_rollout_is_scored_and_a_longer_one_is_an_error_of_its_own(model):
@@ -198,18 +113,42 @@ def test_empty_request(model):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("model_type", "message"),
     [
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_attention"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("gemma3_text", "sliding_attention"),
+        ("gpt_oss", "sliding_attention"),
+        ("mistral", "sliding_window=4096"),
+        ("gpt_neo", "local"),
+        ("llama4_text", "chunked_attention"),
+        ("qwen3_next", "linear_attention"),
+        ("qwen3_5_text", "linear_attention"),
+        ("falcon_h1", "hybrid"),
+        ("jamba", "mamba"),
+        ("mamba2", "mamba"),
+        ("recurrent_gemma", "recurrent"),
     ],
 )
-def test_layers_that_are_not_full_attention_are_refused_by_name(overrides, message):
-    # transformers falls back to full attention where it does not know the type, so only the configuration can tell.
-    model = tiny_causal_lm()
-    config = type(model.config)(**{**model.config.to_dict(), "layer_types": None, **overrides})
-    model.config = config
-    with pytest.raises(SiopConfigError, match=f"qwen3.*{message}"):
+def test_layers_that_are_not_full_attention_are_refused_by_name(model_type, message):
+    with pytest.raises(SiopConfigError, match=f"{model_type}.*{message}"):
+        check_architecture(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", "llama", "gpt2", "phi", "olmo2"])
+def test_full_attention_is_accepted(model_type):
+    check_architecture(AutoConfig.for_model(model_type))
+
+
+def test_a_hybrid_model_is_refused_before_its_weights_are_read(tmp_path):
+    AutoConfig.for_model("qwen3_next").save_pretrained(tmp_path)
+    with pytest.raises(SiopConfigError, match=f"{tmp_path}.*qwen3_next.*linear_attention"):
+        TransformersEngine.from_pretrained(str(tmp_path))
+
+
+def test_a_recurrent_model_is_refused():
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, context_length=32))
+    with pytest.raises(SiopConfigError, match=r"rwkv.*recurrent"):
         TransformersEngine(model)
 
 

@@ -41,9 +41,11 @@ def check_architecture(config: Any, max_model_len: int | None = None) -> None:
     text = config.get_text_config()
     name = f"{getattr(config, '_name_or_path', '') or 'the model'} ({config.model_type})"
     advice = "use a scorer model whose layers are all full attention"
-    layer_types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    layer_types: Any = None
+    for key in ("layer_types", "layers_block_type", "attention_layers"):
+        layer_types = layer_types or getattr(text, key, None)
     if layer_types:
-        other = sorted({str(kind) for kind in layer_types if kind not in ("full_attention", "attention")})
+        other = sorted({str(kind) for kind in layer_types if kind not in ("full_attention", "attention", "global")})
         if other:
             raise SiopConfigError(
                 f"{name} has layers of type {', '.join(other)}; the transformers engine scores a packed prefix tree, "
