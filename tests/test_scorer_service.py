@@ -36,7 +36,7 @@ from verl.utils.siop.engines.base import Probe, RolloutQuery
 from verl.utils.siop.engines.nli import AnswerGroup, TransformersNli
 from verl.utils.siop.engines.pool import WorkerPool, _Worker, partition
 from verl.utils.siop.engines.transformers_engine import TransformersEngine
-from verl.utils.siop.engines.worker import ScoringWorker, WorkerSettings
+from verl.utils.siop.engines.worker import ScoringWorker, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.scoring_server import _parser, _settings, create_app, main
@@ -575,7 +575,7 @@ def logging_as_before():
 
 
 def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys, logging_as_before):
-    save_classifier(tmp_path / "no_nli", labels=("LABEL_0", "LABEL_1"))
+    save_classifier(tmp_path / "no_nli", labels=("LABEL_0", "LABEL_1"), self_test=False)
     lm = str(models[0])
     for arguments, message in [
         (["--model", str(tmp_path / "nowhere")], f"the model directory {tmp_path / 'nowhere'} does not exist"),
@@ -596,14 +596,9 @@ def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys,
 def test_without_a_language_model_only_clusters_and_entailment_are_answered():
     settings, workers, _ = _settings(_parser().parse_args(["--model", "none", "--num-gpus", "0"]))
     assert (settings.model, settings.engine, workers) == ("none", "none", 1)
-    worker = ScoringWorker(settings)
     pool = WorkerPool(settings, num_workers=1)
-    pool.info, pool._workers = worker.load(), [_Worker(None, 0, up=True)]
-
-    async def call(method, payload, cost):
-        return getattr(worker, method)(payload)
-
-    pool._call = call
+    pool.info = WorkerInfo(ScoringWorker(settings).load(), "lexical")
+    pool._workers = [_Worker(None, 0, up=True)]
 
     async def ask():
         transport = httpx.ASGITransport(create_app(pool)[0])

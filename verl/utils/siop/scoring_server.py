@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import uvicorn
@@ -31,176 +31,37 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel
 from verl.utils.siop.content_digest import content_digest, is_intact
-from verl.utils.siop.engines.base import NO_MODEL, Probe, RolloutQuery, check_rollouts, too_long
+from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, Probe, RolloutQuery, check_rollouts, too_long
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
-from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerSettings
+from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
+from verl.utils.siop.json_body import parse_body, route_class
 from verl.utils.siop.nli_clustering import entailment_index
+from verl.utils.siop.scoring_schema import (
+    MAX_TEXT,
+    ClusterAnswer,
+    ClusterBody,
+    ClusterGroupAnswer,
+    ClusterInfo,
+    ErrorAnswer,
+    NliBody,
+    RolloutFailure,
+    ScoreBody,
+    ScoresAnswer,
+    SupportAnswer,
+    SupportBody,
+)
 
 logger = logging.getLogger("siop.scorer")
 
 DEFAULT_PORT = 8390
 GRACE_S = 30  # what is in flight at shutdown may take this long
-MAX_TEXT = 200_000  # characters of one text
-
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-def _check_range(start: int | None, end: int, size: int | None) -> int:
-    # None: the field itself was not valid and has its own error.
-    if start is not None and size is not None and not start < end <= size:
-        raise ValueError(f"{start}..{end} is not a non-empty range of {size} tokens")
-    return end
-
-
-class SupportReference(_Model):
-    """Reference to score: the mean log-probability of ``token_ids[start:end]`` is taken."""
-
-    token_ids: list[TokenId] = Field(min_length=1)
-    start: int = Field(ge=0)
-    end: int
-
-    @field_validator("end")
-    @classmethod
-    def _range(cls, end: int, info: ValidationInfo) -> int:
-        token_ids = info.data.get("token_ids")
-        return _check_range(info.data.get("start"), end, None if token_ids is None else len(token_ids))
-
-
-class SupportRollout(_Model):
-    """Rollout with the boundaries (exclusive ends into ``response_ids``, 0 is the prompt alone) and references."""
-
-    prompt_ids: list[TokenId]
-    response_ids: list[TokenId]
-    boundaries: list[int] = Field(min_length=1, max_length=1024)
-    references: list[SupportReference] = Field(min_length=1, max_length=256)
-
-    @field_validator("boundaries")
-    @classmethod
-    def _inside(cls, boundaries: list[int], info: ValidationInfo) -> list[int]:
-        response_ids = info.data.get("response_ids")
-        if response_ids is not None:
-            for index, boundary in enumerate(boundaries):
-                if not 0 <= boundary <= len(response_ids):
-                    raise ValueError(
-                        f"boundaries[{index}] = {boundary} is outside the response (0..{len(response_ids)})"
-                    )
-        return boundaries
-
-
-class SupportBody(_Model):
-    """Body of ``POST /support``."""
-
-    rollouts: list[SupportRollout] = Field(max_length=8192)
-
-
-class RolloutFailure(BaseModel):
-    """Why the rollout of this index was not scored."""
-
-    rollout: int
-    detail: str
-
-
-class SupportAnswer(BaseModel):
-    """``support[rollout][boundary][reference]``: mean log-probabilities.
-
-    ``errors`` is there only if some rollouts are too long for the model; their support is null.
-    """
-
-    support: list[list[list[float]] | None]
-    computed_tokens: int
-    requested_tokens: int
-    elapsed_ms: float
-    errors: list[RolloutFailure] | None = None
-
-
-class ScoreItem(_Model):
-    """One full sequence; scored: the mean log-probability of ``response_ids[ref_start:ref_end]``."""
-
-    prompt_ids: list[TokenId]
-    response_ids: list[TokenId] = Field(min_length=1)
-    ref_start: int = Field(ge=0)
-    ref_end: int
-
-    @field_validator("ref_end")
-    @classmethod
-    def _range(cls, ref_end: int, info: ValidationInfo) -> int:
-        response_ids = info.data.get("response_ids")
-        return _check_range(info.data.get("ref_start"), ref_end, None if response_ids is None else len(response_ids))
-
-
-class ScoreBody(_Model):
-    """Body of ``POST /score``."""
-
-    items: list[ScoreItem] = Field(max_length=65536)
-
-
-class ScoresAnswer(BaseModel):
-    """One score per item or pair."""
-
-    scores: list[float]
-    elapsed_ms: float
-
-
-class ClusterGroup(_Model):
-    """Answers to one question. ``strict``: equivalent if each entails the other; else if neither direction
-    contradicts and not both are neutral."""
-
-    group_id: Text
-    question: Text
-    answers: list[Text] = Field(max_length=1024)
-    strict: bool = True
-
-
-class ClusterBody(_Model):
-    """Body of ``POST /cluster``."""
-
-    groups: list[ClusterGroup] = Field(max_length=8192)
-
-
-class ClusterInfo(BaseModel):
-    """One cluster: its size, its share of the answers, its first answer, the indices of its answers."""
-
-    count: int
-    frequency: float
-    reference: str
-    members: list[int]
-
-
-class ClusterGroupAnswer(BaseModel):
-    """``semantic_ids``: cluster of each answer, 0, 1, … in order of opening."""
-
-    group_id: str
-    semantic_ids: list[int]
-    cluster_info: dict[str, ClusterInfo]
-
-
-class ClusterAnswer(BaseModel):
-    """One result per group, in the order of the request."""
-
-    results: list[ClusterGroupAnswer]
-    elapsed_ms: float
-
-
-class NliPair(_Model):
-    """Scored: P(premise entails hypothesis)."""
-
-    premise: Text
-    hypothesis: Text
-
-
-class NliBody(_Model):
-    """Body of ``POST /nli_score``."""
-
-    pairs: list[NliPair] = Field(max_length=65536)
+MAX_ITEMS = 65_536
+MAX_ITEM_TOKENS = 262_144
+MAX_SHOWN_ERRORS = 20
 
 
 class _Metrics:
@@ -238,24 +99,53 @@ class _Metrics:
             Gauge(f"siop_scorer_{name}", what, registry=self.registry).set_function(value)
 
 
-def _tokens(token_ids: Sequence[int]) -> np.ndarray:
-    return np.asarray(token_ids, dtype=np.int64)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def _error(status: int, detail: Any, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"detail": detail}, status_code=status, headers=headers)
 
 
-def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
-    """The endpoints over a pool of workers; :class:`Guard` adds the limits."""
+def _json(answer: BaseModel) -> Response:
+    """An answer as it is: FastAPI would check it once more and build it in several passes on the event loop."""
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def create_app(
+    pool: WorkerPool, max_items: int = MAX_ITEMS, max_item_tokens: int = MAX_ITEM_TOKENS
+) -> tuple[FastAPI, _Metrics]:
+    """The endpoints over a pool of workers; :class:`Guard` adds the other limits.
+
+    Args:
+        pool: the workers.
+        max_items: rollouts, items, groups or pairs of a request; more get 422.
+        max_item_tokens: token ids of one rollout or item with its references; more get 413.
+    """
+
+    def parse(body: bytes, model: type[Model]) -> Model:
+        has_tokens = model in (SupportBody, ScoreBody)
+        return parse_body(body, model, max_items, max_item_tokens if has_tokens else None)
+
+    errors = {
+        400: "The body does not match its Content-Digest",
+        401: "Missing or wrong bearer token (where SIOP_API_TOKEN is set)",
+        408: "The body did not arrive in time",
+        413: "The body or one of its items is too large, or a text or sequence is too long for the model",
+        422: "The request is not valid: the message names the field",
+        503: "Too many requests at once, or no worker is up; Retry-After says how many seconds to wait",
+    }
+    documented: dict[int | str, dict[str, Any]] = {
+        status: {"description": text, "model": ErrorAnswer} for status, text in errors.items()
+    }
     app = FastAPI(title="SIOP scorer", description=__doc__, version="1")
+    app.router.route_class = route_class(parse)
     metrics = _Metrics(pool)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         # Without pydantic's echo of the input, which may be megabytes of token ids.
         errors = error.errors()
-        detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in errors[:20]]
+        detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in errors[:MAX_SHOWN_ERRORS]]
         if len(errors) > len(detail):
             detail.append(
                 {"loc": ("body",), "msg": f"and {len(errors) - len(detail)} more errors", "type": "truncated"}
@@ -278,18 +168,54 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
         logger.error("%s failed", request.url.path, exc_info=error)
         return _error(500, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-    def check(rollouts: list[RolloutQuery], field: str) -> None:
-        if pool.info is None:
-            raise NoWorker("the scorer is still loading its models")
-        check_rollouts(rollouts, pool.info.engine, field)
+    def checked(rollouts: list[RolloutQuery], field: str, info: EngineInfo) -> list[RolloutQuery]:
+        for index, rollout in enumerate(rollouts):
+            if rollout.num_tokens > max_item_tokens:
+                raise SequenceTooLong(
+                    f"{field}[{index}] has {rollout.num_tokens} tokens, the limit is {max_item_tokens} "
+                    "(--max-item-tokens)"
+                )
+        check_rollouts(rollouts, info, field)
+        return rollouts
+
+    def support_queries(body: SupportBody, info: EngineInfo) -> list[RolloutQuery]:
+        queries = [
+            RolloutQuery(
+                rollout.prompt_ids,
+                rollout.response_ids,
+                rollout.boundaries,
+                [Probe(reference.token_ids, reference.start, reference.end) for reference in rollout.references],
+            )
+            for rollout in body.rollouts
+        ]
+        return checked(queries, "rollouts", info)
+
+    def score_queries(body: ScoreBody, info: EngineInfo) -> list[RolloutQuery]:
+        empty = np.empty(0, dtype=np.int64)
+        queries = [
+            RolloutQuery(item.prompt_ids, empty, [0], [Probe(item.response_ids, item.ref_start, item.ref_end)])
+            for item in body.items
+        ]
+        try:
+            checked(queries, "items", info)
+        except SequenceTooLong:
+            raise
+        except InvalidRequest as error:
+            # An item has one reference, which its fields call the response.
+            message = str(error).replace(".references[0].token_ids", ".response_ids")
+            raise InvalidRequest(message.replace(".references[0].start", ".ref_start")) from error
+        if failed := too_long(queries, info):
+            raise SequenceTooLong(_too_long("items", failed))
+        return queries
 
     def count_nli(result: NliResult[Any]) -> None:
         metrics.nli_asked.inc(result.asked)
         metrics.nli_computed.inc(result.computed)
 
-    def require_loaded() -> None:
+    def loaded() -> WorkerInfo:
         if pool.info is None:
             raise NoWorker("the scorer is still loading its models")
+        return pool.info
 
     @app.get("/health")
     async def health() -> Response:
@@ -310,73 +236,50 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
             }
         )
 
-    @app.post("/support", response_model_exclude_none=True)
-    async def support(body: SupportBody) -> SupportAnswer:
+    @app.post("/support", response_model=SupportAnswer, responses=documented)
+    async def support(body: SupportBody) -> Response:
         """Mean log-probability of every reference at every boundary of every rollout.
 
         Rollouts that are too long for the model are listed in ``errors``; if all of them are, the status is 413.
         """
         started = time.perf_counter()
-        rollouts = [
-            RolloutQuery(
-                prompt_ids=_tokens(rollout.prompt_ids),
-                response_ids=_tokens(rollout.response_ids),
-                boundaries=rollout.boundaries,
-                probes=[Probe(_tokens(r.token_ids), r.start, r.end) for r in rollout.references],
-            )
-            for rollout in body.rollouts
-        ]
-        check(rollouts, "rollouts")
+        rollouts = await asyncio.to_thread(support_queries, body, loaded().engine)
         result = await pool.support(rollouts)
         metrics.computed.inc(result.computed_tokens)
         metrics.requested.inc(result.requested_tokens)
-        errors = result.errors
-        if errors and len(errors) == len(rollouts):
-            raise SequenceTooLong(_too_long("rollouts", errors))
-        return SupportAnswer(
-            support=[None if index in errors else scores for index, scores in enumerate(result.support)],
-            computed_tokens=result.computed_tokens,
-            requested_tokens=result.requested_tokens,
-            elapsed_ms=_elapsed_ms(started),
-            errors=[RolloutFailure(rollout=i, detail=detail) for i, detail in errors.items()] or None,
+        failed = result.errors
+        if failed and len(failed) == len(rollouts):
+            raise SequenceTooLong(_too_long("rollouts", failed))
+        return _json(
+            SupportAnswer(
+                support=[None if index in failed else scores for index, scores in enumerate(result.support)],
+                computed_tokens=result.computed_tokens,
+                requested_tokens=result.requested_tokens,
+                elapsed_ms=_elapsed_ms(started),
+                errors=[RolloutFailure(rollout=i, detail=detail) for i, detail in failed.items()] or None,
+            )
         )
 
-    @app.post("/score")
-    async def score(body: ScoreBody) -> ScoresAnswer:
+    @app.post("/score", response_model=ScoresAnswer, responses=documented)
+    async def score(body: ScoreBody) -> Response:
         """Mean log-probability of a range of each item's response; shared prefixes are computed once.
 
         One item that is too long for the model makes the status 413.
         """
         started = time.perf_counter()
-        empty = _tokens([])
-        items = [
-            RolloutQuery(
-                _tokens(item.prompt_ids), empty, [0], [Probe(_tokens(item.response_ids), item.ref_start, item.ref_end)]
-            )
-            for item in body.items
-        ]
-        try:
-            check(items, "items")
-        except InvalidRequest as error:
-            # An item has one reference, which its fields call the response.
-            message = str(error).replace(".references[0].token_ids", ".response_ids")
-            message = message.replace(".references[0].start", ".ref_start").replace("references[0]", "response_ids")
-            raise type(error)(message) from error
-        assert pool.info is not None
-        if errors := too_long(items, pool.info.engine):
-            raise SequenceTooLong(_too_long("items", errors))
-        result = await pool.support(items)
+        result = await pool.support(await asyncio.to_thread(score_queries, body, loaded().engine))
         metrics.computed.inc(result.computed_tokens)
         metrics.requested.inc(result.requested_tokens)
-        return ScoresAnswer(scores=[item[0][0] for item in result.support], elapsed_ms=_elapsed_ms(started))
+        return _json(ScoresAnswer(scores=[item[0][0] for item in result.support], elapsed_ms=_elapsed_ms(started)))
 
-    @app.post("/cluster")
-    async def cluster(body: ClusterBody) -> ClusterAnswer:
+    @app.post("/cluster", response_model=ClusterAnswer, responses=documented)
+    async def cluster(body: ClusterBody) -> Response:
         """Clusters of each group's answers by meaning."""
         started = time.perf_counter()
-        require_loaded()
-        groups = [AnswerGroup(group.question, group.answers, group.strict) for group in body.groups]
-        clusters = await pool.cluster(groups)
+        loaded()
+        clusters = await pool.cluster(
+            [AnswerGroup(group.question, group.answers, group.strict) for group in body.groups]
+        )
         count_nli(clusters)
         results = []
         for group, ids in zip(body.groups, clusters.values, strict=True):
@@ -390,16 +293,16 @@ def create_app(pool: WorkerPool) -> tuple[FastAPI, _Metrics]:
                     members=members,
                 )
             results.append(ClusterGroupAnswer(group_id=group.group_id, semantic_ids=ids, cluster_info=info))
-        return ClusterAnswer(results=results, elapsed_ms=_elapsed_ms(started))
+        return _json(ClusterAnswer(results=results, elapsed_ms=_elapsed_ms(started)))
 
-    @app.post("/nli_score")
-    async def nli_score(body: NliBody) -> ScoresAnswer:
+    @app.post("/nli_score", response_model=ScoresAnswer, responses=documented)
+    async def nli_score(body: NliBody) -> Response:
         """P(premise entails hypothesis) of each pair."""
         started = time.perf_counter()
-        require_loaded()
+        loaded()
         scores = await pool.entailment([(pair.premise, pair.hypothesis) for pair in body.pairs])
         count_nli(scores)
-        return ScoresAnswer(scores=scores.values, elapsed_ms=_elapsed_ms(started))
+        return _json(ScoresAnswer(scores=scores.values, elapsed_ms=_elapsed_ms(started)))
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -533,7 +436,8 @@ class Guard:
                 return
             if not message.get("more_body"):
                 break
-        if not is_intact(body, headers.get(b"content-digest", b"").decode("latin-1")):
+        # In a thread, as the parsing: a digest of 64 MB takes a while.
+        if not await asyncio.to_thread(is_intact, body, headers.get(b"content-digest", b"").decode("latin-1")):
             await _error(400, "the body does not match its Content-Digest")(scope, receive, send)
             return
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
@@ -607,7 +511,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m verl.utils.siop.scoring_server",
         description="Scoring service of SIOP: support of references by a language model, clusters and entailment by an "
         "NLI model, over HTTP.",
-        epilog="Environment: SIOP_API_TOKEN, if set, is the bearer token that every request but /health must bring; "
+        epilog=f"A text may have {MAX_TEXT} characters. "
+        "Environment: SIOP_API_TOKEN, if set, is the bearer token that every request but /health must bring; "
         "RAY_ADDRESS, if set, is the Ray cluster to join (default: a private local Ray).",
     )
     parser.add_argument("--model", required=True, help="scorer language model: a directory, a hub id, or none")
@@ -639,7 +544,21 @@ def _parser() -> argparse.ArgumentParser:
         "--max-model-len", type=int, help="longest prompt + response + reference in tokens (default: the model's limit)"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
-    parser.add_argument("--max-body-mb", type=float, default=64, help="largest request body (default: %(default)s)")
+    parser.add_argument(
+        "--max-body-mb", type=float, default=64, help="largest request body; more get 413 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-items",
+        type=int,
+        default=MAX_ITEMS,
+        help="rollouts, items, groups or pairs of a request; more get 422 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-item-tokens",
+        type=int,
+        default=MAX_ITEM_TOKENS,
+        help="token ids of one rollout or item with its references; more get 413 (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-concurrency",
         type=int,
@@ -678,7 +597,15 @@ def _check_nli_labels(model: str) -> None:
 
 def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
     """Validated worker settings, number of workers and GPUs per worker."""
-    for option in ("num_workers", "max_concurrency", "threads", "max_model_len", "max_body_mb"):
+    for option in (
+        "num_workers",
+        "max_concurrency",
+        "threads",
+        "max_model_len",
+        "max_body_mb",
+        "max_items",
+        "max_item_tokens",
+    ):
         value = getattr(args, option)
         if value is not None and value <= 0:
             raise SiopConfigError(f"--{option.replace('_', '-')} must be more than 0, not {value}")
@@ -754,7 +681,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("starting %d worker(s) on %s for %s", num_workers, settings.device, json.dumps(settings.model))
         pool = WorkerPool(settings, num_workers, gpus_per_worker)
         pool.start()
-        app, metrics = create_app(pool)
+        app, metrics = create_app(pool, args.max_items, args.max_item_tokens)
         guard = Guard(
             app, metrics, int(args.max_body_mb * 2**20), args.max_concurrency, os.environ.get("SIOP_API_TOKEN") or None
         )
