@@ -8,8 +8,14 @@ LOG_DIR=${LOG_DIR:-logs}
 
 service_log() { echo "$LOG_DIR/$1.log"; }
 
-# Address at which this machine reaches a service that listens on HOST.
-service_address() { case $1 in 0.0.0.0 | ::) echo 127.0.0.1 ;; *) echo "$1" ;; esac; }
+# Address at which this machine reaches a service that listens on HOST, as it stands in a URL.
+service_address() {
+    case $1 in
+        0.0.0.0 | ::) echo 127.0.0.1 ;;
+        *:*) echo "[$1]" ;;
+        *) echo "$1" ;;
+    esac
+}
 
 # Process id of the service NAME if it runs; fails otherwise.
 service_pid() {
@@ -71,15 +77,18 @@ service_start() {
     if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
         die "$name: '$port' is not a port (1 to 65535)"
     fi
+    # Held until this script ends: of two starts at once, one would remove the other's PID file.
+    mkdir -p "$LOG_DIR"
+    exec 9>"$LOG_DIR/$name.lock"
+    flock -n 9 || die "$name is just being started by someone else (lock $LOG_DIR/$name.lock)"
     if pid=$(service_pid "$name"); then
         die "$name is already running (process $pid, log $log)"
     fi
     port_is_free "$port" || die "$name: port $port is in use; stop what listens there or choose another port"
-    mkdir -p "$LOG_DIR"
     [[ ! -f $log ]] || mv "$log" "$log.1"
 
     say "starting $name on $host:$port, log: $log"
-    env "SIOP_SERVICE=$name" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 &
+    env "SIOP_SERVICE=$name" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 9>&- &
     pid=$!
     echo "$pid" >"$LOG_DIR/$name.pid"
     trap 'say "interrupted: stopping '"$name"'"; session_end '"$pid"'; rm -f "$LOG_DIR/'"$name"'.pid"; exit 130' INT TERM

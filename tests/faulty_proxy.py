@@ -8,6 +8,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -53,7 +54,7 @@ EDITS: dict[str, Callable[[Json], Json]] = {
     "no_json": lambda data: data,
 }
 # What can happen to any message; the digests stay as they were sent.
-TRANSPORT = ("refuse", "drop", "delay", "truncate", "shorten", "flip", "digit", "request_digit", "stale")
+TRANSPORT = ("refuse", "drop", "hang", "trickle", "truncate", "shorten", "flip", "digit", "request_digit", "stale")
 STATUS = {"502": "502 Bad Gateway", "503": "503 Service Unavailable", "504": "504 Gateway Timeout"}
 
 
@@ -64,19 +65,25 @@ class FaultyProxy:
 
     Args:
         upstream: port of the server on 127.0.0.1.
-        faults: names out of ``EDITS``, ``TRANSPORT`` and ``STATUS``, or ``flip_anywhere``, taken in turn.
+        faults: names out of ``EDITS``, ``TRANSPORT`` and ``STATUS``, or ``flip_anywhere``, taken in turn; None spoils
+            nothing.
         every: 1 spoils all, 0 none.
-        delay_s: pause of ``delay``.
         retry_after: header of the 503.
+
+    Attributes:
+        spoiled: how often each fault happened.
+        arrivals: times at which each request (by its id) arrived.
+        most_open: most requests that were open at once.
     """
 
     def __init__(
-        self, upstream: int, faults: Sequence[str] = (), every: int = 0, delay_s: float = 3.0, retry_after: str = ""
+        self, upstream: int, faults: Sequence[str | None] = (None,), every: int = 1, retry_after: str = ""
     ) -> None:
-        self._upstream, self._every, self._delay_s, self._retry_after = upstream, every, delay_s, retry_after
+        self._upstream, self._every, self._retry_after = upstream, every, retry_after
         self._faults, self._random = itertools.cycle(faults), random.Random(0)
         self._stale: bytes | None = None
         self.requests = 0
+        self.arrivals: dict[str, list[float]] = {}
         self.spoiled: Counter[str] = Counter()
         self.open = self.most_open = 0
         self._loop = asyncio.new_event_loop()
@@ -108,15 +115,22 @@ class FaultyProxy:
             length = re.search(rb"content-length: *(\d+)", head, re.I)
             body = await reader.readexactly(int(length[1])) if length else b""
             self.requests += 1
+            if request_id := re.search(rb"(?i)x-request-id: *(\S+)", head):
+                self.arrivals.setdefault(request_id[1].decode(), []).append(time.monotonic())
             self.open += 1
             self.most_open = max(self.most_open, self.open)
             try:
-                fault = next(self._faults) if self._every and self.requests % self._every == 0 else None
+                fault = next(self._faults) if self.requests % self._every == 0 else None
                 answer = await self._exchange(head, body, fault)
             finally:
                 self.open -= 1
             if answer is None:
                 writer.transport.abort()
+            elif fault == "trickle":
+                for byte in answer:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(0.2)
             else:
                 writer.write(answer)
                 await writer.drain()
@@ -143,8 +157,8 @@ class FaultyProxy:
             self._stale = raw
         elif fault == "drop":
             return None
-        elif fault == "delay":
-            await asyncio.sleep(self._delay_s)
+        elif fault == "hang":
+            await asyncio.sleep(3600)
         elif fault == "truncate":
             return raw[: self._random.randrange(1, len(raw))]
         elif fault == "shorten":

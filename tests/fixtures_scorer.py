@@ -179,12 +179,12 @@ class ScorerProcess:
                     found.append(int(entry.name))
         return found
 
-    def worker_pids(self) -> list[int]:
-        """Processes that hold the models."""
+    def worker_pids(self, kind: str = "Scoring") -> list[int]:
+        """Processes that hold the models of this kind, ``Scoring`` or ``Nli``."""
         pids = []
         for pid in self.members():
             with contextlib.suppress(OSError):
-                if b"ray::ScoringWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if f"ray::{kind}Worker" in Path(f"/proc/{pid}/cmdline").read_text():
                     pids.append(pid)
         return pids
 
