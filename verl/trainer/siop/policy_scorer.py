@@ -22,10 +22,9 @@ RANK_TOKENS = 500_000
 class PolicyScorer:
     """A :class:`SiopScorer` whose support comes from the actor, and whose clusters and entailment from another scorer.
 
-    The weights are those that sampled the step's rollouts, before the update. Each distinct prompt +
-    response[:boundary] + probe, up to the last reference token, is one sequence of ``compute_log_prob``, by which every
-    training engine of verl computes the old log-probs. Log-probs are those at temperature 1, whatever
-    ``rollout.temperature`` is.
+    The weights are the actor's before the update of the step. Each distinct prompt + response[:boundary] + probe, up to
+    the last reference token, is one sequence of ``compute_log_prob``, by which every training engine of verl computes
+    the old log-probs. Log-probs are those at temperature 1, whatever ``rollout.temperature`` is.
 
     An exception inside the actor is passed on as it is and ends the run: other ranks may be waiting for the one that
     failed, so that a second attempt would hang.
