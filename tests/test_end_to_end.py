@@ -1,4 +1,5 @@
-"""The quickstart for real: services, verl, Ray, checkpoint, evaluation. Two steps, a third that resumes, Ctrl-C."""
+"""The quickstart for real: services, verl, Ray, checkpoint, evaluation. Two steps; a third that resumes, with support
+from the policy and a scorer without a language model; Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,11 +15,18 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import AutoTokenizer
 from verl.trainer.siop.report import read_metrics
-from verl.utils.siop.turn_utils import get_assistant_turn_ranges
+from verl.utils.siop.engines.base import Probe, RolloutQuery
+from verl.utils.siop.engines.transformers_engine import TransformersEngine
+from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
+from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
+
+from examples.toy_world.tokenizer import ASSISTANT, END, REFERENCE_PREFIX, REFERENCE_SUFFIX
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +38,7 @@ class Quickstart:
         self.out, self.records, self.mark = folder / "out", folder / "records", uuid.uuid4().hex
         self.records.mkdir()
 
-    def start(self, steps: int) -> subprocess.Popen[str]:
+    def start(self, steps: int, method: str = "siop") -> subprocess.Popen[str]:
         env = {
             **os.environ,
             "QUICKSTART_STEPS": str(steps),
@@ -40,7 +49,7 @@ class Quickstart:
             "RECORD_DIR": str(self.records),
         }
         return subprocess.Popen(
-            ["bash", "quickstart.sh"],
+            ["bash", "quickstart.sh", "--method", method],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
@@ -50,8 +59,8 @@ class Quickstart:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def run(self, steps: int) -> str:
-        process = self.start(steps)
+    def run(self, steps: int, method: str = "siop") -> str:
+        process = self.start(steps, method)
         output, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, output
         return output
@@ -153,14 +162,60 @@ def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) ->
             assert row["turn_rewards"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str]) -> None:
+@pytest.fixture(scope="module")
+def resumed(quickstart: tuple[Quickstart, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A third step, in which the policy is its own scorer: what it printed, and the weights that it started from."""
     run, _ = quickstart
-    output = run.run(steps=3)
-    assert f"reusing {run.out}/before" in output
-    log = (run.out / "logs" / "train-siop.log").read_text()
+    weights = tmp_path_factory.mktemp("weights") / "step_2"
+    shutil.copytree(run.out / "checkpoints" / "global_step_2" / "actor" / "huggingface", weights)
+    return run.run(steps=3, method="policy"), weights
+
+
+def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]) -> None:
+    run, _ = quickstart
+    assert f"reusing {run.out}/before" in resumed[0]
+    log = (run.out / "logs" / "train-policy.log").read_text()
     assert "Resuming from" in log and "global_step_2, setting global step to 2" in log
     assert [int(x) for x in re.findall(r"\bstep:(\d+) - ", log)] == [3]
     run.wait_until_nothing_is_left()
+
+
+def test_support_from_the_policy_is_that_of_the_weights_before_the_update(
+    quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]
+) -> None:
+    run, _ = quickstart
+    assert "language model: none" in resumed[0]
+    rows = [row for row in run.dumped(3) if row["support"]]
+    assert len(rows) > 32
+    measured = np.concatenate([row["support"] for row in rows])
+    np.testing.assert_allclose(measured, _support(resumed[1], rows), atol=1e-4)
+    updated = run.out / "checkpoints" / "global_step_3" / "actor" / "huggingface"
+    assert np.abs(measured - _support(updated, rows)).max() > 0.01
+
+
+def _support(model: Path, rows: list[dict]) -> np.ndarray:
+    """p at every boundary of dumped rollouts, by the scorer's engine."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = SiopConfig(siop_reference_prefix=REFERENCE_PREFIX, siop_reference_suffix=REFERENCE_SUFFIX)
+    end, assistant = tokenizer.convert_tokens_to_ids([END, ASSISTANT])
+    queries = []
+    for row in rows:
+        prompt, response = (np.array(tokenizer(row[name])["input_ids"]) for name in ("input", "output"))
+        mask, sampled = [], True
+        for token in response:
+            mask.append(int(sampled))
+            sampled = token != end if sampled else token == assistant
+        probes = [build_reference(text, tokenizer, config) for text in row["references"]]
+        queries.append(
+            RolloutQuery(
+                prompt,
+                response,
+                boundaries(get_assistant_turn_ranges(mask), config.siop_boundary),
+                [Probe(np.array(probe.token_ids), probe.start, probe.end) for probe in probes],
+            )
+        )
+    scores = TransformersEngine.from_pretrained(str(model)).support(queries).support
+    return np.concatenate([np.exp(rollout).mean(axis=1) for rollout in scores])
 
 
 def test_ctrl_c_stops_everything(quickstart: tuple[Quickstart, str]) -> None:
