@@ -134,8 +134,8 @@ class FaultyProxy:
             else:
                 writer.write(answer)
                 await writer.drain()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # the client went away
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client went away, or the test has ended
         finally:
             writer.close()
 
