@@ -193,8 +193,9 @@ class ScorerProcess:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            code = self.process.wait(40)
-            deadline = time.monotonic() + 10
+            code = self.process.wait(60)
+            # Workers that Ray was just starting notice only then that they are alone.
+            deadline = time.monotonic() + 60
             while self.members() and time.monotonic() < deadline:
                 time.sleep(0.1)
             left = self.members()

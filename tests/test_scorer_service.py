@@ -57,7 +57,8 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorer(models, tmp_path_factory):
     process = ScorerProcess(
-        f"--model {models[0]} --nli-model {models[1]} --max-body-mb 1 --max-concurrency {MAX_CONCURRENCY}".split(),
+        f"--model {models[0]} --nli-model {models[1]} --max-body-mb 1 --max-concurrency {MAX_CONCURRENCY} "
+        "--max-items 500 --max-item-tokens 200".split(),
         tmp_path_factory.mktemp("scorer") / "scorer.log",
         env={"SIOP_API_TOKEN": TOKEN},
     )
@@ -333,6 +334,10 @@ def test_too_long_is_413_and_names_what_it_is(scorer):
     )
     assert response.status_code == 413
     assert "xxx" in response.json()["detail"]
+    items = [{"prompt_ids": [1] * 200, "response_ids": [2], "ref_start": 0, "ref_end": 1}]
+    assert "--max-item-tokens" in post(scorer, "/score", {"items": items}).json()["detail"]
+    pairs = [{"premise": "p", "hypothesis": "h"}] * 501
+    assert "--max-items" in post(scorer, "/nli_score", {"pairs": pairs}).json()["detail"][0]["msg"]
     assert post(scorer, "/support", content=b" " * (2**20 + 1)).status_code == 413
 
     def stream():
@@ -375,7 +380,7 @@ def test_request_ids_and_metrics(scorer):
 
     name = "siop_scorer_computed_tokens_total"
     assert value(after, name) - value(before, name) == response.json()["computed_tokens"]
-    assert value(after, "siop_scorer_workers_up") == 1
+    assert value(after, "siop_scorer_workers_up") == value(after, "siop_scorer_nli_workers_up") == 1
 
 
 def test_overload_is_503_and_the_client_gets_every_answer_anyway(scorer, engine):
@@ -475,55 +480,65 @@ def test_partition_keeps_prompts_together_and_balances_tokens():
     assert partition([], 3) == [[]]
 
 
-def worker_pid(scorer) -> int | None:
-    for pid in scorer.members():
-        with contextlib.suppress(OSError):
-            if b"ray::ScoringWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-    return None
-
-
-def test_a_killed_worker_is_restarted_and_its_request_answered(scorer, engine):
-    rollouts = request(9, size=300)
-    answers = []
-
-    def ask():
-        answers.append(post(scorer, "/support", body(rollouts), timeout=120))
-
-    thread = threading.Thread(target=ask)
-    first = worker_pid(scorer)
-    assert first is not None
+@contextlib.contextmanager
+def asked_of_a_stopped_worker(scorer, pid, path, data):
+    """A request that is in flight for as long as the worker is stopped; yields the list that will hold its answer."""
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(post(scorer, path, data, timeout=180)))
+    os.kill(pid, signal.SIGSTOP)
     thread.start()
-    time.sleep(0.15)
-    os.kill(first, signal.SIGKILL)
-    degraded = None
-    deadline = time.monotonic() + 20
-    while degraded is None and time.monotonic() < deadline:
-        response = httpx.get(f"{scorer.url}/health")
-        degraded = response.json() if response.status_code == 503 else None
-        time.sleep(0.05)
-    assert degraded == {"status": "degraded", "num_workers": 0}
-    thread.join(90)
-    assert answers and answers[0].status_code == 200
-    np.testing.assert_allclose(answers[0].json()["support"], local(engine, rollouts).support, atol=1e-4)
-    scorer.wait_healthy(30)
-    assert worker_pid(scorer) not in (first, None)
+    try:
+        while "siop_scorer_in_flight 1.0" not in httpx.get(f"{scorer.url}/metrics", headers=HEADERS, timeout=60).text:
+            time.sleep(0.05)
+        yield answers
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        thread.join(180)
 
 
-def test_a_killed_scorer_is_unavailable_and_its_worker_ends(scorer):
-    async def ask():
-        async with client(scorer, attempts=2) as scorer_client:
-            return await scorer_client.support(request())
+@pytest.mark.parametrize("kind", ["Scoring", "Nli"])
+def test_a_killed_worker_is_restarted_and_its_request_answered(scorer, engine, models, kind):
+    (first,) = scorer.worker_pids(kind)
+    rollouts, answers = request(9), ["Ada", "Grace", "Edith"]
+    groups = [{"group_id": "g", "question": "who?", "answers": answers}]
+    path, data = ("/support", body(rollouts)) if kind == "Scoring" else ("/cluster", {"groups": groups})
+    with asked_of_a_stopped_worker(scorer, first, path, data) as received:
+        os.kill(first, signal.SIGKILL)
+        health = None
+        while health is None or health.status_code == 200:
+            health = httpx.get(f"{scorer.url}/health", timeout=60)
+        assert (health.status_code, health.json()) == (
+            503,
+            {"status": "degraded", "num_workers": int(kind == "Nli")},
+        )
+    (response,) = received
+    assert response.status_code == 200
+    if kind == "Scoring":
+        np.testing.assert_allclose(response.json()["support"], local(engine, rollouts).support, atol=1e-4)
+    else:
+        ids = TransformersNli.from_pretrained(str(models[1])).cluster([AnswerGroup("who?", answers)])
+        assert [result["semantic_ids"] for result in response.json()["results"]] == ids
+    scorer.wait_healthy()
+    (second,) = scorer.worker_pids(kind)
+    assert second != first
 
-    assert asyncio.run(ask())
-    scorer.process.kill()
-    scorer.process.wait(10)
-    with pytest.raises(ScorerUnavailable, match="ConnectError"):
-        asyncio.run(ask())
-    deadline = time.monotonic() + 10
-    while worker_pid(scorer) is not None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert worker_pid(scorer) is None
+
+def test_sigterm_finishes_what_is_in_flight_and_ends_everything(scorer, engine):
+    rollouts = request(10)
+    (pid,) = scorer.worker_pids()
+    with asked_of_a_stopped_worker(scorer, pid, "/support", body(rollouts)) as received:
+        scorer.process.terminate()
+        while "requests in flight have 30 s to finish" not in scorer.log.read_text():
+            time.sleep(0.05)
+        with pytest.raises(httpx.ConnectError):
+            while True:  # until it no longer listens
+                httpx.get(f"{scorer.url}/health", timeout=60)
+        assert not received and scorer.process.poll() is None
+    (response,) = received
+    assert response.status_code == 200
+    np.testing.assert_allclose(response.json()["support"], local(engine, rollouts).support, atol=1e-4)
+    assert scorer.stop() == 0
 
 
 def launcher(tmp_path, port, *arguments, **env):
