@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 from verl.experimental.agent_loop.tool_parser import HermesToolParser
 from verl.tools.search_common import SEARCH_SCHEMA
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -387,6 +387,29 @@ def test_whole_build(tmp_path: Path, world: list[str]) -> None:
     shell = ["bash", "-c", f"source scripts/common.sh; toy_settings {tmp_path / 'w'}"]
     settings = subprocess.run(shell, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
     assert settings.strip() == ("toy_chains" if world else "toy")
+    model = tmp_path / "w" / "model"
+    again = [
+        "--out",
+        str(tmp_path / "w2"),
+        "--threads",
+        "1",
+        "--init",
+        str(model),
+        *small[:4],
+        "--imperfect-steps",
+        "1",
+    ]
+    assert build.main([*again, *world]) == 0
+    described = json.loads((tmp_path / "w2" / "meta.json").read_text())["build"]
+    assert described["warm_start"]["copying_steps"] == 0 and len(described["init"]) == 64
+    first, second = (Qwen3ForCausalLM.from_pretrained(path) for path in (model, tmp_path / "w2" / "model"))
+    changes = [
+        float((a - b).abs().mean() / a.abs().mean())
+        for a, b in zip(first.parameters(), second.parameters(), strict=True)
+        if a.dim() == 2
+    ]
+    # One step from where the first ended, not from new weights.
+    assert 0 < max(changes) < 0.1
     row = pd.read_parquet(tmp_path / "w" / "eval.parquet").iloc[0]
     assert row["data_source"] == ("toy_chains" if world else "toy_two_hop")
     config = json.loads((tmp_path / "w" / "model" / "config.json").read_text())
@@ -402,6 +425,7 @@ def test_whole_build(tmp_path: Path, world: list[str]) -> None:
         ["--stale", "0.15"],
         ["--stale", "1.0", "--world", "chains"],
         ["--world", "five_hop"],
+        ["--init", "/nowhere"],
     ],
 )
 def test_bad_build_argument(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

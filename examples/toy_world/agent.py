@@ -104,7 +104,8 @@ def read_observation(observation: str) -> list[tuple[str, str, str]]:
     """(subject, relation, object) of each passage in a tool result, in its order."""
     found = []
     for line in observation.splitlines():
-        body = line.split("] ", 1)[-1]
+        # Decoded tokens have a space at the end of a line.
+        body = line.split("] ", 1)[-1].strip()
         for relation, pattern in _PASSAGES:
             match = pattern.fullmatch(body)
             if match:

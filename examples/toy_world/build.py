@@ -2,8 +2,9 @@
 
     python -m examples.toy_world.build --out runs/toy                    # about four minutes on one core
     python -m examples.toy_world.build --data-only --seed 8 --out DIR    # other facts for the same model, seconds
-    python -m examples.toy_world.build --world chains --out runs/toy-chains              # three and four hops
-    python -m examples.toy_world.build --world chains --stale 0.15 --out runs/toy-stale  # often a stale answer at once
+    # three and four hops; the same with a stale answer at once in 15 % of the questions
+    python -m examples.toy_world.build --world chains --init runs/toy/model --out runs/toy-chains
+    python -m examples.toy_world.build --world chains --stale 0.15 --init runs/toy-chains/model --out runs/toy-stale
 
 Writes to the folder:
 
@@ -20,6 +21,7 @@ The labels in the question files are for evaluation. SIOP does not read them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -51,8 +53,8 @@ from examples.toy_world.world import (
 
 # Raise when the same arguments would build something else than before.
 VERSION = 1
+_WEIGHTS = "model.safetensors"
 _TRAIN_QUESTIONS, _EVAL_QUESTIONS = 1400, 420
-_SCHEDULES = {TWO_HOP.name: Schedule(), CHAINS.name: Schedule(copying_steps=600, imperfect_steps=600)}
 
 _TOOL_CONFIG = f"""\
 # The search tool of the toy world. The address comes from RETRIEVER_URL where that is set.
@@ -117,11 +119,14 @@ def write_data(out: Path, seed: int, kind: Kind, train_questions: int, eval_ques
     (out / "tool_config.yaml").write_text(_TOOL_CONFIG, encoding="utf-8")
 
 
-def write_model(out: Path, seed: int, schedule: Schedule, kind: Kind, stale: float) -> dict[str, float]:
+def write_model(
+    out: Path, seed: int, schedule: Schedule, kind: Kind, stale: float, init: Path | None
+) -> dict[str, float]:
     """Trains and writes the model with its tokenizer; returns seconds and parameters."""
     started = time.monotonic()
     tokenizer = build_tokenizer(vocabulary())
-    model = warm_start(tokenizer, seed=seed, schedule=schedule, kind=kind, stale=stale)
+    start = None if init is None else transformers.Qwen3ForCausalLM.from_pretrained(init, dtype=torch.float32)
+    model = warm_start(tokenizer, seed=seed, schedule=schedule, kind=kind, stale=stale, start=start)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     return {"seconds": round(time.monotonic() - started, 1), "parameters": model.num_parameters()}
@@ -131,8 +136,11 @@ def description(args: argparse.Namespace, schedule: Schedule | None) -> dict[str
     """What determines the result of a build; equal descriptions mean that nothing needs to be built."""
     # The default kind of world is not named: folders built without this choice stay valid.
     world = {} if args.world == TWO_HOP.name else {"world": args.world, "stale": args.stale}
+    weights = None if args.init is None else (args.init / _WEIGHTS).read_bytes()
+    init = {} if weights is None else {"init": hashlib.sha256(weights).hexdigest()}
     return {
         **world,
+        **init,
         "version": VERSION,
         "seed": args.seed,
         "train_questions": args.train_questions,
@@ -174,13 +182,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-questions", type=int, default=_EVAL_QUESTIONS, help=f"held-out questions (default: {_EVAL_QUESTIONS})"
     )
-    parser.add_argument("--copying-steps", type=int, help="warm start, first phase (default: by kind of world)")
-    parser.add_argument("--imperfect-steps", type=int, help="second phase (default: by kind of world)")
+    parser.add_argument("--init", type=Path, metavar="MODEL", help="toy model to go on from, without the first phase")
+    parser.add_argument("--copying-steps", type=int, help="warm start, first phase (default: 800; 0 with --init)")
+    parser.add_argument("--imperfect-steps", type=int, default=Schedule.imperfect_steps, help="second phase")
     parser.add_argument("--force", action="store_true", help="build again even if the folder holds it already")
     args = parser.parse_args(argv)
-    schedule = _SCHEDULES[args.world]
-    args.copying_steps = schedule.copying_steps if args.copying_steps is None else args.copying_steps
-    args.imperfect_steps = schedule.imperfect_steps if args.imperfect_steps is None else args.imperfect_steps
+    if args.copying_steps is None:
+        args.copying_steps = 0 if args.init else Schedule.copying_steps
     templates = len(KINDS[args.world].templates)
     for key, companies in (("train_questions", TRAIN_SIZES["company"]), ("eval_questions", HELD_OUT_SIZES["company"])):
         most = templates * companies
@@ -191,6 +199,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(args, key)}")
     if not 0.0 <= args.stale < 1.0:
         parser.error(f"--stale must be from 0 to below 1, got {args.stale}")
+    if args.init and not (args.init / _WEIGHTS).is_file():
+        parser.error(f"--init {args.init}: no {_WEIGHTS} there")
     if args.stale and args.world != CHAINS.name:
         parser.error(f"--stale {args.stale} needs --world chains: in {args.world} the stale answers can be right")
     return args
@@ -224,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     if schedule is not None:
         torch.set_num_threads(args.threads)
         shutil.rmtree(out / "model", ignore_errors=True)
-        meta["model"] = write_model(out, args.seed, schedule, kind, args.stale)
+        meta["model"] = write_model(out, args.seed, schedule, kind, args.stale, args.init)
         print(f"warm start: {meta['model']['parameters']} parameters in {meta['model']['seconds']:.0f} s")
     (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return 0

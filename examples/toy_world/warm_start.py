@@ -2,8 +2,8 @@
 
 A short phase on an agent that always copies what it sees comes first: with the imperfect agent from the start, copying
 does not form in this budget and the model answers at random. That phase asks two-hop questions in every kind of world:
-copying is learnt there, the order of the hops after it. The text is masked to weigh the agent's own tokens fully and
-the rest little.
+copying is learnt there, the order of the hops after it. A model of an easier world can stand in for it. The text is
+masked to weigh the agent's own tokens fully and the rest little.
 """
 
 from __future__ import annotations
@@ -170,15 +170,18 @@ def warm_start(
     schedule: Schedule | None = None,
     kind: Kind = TWO_HOP,
     stale: float = 0.0,
+    start: Qwen3ForCausalLM | None = None,
     show_progress: bool = True,
 ) -> Qwen3ForCausalLM:
-    """Trains a new model; equal seeds on the same number of threads give the same model."""
+    """Trains a new model, or ``start`` further; equal seeds on the same number of threads give the same model."""
     schedule = schedule or Schedule()
     rng = random.Random(f"toy world {seed}: batches")
-    model = new_model(tokenizer, seed)
+    model = start or new_model(tokenizer, seed)
+    # A model that goes on has seen the worlds of the phases before.
+    first_world = schedule.worlds * (2 if stale else 1)
     phases = (
         (COPYING, schedule.copying_steps, 0, TWO_HOP, 0.0),
-        (IMPERFECT, schedule.imperfect_steps, schedule.worlds, kind, stale),
+        (IMPERFECT, schedule.imperfect_steps, first_world, kind, stale),
     )
     plan: list[list[Example]] = []
     for faults, steps, first_world, asked, stale_share in phases:
@@ -193,11 +196,18 @@ def warm_start(
             stale=stale_share,
         )
         plan += batches(examples, rng)
-    _train(model, plan, int(tokenizer.pad_token_id), show_progress)
+    # A batch holds episodes of one length. Divided by its own tokens, the loss would count a turn of a short episode
+    # several times as much as one of a long episode, and an answer at once would be learnt far too often.
+    tokens = None
+    if kind is not TWO_HOP:
+        tokens = sum(weight == 1.0 for batch in plan for example in batch for weight in example.weights) / len(plan)
+    _train(model, plan, int(tokenizer.pad_token_id), tokens, show_progress)
     return model.eval()
 
 
-def _train(model: Qwen3ForCausalLM, plan: list[list[Example]], pad: int, show_progress: bool) -> None:
+def _train(
+    model: Qwen3ForCausalLM, plan: list[list[Example]], pad: int, tokens: float | None, show_progress: bool
+) -> None:
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, weight in model.named_parameters():
@@ -216,7 +226,7 @@ def _train(model: Qwen3ForCausalLM, plan: list[list[Example]], pad: int, show_pr
             for optimizer, rates in zip(optimizers, base, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            loss, agent_nll = _loss(model, batch, pad)
+            loss, agent_nll = _loss(model, batch, pad, tokens)
             model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -227,8 +237,9 @@ def _train(model: Qwen3ForCausalLM, plan: list[list[Example]], pad: int, show_pr
             bar.update()
 
 
-def _loss(model: Qwen3ForCausalLM, batch: list[Example], pad: int) -> tuple[torch.Tensor, float]:
-    """Weighted next-token loss per agent token, and the agent tokens' mean negative log-likelihood alone."""
+def _loss(model: Qwen3ForCausalLM, batch: list[Example], pad: int, tokens: float | None) -> tuple[torch.Tensor, float]:
+    """Weighted next-token loss divided by ``tokens`` (the batch's own agent tokens if None), and the agent tokens' mean
+    negative log-likelihood alone."""
     width = max(len(s.ids) for s in batch)
     ids = torch.full((len(batch), width), pad)
     weights = torch.zeros(len(batch), width)
@@ -240,5 +251,5 @@ def _loss(model: Qwen3ForCausalLM, batch: list[Example], pad: int) -> tuple[torc
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
     weights = weights[:, 1:]
     own = (weights == 1.0).float()
-    tokens = own.sum()
-    return (nll * weights).sum() / tokens, float((nll.detach() * own).sum() / tokens)
+    divisor = own.sum() if tokens is None else tokens
+    return (nll * weights).sum() / divisor, float((nll.detach() * own).sum() / own.sum())

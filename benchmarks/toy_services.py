@@ -1,0 +1,54 @@
+"""Retriever and scorer of a toy world for the length of a ``with`` block, through the launchers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_LAUNCHERS = ("launch_retriever.sh", "launch_siop_scorer.sh")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def toy_services(toy: Path, logs: Path) -> Iterator[dict[str, str]]:
+    """The environment in which train_siop.sh and eval_siop.sh use this world, on a CPU.
+
+    Raises:
+        subprocess.CalledProcessError: a service did not start; its launcher has said why.
+    """
+    retriever, scorer = _free_port(), _free_port()
+    env = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "LOG_DIR": str(logs.resolve()),
+        "TOY_DIR": str(toy),
+        "N_GPUS": "0",
+        "RETRIEVER_CORPUS_FILE": str(toy / "corpus.jsonl"),
+        "RETRIEVER_PORT": str(retriever),
+        "RETRIEVER_URL": f"http://127.0.0.1:{retriever}/retrieve",
+        "SIOP_MODEL": str(toy / "model"),
+        "SIOP_NUM_GPUS": "0",
+        "SIOP_PORT": str(scorer),
+        "SIOP_SCORER_URL": f"http://127.0.0.1:{scorer}",
+    }
+    # These would win over the toy world's.
+    for name in ("CONDA_ENV", "MODEL_PATH", "TRAIN_FILES", "VAL_FILES", "TOOL_CONFIG", "EXPERIMENT", "OUT_DIR"):
+        env.pop(name, None)
+    try:
+        for launcher in _LAUNCHERS:
+            subprocess.run(["bash", launcher], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        yield env
+    finally:
+        for launcher in _LAUNCHERS:
+            subprocess.run(["bash", launcher, "stop"], cwd=ROOT, env=env, check=False, stdout=subprocess.DEVNULL)

@@ -1,0 +1,355 @@
+"""Methods against seeds and worlds, trained with the real trainer on toy worlds: tables and plots in docs/results.
+
+    python benchmarks/toy_table.py                       # what is missing of the plan, then the report
+    python benchmarks/toy_table.py --list                # the plan and what is there
+    python benchmarks/toy_table.py --worlds stale --methods siop,empo --seeds 1,2
+    python benchmarks/toy_table.py --only two_hop/siop-seed1
+    python benchmarks/toy_table.py --report-only
+
+A finished run is not run again, an interrupted one goes on from its last checkpoint. Ctrl-C stops everything that was
+started. A run takes about five minutes on two cores; its folder is runs/toy_table/WORLD/METHOD-seedN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from verl.trainer.siop.report import METRICS_FILE
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.toy_results import (  # noqa: E402
+    algorithm_of,
+    evaluation,
+    is_finished,
+    plot,
+    render,
+    training,
+)
+from benchmarks.toy_services import toy_services  # noqa: E402
+
+RUNS = ROOT / "runs" / "toy_table"
+RESULTS = ROOT / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class ToyWorld:
+    """A world of the table: its folder, the options it is built with, the world whose model it goes on from."""
+
+    toy: Path
+    steps: int
+    options: tuple[str, ...] = ()
+    init: str | None = None
+
+
+WORLDS: Mapping[str, ToyWorld] = {
+    "two_hop": ToyWorld(ROOT / "runs" / "toy", 60),
+    "chains": ToyWorld(ROOT / "runs" / "toy-chains", 40, ("--world", "chains"), "two_hop"),
+    "stale": ToyWorld(
+        ROOT / "runs" / "toy-stale",
+        40,
+        ("--world", "chains", "--stale", "0.15", "--imperfect-steps", "200"),
+        "chains",
+    ),
+}
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "siop": ("ablation=siop",),
+    "release": ("ablation=release",),
+    "empo": ("ablation=empo",),
+    "grpo": ("ablation=grpo",),
+    "ttrl": ("ablation=ttrl",),
+    "igpo": ("ablation=igpo",),
+    "siop-log": ("ablation=siop", "algorithm.siop_gain=log"),
+    "siop-assistant": ("ablation=siop", "algorithm.siop_boundary=assistant"),
+    "siop-observation": ("ablation=siop", "algorithm.siop_boundary=observation"),
+    "siop-eta0": ("ablation=siop", "algorithm.siop_eta=0"),
+    "siop-evidence-max": ("ablation=siop", "algorithm.siop_evidence=max"),
+    "siop-k4": ("ablation=siop", "actor_rollout_ref.rollout.n=4"),
+    "release-k4": ("ablation=release", "actor_rollout_ref.rollout.n=4"),
+    "query_consensus": ("ablation=query_consensus",),
+    "query_frequency": ("ablation=query_frequency",),
+    "matchtir": ("ablation=matchtir",),
+    "pure": ("ablation=pure",),
+    "a2tgpo": ("ablation=a2tgpo",),
+}
+_THREE_SEEDS = ("siop", "release", "empo", "grpo")
+_STOP_SECONDS = 10.0
+
+
+@dataclass
+class Run:
+    """One training with its evaluation."""
+
+    world: str
+    method: str
+    seed: int
+    started: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.world}/{self.method}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / f"train-{self.method}.log"
+
+    @property
+    def state(self) -> str:
+        if is_finished(self.folder):
+            return "finished"
+        return "interrupted" if (self.folder / "logs").is_dir() else "to do"
+
+    def command(self) -> list[str]:
+        """Trains and evaluates, each part only if it is missing."""
+        steps = WORLDS[self.world].steps
+        overrides = [
+            *METHODS[self.method],
+            f"trainer.total_training_steps={steps}",
+            "trainer.save_freq=20",
+            "trainer.max_actor_ckpt_to_keep=1",
+        ]
+        script = (
+            "set -e; checkpoint=$OUT_DIR/checkpoints/global_step_$1; shift; "
+            '[ -d "$checkpoint/actor/huggingface" ] || bash train_siop.sh -- "$@"; '
+            'EXPERIMENT=after OUT_DIR=$OUT_DIR/after exec bash eval_siop.sh "$checkpoint"'
+        )
+        return ["bash", "-c", script, "toy_table", str(steps), *overrides]
+
+    def steps_done(self) -> int:
+        """Training steps in the log of this call."""
+        if not self.log.is_file() or self.log.stat().st_mtime < self.started:
+            return 0
+        found = re.findall(r"step:(\d+) - ", self.log.read_text(errors="replace"))
+        return int(found[-1]) if found else 0
+
+
+def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
+    """Names from a comma-separated option.
+
+    Raises:
+        SystemExit: an unknown name.
+    """
+    allowed = list(known)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    wrong = [name for name in names if name not in allowed]
+    if wrong or not names:
+        sys.exit(f"error: {option} {text}: choose from {', '.join(allowed)}")
+    return names
+
+
+def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
+    """The runs asked for: three seeds of the main methods where answers differ most, one seed of the others."""
+    runs = []
+    for method in methods or METHODS:
+        for world in worlds:
+            default = (1, 2, 3) if method in _THREE_SEEDS and world != "chains" else (1,)
+            runs += [Run(world, method, seed) for seed in seeds or default]
+    # The same seed of every method first: a table that is cut short compares like with like.
+    return sorted(runs, key=lambda run: (list(WORLDS).index(run.world), run.seed))
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a run with all that it started: SIGTERM to its process group, SIGKILL after ten seconds."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    deadline = time.monotonic() + _STOP_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def build_world(world: str) -> None:
+    """Builds the world, after the one whose model it goes on from, where that has not been done."""
+    entry = WORLDS[world]
+    options = list(entry.options)
+    if entry.init:
+        build_world(entry.init)
+        options += ["--init", str(WORLDS[entry.init].toy / "model")]
+    command = [sys.executable, "-m", "examples.toy_world.build", "--out", str(entry.toy), *options]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def evaluate_start(world: str) -> None:
+    """Evaluates the model that training starts from, where that has not been done."""
+    entry, folder = WORLDS[world], RUNS / world / "start"
+    if (folder / "validation" / METRICS_FILE).is_file():
+        return
+    with toy_services(entry.toy, RUNS / world / "logs") as env:
+        run_env = {**env, "EXPERIMENT": "start", "OUT_DIR": str(folder), "LOG_DIR": str(folder / "logs")}
+        command = ["bash", "eval_siop.sh", str(entry.toy / "model")]
+        subprocess.run(command, cwd=ROOT, env=run_env, check=True, stdout=subprocess.DEVNULL)
+
+
+def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
+    """Runs what is missing in one world, ``jobs`` at a time; returns the names of the runs that failed."""
+    toy = WORLDS[world].toy
+    failed: list[str] = []
+    waiting, running = list(runs), list[Run]()
+    done_before = bar.n
+    with toy_services(toy, RUNS / world / "logs") as env:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+                    run.started = time.time()
+                    run_env = {
+                        **env,
+                        "SEED": str(run.seed),
+                        "EXPERIMENT": run.method,
+                        "OUT_DIR": str(run.folder),
+                        "LOG_DIR": str(run.folder / "logs"),
+                        "TENSORBOARD_DIR": str(run.folder / "tensorboard"),
+                    }
+                    with (run.folder / "logs" / "run.log").open("wb") as output:
+                        run.process = subprocess.Popen(
+                            run.command(),
+                            cwd=ROOT,
+                            env=run_env,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    running.append(run)
+                time.sleep(1)
+                for run in list(running):
+                    assert run.process is not None
+                    if run.process.poll() is None:
+                        continue
+                    running.remove(run)
+                    if not is_finished(run.folder):
+                        failed.append(run.name)
+                        bar.write(f"failed: {run.name}, see {run.folder / 'logs'}")
+                finished = len(runs) - len(waiting) - len(running)
+                steps = WORLDS[world].steps
+                bar.n = done_before + finished * steps + sum(run.steps_done() for run in running)
+                bar.set_postfix_str(", ".join(run.name for run in running) or world, refresh=False)
+                bar.refresh()
+        finally:
+            for run in running:
+                assert run.process is not None
+                stop(run.process)
+    return failed
+
+
+def collect(worlds: Iterable[str]) -> dict[str, Any]:
+    """``results.json``: what every finished run in :data:`RUNS` shows, whichever call made it."""
+    results: dict[str, Any] = {"worlds": {}}
+    for world in worlds:
+        folder, toy = RUNS / world, WORLDS[world].toy
+        entry: dict[str, Any] = {"runs": []}
+        start = folder / "start" / "validation"
+        if start.is_dir():
+            entry["start"] = evaluation(start, toy)
+        for method, overrides in METHODS.items():
+            runs = [
+                Run(world, method, int(path.name.rsplit("seed", 1)[1])) for path in folder.glob(f"{method}-seed[0-9]*")
+            ]
+            for run in sorted((run for run in runs if is_finished(run.folder)), key=lambda run: run.seed):
+                algorithm = algorithm_of(overrides)
+                entry["runs"].append(
+                    {
+                        "method": method,
+                        "seed": run.seed,
+                        **evaluation(run.folder / "after" / "validation", toy),
+                        **training(run.folder / "rollouts", algorithm),
+                    }
+                )
+        auc_file = folder / "turn_auc.json"
+        if auc_file.is_file():
+            entry["auc"] = json.loads(auc_file.read_text())
+        if entry["runs"] or "auc" in entry:
+            results["worlds"][world] = entry
+    return results
+
+
+def report() -> None:
+    """Writes docs/results from the finished runs."""
+    results = collect(WORLDS)
+    if not results["worlds"]:
+        sys.exit(f"error: no finished run in {RUNS}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "table.md").write_text(render(results))
+    written = [RESULTS / "table.md", RESULTS / "results.json"]
+    try:
+        written += plot(results, RESULTS)
+    except ImportError:
+        print("no plots: matplotlib is missing; pip install '.[plots]'", file=sys.stderr)
+    print("wrote", *(path.relative_to(ROOT) for path in written))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", default=",".join(WORLDS), help=f"default: {','.join(WORLDS)}")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--seeds", help=f"e.g. 1,2 (default: 1, and 1,2,3 of {', '.join(_THREE_SEEDS)} but in chains)")
+    parser.add_argument("--only", action="append", metavar="WORLD/METHOD-seedN", help="this run; may be repeated")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="runs at a time")
+    parser.add_argument("--list", action="store_true", help="show the runs and their state, and do nothing")
+    parser.add_argument("--report-only", action="store_true", help="no runs, only the report from what is there")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    worlds = chosen(args.worlds, WORLDS, "--worlds")
+    methods = chosen(args.methods, METHODS, "--methods") if args.methods else None
+    if args.seeds and not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        parser.error(f"--seeds {args.seeds}: whole numbers from 0, with commas")
+    runs = plan(worlds, methods, [int(seed) for seed in args.seeds.split(",")] if args.seeds else None)
+    if args.only:
+        names = {run.name: run for run in runs}
+        runs = [names[name] for name in chosen(",".join(args.only), names, "--only")]
+    if args.list:
+        for run in runs:
+            print(f"{run.state:12} {run.name}")
+        return
+    if not args.report_only:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        missing = [run for run in runs if run.state != "finished"]
+        failed: list[str] = []
+        total = sum(WORLDS[run.world].steps for run in missing)
+        try:
+            with tqdm(
+                total=total, unit=" steps", desc=f"{len(missing)} of {len(runs)} runs", dynamic_ncols=True
+            ) as bar:
+                for world in worlds:
+                    of_world = [run for run in missing if run.world == world]
+                    if of_world:
+                        build_world(world)
+                        evaluate_start(world)
+                        failed += run_world(world, of_world, args.jobs, bar)
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on where this one ended")
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"error: {' '.join(map(str, error.cmd))} failed")
+        if failed:
+            sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}")
+    report()
+
+
+if __name__ == "__main__":
+    main()

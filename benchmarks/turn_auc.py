@@ -1,0 +1,191 @@
+"""How well each method's turn advantage separates turns that find the next needed fact from turns that do not.
+
+    python benchmarks/turn_auc.py [--worlds two_hop,chains,stale] [--methods siop,release,...]
+
+No training: the start model answers questions of the training world once (one step of the trainer with learning rate
+0), and all methods give credit for the same rollouts, with the real scorer and the real estimator. The facts of the
+world serve only as the label that the advantage is compared with. Writes runs/toy_table/WORLD/turn_auc.json, which
+`toy_table.py` takes into its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.utils.reward_score.siop_reward import place_turn_rewards
+from verl.utils.siop.scoring_client import ScoringClient
+from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, compute_group_rewards
+from verl.utils.siop.turn_utils import extract_answer, extract_observations, get_assistant_turn_ranges
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.toy_results import (  # noqa: E402
+    Turn,
+    algorithm_of,
+    needed_fact_found,
+    question_of,
+    read_rows,
+    turn_auc,
+)
+from benchmarks.toy_services import toy_services  # noqa: E402
+from benchmarks.toy_table import METHODS, RUNS, WORLDS, chosen  # noqa: E402
+
+
+def start_rollouts(folder: Path, env: dict[str, str], questions: int, rollouts: int) -> list[dict[str, Any]]:
+    """Rollouts of the start model on training questions, as the trainer dumps them; made once.
+
+    Raises:
+        subprocess.CalledProcessError: the trainer failed; see its log in the folder.
+    """
+    dump = folder / "rollouts" / "1.jsonl"
+    if not dump.is_file():
+        overrides = [
+            "ablation=grpo",
+            "trainer.total_training_steps=1",
+            "trainer.save_freq=-1",
+            f"data.train_batch_size={questions}",
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={questions}",
+            f"actor_rollout_ref.rollout.n={rollouts}",
+            "actor_rollout_ref.actor.optim.lr=0.0",
+        ]
+        run_env = {**env, "OUT_DIR": str(folder), "LOG_DIR": str(folder / "logs"), "EXPERIMENT": "start"}
+        command = ["bash", "train_siop.sh", "--", *overrides]
+        subprocess.run(command, cwd=ROOT, env=run_env, check=True, stdout=subprocess.DEVNULL)
+    return read_rows(dump)
+
+
+def rollout_of(row: dict[str, Any], toy: Path, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+    """A dumped rollout as tokens again: a policy turn goes to its end token, the tool's result to the next turn."""
+    header, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", "<|im_end|>"])
+    response: list[int] = tokenizer.encode(row["output"], add_special_tokens=False)
+    mask, policy = [], True
+    for token in response:
+        mask.append(int(policy))
+        if policy and token == end:
+            policy = False
+        elif not policy and token == header:
+            policy = True
+    question = question_of(row["input"], toy)
+    return Rollout(
+        uid=row["uid"].rsplit("_", 2)[0],
+        question=question.text,
+        prompt_ids=tokenizer.encode(row["input"], add_special_tokens=False),
+        response_ids=response,
+        response_mask=mask,
+        gold=[question.gold],
+    )
+
+
+def labels_of(rollout: Rollout, toy: Path, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Whether each turn is right (:func:`needed_fact_found`)."""
+    turns = get_assistant_turn_ranges(rollout.response_mask)
+    observations = extract_observations(rollout.response_ids, turns, tokenizer)
+    if len(observations) != len(turns) - 1:
+        raise ValueError(
+            f"{len(turns)} turns but {len(observations)} observations in a rollout of {rollout.question!r}"
+        )
+    answer = extract_answer(rollout.response_ids, turns, tokenizer)
+    return needed_fact_found(question_of(rollout.question, toy), observations, answer)
+
+
+async def advantages_of(
+    rollouts: Sequence[Rollout],
+    outcomes: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    algorithm: DictConfig,
+    scorer_url: str,
+) -> list[list[float]]:
+    """The advantage of each turn of each rollout, as the trainer would compute it.
+
+    Args:
+        rollouts: B rollouts.
+        outcomes: B exact matches, the reward where the estimator is not ``siop``.
+        tokenizer: the policy's.
+        algorithm: the ``algorithm`` section.
+        scorer_url: where the scorer answers.
+    """
+    masks = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.response_mask) for r in rollouts], batch_first=True)
+    ranges = [get_assistant_turn_ranges(rollout.response_mask) for rollout in rollouts]
+    if algorithm.adv_estimator == "siop":
+        config = SiopConfig.from_algorithm(algorithm)
+        async with ScoringClient(scorer_url, strict=config.siop_strict_entailment, timeout_s=600.0) as client:
+            rewards = (await compute_group_rewards(rollouts, tokenizer, config, client)).turn_rewards
+    else:
+        rewards = [[0.0] * (len(turns) - 1) + [em] for turns, em in zip(ranges, outcomes, strict=True)]
+    advantages_BL, _ = get_adv_estimator_fn(algorithm.adv_estimator)(
+        token_level_rewards=place_turn_rewards(rewards, masks),
+        response_mask=masks,
+        index=np.array([rollout.uid for rollout in rollouts], dtype=object),
+        config=algorithm,
+        norm_adv_by_std_in_grpo=algorithm.get("norm_adv_by_std_in_grpo", True),
+    )
+    return [[float(advantages_BL[row, start]) for start, _ in turns] for row, turns in enumerate(ranges)]
+
+
+def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -> dict[str, Any]:
+    """Turn AUC of the methods in one world."""
+    toy = WORLDS[world].toy
+    folder = RUNS / world / f"start-rollouts-{questions}x{rollouts}"
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    result: dict[str, Any] = {}
+    with toy_services(toy, folder / "logs") as env:
+        rows = start_rollouts(folder, env, questions, rollouts)
+        parsed = [rollout_of(row, toy, tokenizer) for row in rows]
+        labels = [labels_of(rollout, toy, tokenizer) for rollout in parsed]
+        for method in tqdm(methods, desc=f"turn AUC, {world}", unit=" methods"):
+            algorithm = algorithm_of(METHODS[method])
+            values = asyncio.run(
+                advantages_of(parsed, [row["em"] for row in rows], tokenizer, algorithm, env["SIOP_SCORER_URL"])
+            )
+            turns = [
+                Turn(rollout.uid, index, index < len(right) - 1, value, label)
+                for rollout, right, advantages in zip(parsed, labels, values, strict=True)
+                for index, (value, label) in enumerate(zip(advantages, right, strict=True))
+            ]
+            result[method] = turn_auc(turns)
+    flat = [label for right in labels for label in right]
+    return {
+        "questions": questions,
+        "rollouts": len(rows),
+        "right_share": round(sum(flat) / len(flat), 4),
+        "methods": result,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", default=",".join(WORLDS), help="default: all")
+    # The number of rollouts is the same for all here.
+    fixed = [name for name, overrides in METHODS.items() if not any("rollout.n=" in text for text in overrides)]
+    parser.add_argument("--methods", default=",".join(fixed), help=f"default: {','.join(fixed)}")
+    parser.add_argument("--questions", type=int, default=60, help="training questions (default: 60)")
+    parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each (default: 8)")
+    args = parser.parse_args()
+    for world in chosen(args.worlds, WORLDS, "--worlds"):
+        file = RUNS / world / "turn_auc.json"
+        known = json.loads(file.read_text())["methods"] if file.is_file() else {}
+        measured = measure(world, chosen(args.methods, METHODS, "--methods"), args.questions, args.rollouts)
+        same = file.is_file() and json.loads(file.read_text())["rollouts"] == measured["rollouts"]
+        measured["methods"] = {**(known if same else {}), **measured["methods"]}
+        file.write_text(json.dumps(measured, indent=1) + "\n")
+        print(f"wrote {file}")
+        for name, areas in measured["methods"].items():
+            print(f"  {name:20}" + "  ".join(f"{key} {value:.3f}" for key, value in areas.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The learning table: turn AUC, reading of run folders, averaging, resuming and stopping, with small fake runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
+
+from benchmarks import toy_results, toy_services, toy_table, turn_auc
+from benchmarks.toy_results import Turn, auc, needed_fact_found
+from examples.toy_world import build
+from examples.toy_world.agent import IMPERFECT, PERFECT, trajectory
+from examples.toy_world.tokenizer import build_tokenizer, prompt_text
+from examples.toy_world.warm_start import encode_episode, search_in, world_index
+from examples.toy_world.world import CHAINS, STALE_ANSWERS, TWO_HOP, Kind, held_out_world, vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- turn AUC ---------------------------------------------------------------------------------------------------------
+
+
+def test_auc_counts_ties_half() -> None:
+    assert auc([1, 2, 3, 4], [False, False, True, True]) == (1.0, 4)
+    assert auc([4, 3, 2, 1], [False, False, True, True]) == (0.0, 4)
+    assert auc([5, 5, 5], [True, False, False]) == (0.5, 2)
+    # Pairs (2,1): 1, (2,2): 1/2, (0,1): 0, (0,2): 0.
+    assert auc([2, 0, 1, 2], [True, True, False, False]) == (1.5 / 4, 4)
+    area, pairs = auc([1.0, 2.0], [True, True])
+    assert math.isnan(area) and pairs == 0
+    rng = np.random.default_rng(0)
+    values, labels = rng.integers(0, 5, 60), rng.random(60) < 0.4
+    expected = np.mean([(p > n) + (p == n) / 2 for p in values[labels] for n in values[~labels]])
+    assert auc(values.tolist(), labels.tolist())[0] == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_turn_auc_compares_like_with_like() -> None:
+    # Turn 0 is worth more than turn 1 whatever it finds: right overall, wrong at an equal index.
+    turns = [
+        Turn("a", 0, True, 5.0, False),
+        Turn("b", 0, True, 4.0, True),
+        Turn("b", 0, True, 4.5, True),
+        Turn("a", 1, True, 1.0, False),
+        Turn("a", 1, True, 1.0, True),
+        Turn("a", 2, False, 9.0, True),
+        Turn("b", 2, False, -9.0, False),
+    ]
+    areas = toy_results.turn_auc(turns)
+    # Positives 4, 4.5, 1, 9 against 5, 1, -9.
+    assert areas["all"] == pytest.approx((2 + 2 + 1.5 + 3) / 12, abs=1e-4)
+    # Positives 4, 4.5, 1 against 5, 1.
+    assert areas["search"] == pytest.approx((1 + 1 + 0.5) / 6, abs=1e-4)
+    # Index 0: two pairs, both lost; index 1: one pair, a tie.
+    assert areas["same_index"] == pytest.approx(0.5 / 3, abs=1e-4)
+    # Only question a has both labels at one index.
+    assert areas["same_question"] == 0.5
+
+
+def test_a_turn_is_right_if_it_finds_the_next_fact() -> None:
+    world = held_out_world(0, CHAINS)
+    question = next(q for q in world.questions() if q.template == "founder_spouse_born")
+    company, founder, spouse, town = question.chain
+    first, second = f"[1] the founder of {company} is {founder} .", f"[1] the spouse of {founder} is {spouse} ."
+    third = f"[1] {spouse} was born in {town} ."
+    reverse = f"[1] the spouse of {spouse} is {founder} ."
+    assert needed_fact_found(question, [first, second, third], town) == [True, True, True, True]
+    assert needed_fact_found(question, [first, reverse, third], town) == [True, True, True, True]
+    # Again, the wrong one, and too early: the third fact counts when its turn has come, the answer after all of them.
+    assert needed_fact_found(question, [first, first, third, second], town) == [True, False, False, True, False]
+    assert needed_fact_found(question, [f"{first}\n{second.replace('1', '2')}", third], town) == [True, True, True]
+    assert needed_fact_found(question, [first, second, third], founder) == [True, True, True, False]
+    assert needed_fact_found(question, [], town) == [False]
+    assert needed_fact_found(question, ["nothing found"], "") == [False, False]
+
+
+@pytest.mark.parametrize("kind", [TWO_HOP, CHAINS], ids=lambda kind: kind.name)
+def test_dumped_rollouts_become_tokens_again(kind: Kind, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(vocabulary())
+    toy = _toy(tmp_path, kind)
+    world = held_out_world(0, kind)
+    search = search_in(world_index(world, "x"))
+    rng = random.Random(0)
+    right = []
+    for question in rng.sample(world.questions(), 20):
+        for faults in (IMPERFECT, PERFECT):
+            segments = trajectory(question, world, search, faults, rng)
+            ids, own = encode_episode(question.text, segments, tokenizer.encode)
+            prompt = tokenizer.encode(prompt_text(question.text))
+            output = str(tokenizer.decode(ids[len(prompt) :]))
+            row = {"input": tokenizer.decode(prompt), "output": output, "uid": "u_0_1_0"}
+            rollout = turn_auc.rollout_of(row, toy, tokenizer)
+            assert rollout.prompt_ids == prompt and rollout.response_ids == ids[len(prompt) :]
+            assert rollout.response_mask == [int(x) for x in own[len(prompt) :]]
+            assert rollout.uid == "u_0" and rollout.question == question.text and rollout.gold == [question.gold]
+            labels = turn_auc.labels_of(rollout, toy, tokenizer)
+            assert len(labels) == len(get_assistant_turn_ranges(rollout.response_mask))
+            assert len(toy_results.turns_of(output)) == len(labels)
+            if faults is PERFECT:
+                right += labels
+    # Passages about an entity of a similar name can take the place of the one that is needed.
+    assert sum(right) / len(right) > 0.85
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+def _toy(folder: Path, kind: Kind) -> Path:
+    arguments = ["--out", str(folder / "toy"), "--data-only", "--world", kind.name]
+    assert build.main([*arguments, "--train-questions", "16", "--eval-questions", "16"]) == 0
+    return folder / "toy"
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _validation(run: Path, rows: list[dict[str, Any]]) -> None:
+    _write(run / "after" / "validation" / "0.jsonl", rows)
+    metrics = {"val-aux/turns/mean": 2.5, "val-aux/response_tokens/mean": 40.0}
+    (run / "after" / "validation" / "metrics.json").write_text(json.dumps(metrics))
+
+
+def _fake_run(run: Path, kind: Kind, em: int) -> None:
+    """Evaluated on eight questions, ``em`` of them answered, the others with each kind of wrong answer; one step."""
+    questions = held_out_world(0, kind).questions()[:8]
+    wrong = [questions[0].chain[-2], "", STALE_ANSWERS["town"], "nobody"] * 2
+    rows = []
+    for i, question in enumerate(questions):
+        answer = question.gold if i < em else (question.bridge if wrong[i] == wrong[0] else wrong[i])
+        output = f"<think> find x </think> \n <tool_response> [1] y </tool_response> \n <answer> {answer} </answer>"
+        rows.append({"input": f"{question.text} \n", "output": output, "em": float(i < em)})
+    _validation(run, rows)
+    turn = (
+        "<tool_call> q </tool_call> <|im_end|> \n <|im_start|>user\n <tool_response> [1] y </tool_response> <|im_end|>"
+    )
+    dumped = [
+        {"output": turn + " <answer> a </answer>", "turn_rewards": [0.0, 1.0], "uid": "g_0_0", "em": 1.0, "score": 1.0},
+        {"output": "<answer> b </answer>", "turn_rewards": [0.5], "uid": "g_1_0", "em": 0.0, "score": 0.5},
+        {"output": turn + " <think>", "turn_rewards": [], "uid": "g_2_0", "em": 0.0, "score": 0.0},
+        {"output": turn, "turn_rewards": None, "uid": "h_0_0", "em": 0.0, "score": 0.0},
+    ]
+    _write(run / "rollouts" / "1.jsonl", dumped)
+    _write(run / "rollouts" / "11.jsonl", dumped[:1])
+
+
+def test_evaluation_of_a_run(tmp_path: Path) -> None:
+    toy = _toy(tmp_path, CHAINS)
+    _fake_run(tmp_path / "run", CHAINS, em=5)
+    found = toy_results.evaluation(tmp_path / "run" / "after" / "validation", toy)
+    questions = held_out_world(0, CHAINS).questions()[:8]
+    assert found["em"] == 5 / 8 and found["questions"] == 8 and found["turns"] == 2.5 and found["tokens"] == 40.0
+    assert found["stale"] == found["no_answer"] == 1 / 8
+    assert found["bridge"] == sum(i >= 5 and i % 4 == 0 for i in range(8)) / 8
+    deep = [i < 5 for i, q in enumerate(questions) if len(q.chain) == 5]
+    assert found["depths"] == {
+        "3": pytest.approx((5 - sum(deep)) / (8 - len(deep)), abs=1e-4),
+        "4": pytest.approx(sum(deep) / len(deep), abs=1e-4),
+    }
+    assert set(found["templates"]) == {q.template for q in questions}
+    with pytest.raises(KeyError, match="who is x"):
+        toy_results.question_of("<|im_start|>user\n who is x ? <|im_end|>", toy)
+
+
+def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
+    _fake_run(tmp_path / "run", TWO_HOP, em=5)
+    plain = ["algorithm.norm_adv_by_std_in_grpo=false"]
+    algorithm = toy_results.algorithm_of(["ablation=siop", *plain])
+    course = toy_results.training(tmp_path / "run" / "rollouts", algorithm)
+    # Returns 1 1 | .5 | 0 0. Leave-one-out at turn 1: .75, 0, -.75; at turn 2: 1, -1.
+    assert course["answer_advantage"] == pytest.approx((1.0 + 0.0) / 2)
+    assert course["search_advantage"] == pytest.approx((0.75 - 0.75 - 1.0) / 3, abs=1e-4)
+    assert course["steps"] == 11 and course["train_em"] == [pytest.approx(1 / 3, abs=1e-4), 1.0]
+    # The whole reward at once, minus the mean .5: .5 .5 | 0 | -.5 -.5.
+    outcome = toy_results.training(tmp_path / "run" / "rollouts", toy_results.algorithm_of(["ablation=empo", *plain]))
+    assert outcome["answer_advantage"] == pytest.approx(0.25)
+    assert outcome["search_advantage"] == pytest.approx((0.5 - 0.5 - 0.5) / 3, abs=1e-4)
+
+
+def test_standard_error_and_mean_over_seeds() -> None:
+    assert toy_results.standard_error([0.5], 100) == pytest.approx(0.05)
+    # Seeds that agree still share the questions; seeds that differ say more than the questions do.
+    assert toy_results.standard_error([0.5, 0.5, 0.5], 100) == pytest.approx(0.05)
+    assert toy_results.standard_error([0.2, 0.8], 100) == pytest.approx(0.3)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+_TRAIN = """\
+echo "train $OUT_DIR $SEED $*" >> {calls}
+mkdir -p "$OUT_DIR/checkpoints"
+case $* in *pooled* | *release*) exit 3 ;; *ttrl*) sleep 300 & wait ;; esac
+echo "step:2 - x" > "$LOG_DIR/train-$EXPERIMENT.log"
+mkdir -p "$OUT_DIR/checkpoints/global_step_2/actor/huggingface"
+"""
+_EVAL = """\
+echo "eval $OUT_DIR $1" >> {calls}
+mkdir -p "$OUT_DIR/validation"
+echo '{{}}' > "$OUT_DIR/validation/metrics.json"
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose launchers only write down how they were called; returns that file."""
+    calls = tmp_path / "calls"
+    calls.touch()
+    (tmp_path / "launch_retriever.sh").write_text(f'echo "retriever $*" >> {calls}\n')
+    (tmp_path / "launch_siop_scorer.sh").write_text(f'echo "scorer $*" >> {calls}\n')
+    (tmp_path / "train_siop.sh").write_text(_TRAIN.format(calls=calls))
+    (tmp_path / "eval_siop.sh").write_text(_EVAL.format(calls=calls))
+    monkeypatch.setattr(toy_services, "ROOT", tmp_path)
+    monkeypatch.setattr(toy_table, "ROOT", tmp_path)
+    monkeypatch.setattr(toy_table, "RUNS", tmp_path / "runs")
+    worlds = {"two_hop": toy_table.ToyWorld(tmp_path / "toy", 2)}
+    monkeypatch.setattr(toy_table, "WORLDS", worlds)
+    return calls
+
+
+class _Bar:
+    """Stands in for the progress bar."""
+
+    n = 0
+    lines: list[str]
+
+    def __init__(self) -> None:
+        self.lines = []
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        pass
+
+    def refresh(self) -> None:
+        pass
+
+
+def test_a_run_trains_and_evaluates_once(table: Path) -> None:
+    runs = toy_table.plan(["two_hop"], ["siop", "empo"], [1, 2])
+    assert [run.name for run in runs] == [f"two_hop/{m}-seed{s}" for s in (1, 2) for m in ("siop", "empo")]
+    assert {run.state for run in runs} == {"to do"}
+    # The first was interrupted after training, the second before its first checkpoint.
+    (runs[0].folder / "checkpoints" / "global_step_2" / "actor" / "huggingface").mkdir(parents=True)
+    (runs[1].folder / "logs").mkdir(parents=True)
+    assert runs[1].state == "interrupted"
+    assert toy_table.run_world("two_hop", runs, 2, _Bar()) == []
+    called = table.read_text().splitlines()
+    assert {run.state for run in runs} == {"finished"}
+    trained = sorted(line.split()[1] for line in called if line.startswith("train"))
+    assert trained == sorted(str(run.folder) for run in runs[1:])
+    assert sum(line.startswith("eval") for line in called) == 4
+    assert all("ablation=empo" in line for line in called if line.startswith("train") and "empo-seed" in line)
+    assert any(
+        line.startswith("train") and " 2 " in line and "trainer.total_training_steps=2" in line for line in called
+    )
+    assert called[:2] == ["retriever ", "scorer "] and called[-2:] == ["retriever stop", "scorer stop"]
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(table: Path) -> None:
+    bar = _Bar()
+    runs = toy_table.plan(["two_hop"], ["release", "siop"], [1])
+    assert toy_table.run_world("two_hop", runs, 1, bar) == ["two_hop/release-seed1"]
+    assert [run.state for run in runs] == ["interrupted", "finished"]
+    assert "two_hop/release-seed1" in bar.lines[0]
+
+
+def test_interrupt_stops_what_was_started(table: Path) -> None:
+    runs = toy_table.plan(["two_hop"], ["ttrl"], [1])
+
+    class Interrupting(_Bar):
+        def refresh(self) -> None:
+            if "train" in table.read_text():
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_table.run_world("two_hop", runs, 1, Interrupting())
+    assert runs[0].process is not None and runs[0].process.poll() is not None
+    with pytest.raises(ProcessLookupError):
+        os.killpg(runs[0].process.pid, 0)
+    assert table.read_text().splitlines()[-2:] == ["retriever stop", "scorer stop"]
+
+
+def test_plan() -> None:
+    runs = toy_table.plan(list(toy_table.WORLDS), None, None)
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    for world in ("two_hop", "stale"):
+        for method in ("siop", "release", "empo", "grpo"):
+            assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
+    assert {run.method for run in runs} == set(toy_table.METHODS)
+    # Every method is a configuration that the trainer accepts.
+    for overrides in toy_table.METHODS.values():
+        assert toy_results.algorithm_of(overrides).adv_estimator in ("siop", "grpo")
+
+
+def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(toy_table, "RESULTS", tmp_path / "docs")
+    with pytest.raises(SystemExit, match="no finished run"):
+        toy_table.report()
+    _toy(tmp_path, TWO_HOP)
+    for method, seed, em in (("siop", 1, 4), ("siop", 2, 6), ("grpo", 1, 7)):
+        _fake_run(tmp_path / "runs" / "two_hop" / f"{method}-seed{seed}", TWO_HOP, em)
+    (tmp_path / "runs" / "two_hop" / "empo-seed1" / "logs").mkdir(parents=True)
+    areas = {"all": 0.6, "search": 0.55, "same_index": 0.7, "same_question": math.nan}
+    auc_entry = {"questions": 3, "rollouts": 9, "right_share": 0.5, "methods": {"siop": areas}}
+    (tmp_path / "runs" / "two_hop" / "turn_auc.json").write_text(json.dumps(auc_entry))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    toy_table.report()
+    text = (tmp_path / "docs" / "table.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
+    assert rows[1][:5] == ["grpo", f"**0.875** ± {math.sqrt(0.875 * 0.125 / 8):.3f}", "0.875", "1", "11"]
+    assert rows[2][:4] == ["siop", f"**0.625** ± {math.sqrt(0.625 * 0.375 / 8):.3f}", "0.500 0.750", "2"]
+    assert rows[2][-1] == "0.700" and "empo" not in text
+    results = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert [run["em"] for run in results["worlds"]["two_hop"]["runs"]] == [0.5, 0.75, 0.875]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sipo"], "choose from siop"),
+        (["--worlds", "flat"], "choose from two_hop"),
+        (["--seeds", "a"], "--seeds a"),
+        (["--only", "two_hop/siop-seed9"], "two_hop/siop-seed1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["toy_table.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        toy_table.main()
+    assert message in f"{caught.value} {capsys.readouterr().err}"
