@@ -1,7 +1,7 @@
 """The ``siop`` advantage estimator: turn-level advantages from the return-to-go over turns.
 
 Importing this module registers it with verl (``algorithm.adv_estimator=siop``).
-Suffixes: B rows, L response tokens, T assistant turns (padded).
+Suffixes: B rows, L response tokens, T assistant turns (padded), N the turns that exist, flat.
 """
 
 from __future__ import annotations
@@ -26,20 +26,71 @@ class AdvantageInputError(SiopError, ValueError):
     """The estimator was called without what it needs."""
 
 
-def _broadcast(rewards_BL: torch.Tensor, mask_BL: torch.Tensor, index_B: np.ndarray, scale: bool) -> torch.Tensor:
-    """verl's GRPO outcome advantage of the rows' total rewards."""
+class _Spans:
+    """Where the N assistant turns of a batch lie, row by row; rows without a turn (padding) are left out of [B, T].
+
+    Args:
+        mask_BL: bool, true on the policy's tokens.
+    """
+
+    def __init__(self, mask_BL: np.ndarray) -> None:
+        starts_BL, ends_BL = mask_BL.copy(), mask_BL.copy()
+        starts_BL[:, 1:] &= ~mask_BL[:, :-1]
+        ends_BL[:, :-1] &= ~mask_BL[:, 1:]
+        self.mask_BL = mask_BL
+        # Indices into the flat [B·L] tokens.
+        self.starts_N = np.flatnonzero(starts_BL)
+        self.lengths_N = np.flatnonzero(ends_BL) + 1 - self.starts_N
+        self.rows_N = self.starts_N // mask_BL.shape[1]
+        turns_B = np.bincount(self.rows_N, minlength=len(mask_BL))
+        turn_N = np.arange(len(self.starts_N)) - (np.cumsum(turns_B) - turns_B)[self.rows_N]
+        self.rows = np.flatnonzero(turns_B)  # those with a turn
+        # Row and turn in [B, T].
+        self.at = (np.cumsum(turns_B > 0) - 1)[self.rows_N], turn_N
+
+    def sums(self, values_BL: np.ndarray) -> np.ndarray:
+        """For each turn the sum in double precision from its first token up to the next turn, [N]."""
+        flat = np.flatnonzero(values_BL != 0)
+        turn = np.searchsorted(self.starts_N, flat, side="right") - 1
+        # Not what stands before the first turn of its row.
+        inside = (turn >= 0) & (self.rows_N[turn] == flat // self.mask_BL.shape[1])
+        weights = values_BL.reshape(-1)[flat[inside]].astype(np.float64)
+        return np.bincount(turn[inside], weights=weights, minlength=len(self.starts_N))
+
+    def by_turn(self, values_N: np.ndarray) -> np.ndarray:
+        """[B, T] from [N], 0 where a row has no such turn."""
+        values_BT = np.zeros((self.at[0][-1] + 1, self.at[1].max() + 1))
+        values_BT[self.at] = values_N
+        return values_BT
+
+    def flat(self, values_BT: np.ndarray) -> np.ndarray:
+        """[N] from [B, T]."""
+        return values_BT[self.at]
+
+    def on_tokens(self, values_N: np.ndarray) -> np.ndarray:
+        """The value of each turn on its tokens, 0 elsewhere, [B, L] float32."""
+        values_BL = np.zeros(self.mask_BL.shape, dtype=np.float32)
+        values_BL[self.mask_BL] = np.repeat(values_N.astype(np.float32), self.lengths_N)
+        return values_BL
+
+
+def _broadcast(
+    rewards_BL: torch.Tensor, response_mask: torch.Tensor, uid_B: np.ndarray, rows: np.ndarray, scale: bool
+) -> torch.Tensor:
+    """verl's GRPO outcome advantage of the total rewards of ``rows`` (those with a turn), 0 in the others."""
     # One running sum per row, and the rows in the order of their totals: the result depends neither on the padded width
     # nor on the order of the rows.
-    totals_B1 = rewards_BL.cumsum(dim=-1)[:, -1:]
-    order = torch.argsort(totals_B1[:, 0], stable=True)
+    totals_B1 = rewards_BL.to(torch.float64).cumsum(dim=-1)[:, -1:]
+    kept = torch.from_numpy(rows).to(rewards_BL.device)
+    order = kept[torch.argsort(totals_B1[kept, 0], stable=True)]
     sorted_BL, _ = compute_grpo_outcome_advantage(
         token_level_rewards=totals_B1[order],
-        response_mask=mask_BL[order],
-        index=index_B[order.cpu().numpy()],
+        response_mask=response_mask[order] != 0,
+        index=uid_B[order.cpu().numpy()],
         norm_adv_by_std_in_grpo=scale,
     )
-    advantages_BL = torch.empty_like(sorted_BL)
-    advantages_BL[order] = sorted_BL
+    advantages_BL = torch.zeros_like(rewards_BL, dtype=torch.float32)
+    advantages_BL[order] = sorted_BL.to(torch.float32)
     return advantages_BL
 
 
@@ -97,51 +148,42 @@ def compute_siop_advantage(
         norm_adv_by_std_in_grpo if norm_adv_by_std_in_grpo is not None else options.get("norm_adv_by_std_in_grpo", True)
     )
 
-    advantages_BL = torch.zeros_like(token_level_rewards, dtype=torch.float64)
-    returns_BL = torch.zeros_like(advantages_BL)
-    rows = (response_mask != 0).any(dim=-1).nonzero()[:, 0]
-    if len(rows):
-        with torch.no_grad():
-            mask_BL = response_mask[rows] != 0
-            rewards_BL = token_level_rewards[rows].to(torch.float64)
-            index_B = np.asarray(index, dtype=object)[rows.cpu().numpy()]
-            if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
-                advantages_BL[rows] = returns_BL[rows] = _broadcast(rewards_BL, mask_BL, index_B, scale)
-            else:
-                advantages_BL[rows], returns_BL[rows] = _turn_level(rewards_BL, mask_BL, index_B, siop, discount, scale)
-    return advantages_BL.to(torch.float32), returns_BL.to(torch.float32)
-
-
-def _turn_level(
-    rewards_BL: torch.Tensor, mask_BL: torch.Tensor, index_B: np.ndarray, siop: SiopConfig, gamma: float, scale: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns-to-go on the tokens of each turn, for rows that all have a turn."""
-    previous_BL = torch.nn.functional.pad(mask_BL[:, :-1], (1, 0))
-    # The turn that a token belongs to or follows; -1 before the first turn.
-    turn_BL = (mask_BL & ~previous_BL).cumsum(dim=-1) - 1
-    turns_B = turn_BL[:, -1] + 1
-    rewards_BT = torch.zeros(len(rewards_BL), int(turns_B.max()), dtype=torch.float64, device=rewards_BL.device)
-    at_BL = turn_BL.clamp(min=0)
-    rewards_BT.scatter_add_(1, at_BL, torch.where(turn_BL >= 0, rewards_BL, 0.0))
-
-    group_of: dict[Any, int] = {}
-    turns = Turns(
-        rewards_BT=rewards_BT.cpu().numpy(),
-        reached_BT=np.arange(rewards_BT.shape[1])[None, :] < turns_B.cpu().numpy()[:, None],
-        group_B=np.array([group_of.setdefault(uid, len(group_of)) for uid in index_B]),
-        gamma=gamma,
-        scale=scale,
-        config=siop,
-    )
-    advantages_BT = np.asarray(BASELINES[siop.siop_baseline](turns), dtype=np.float64)
-    if advantages_BT.shape != turns.rewards_BT.shape or not np.isfinite(advantages_BT).all():
-        raise AdvantageInputError(
-            f"the baseline {siop.siop_baseline!r} must return finite numbers of shape {turns.rewards_BT.shape}, "
-            f"got shape {advantages_BT.shape}"
-            + ("" if np.isfinite(advantages_BT).all() else " with numbers that are not finite")
+    spans = _Spans(response_mask.cpu().numpy() != 0)
+    if not len(spans.starts_N):
+        zeros_BL = torch.zeros_like(token_level_rewards, dtype=torch.float32)
+        return zeros_BL, zeros_BL.clone()
+    uid_B = np.asarray(index, dtype=object)
+    with torch.no_grad():
+        if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
+            advantages_BL = _broadcast(token_level_rewards, response_mask, uid_B, spans.rows, scale)
+            return advantages_BL, advantages_BL.clone()
+        turns = Turns(
+            rewards_BT=spans.by_turn(spans.sums(token_level_rewards.cpu().numpy())),
+            reached_BT=spans.by_turn(np.ones(len(spans.starts_N))) > 0,
+            group_B=_numbered(uid_B[spans.rows]),
+            gamma=discount,
+            scale=scale,
+            config=siop,
         )
+        values = _advantages(turns), turns.returns()
+        advantages_BL, returns_BL = (torch.from_numpy(spans.on_tokens(spans.flat(values_BT))) for values_BT in values)
+        return advantages_BL.to(token_level_rewards.device), returns_BL.to(token_level_rewards.device)
 
-    def on_tokens(values_BT: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values_BT).to(rewards_BL.device).gather(1, at_BL) * mask_BL
 
-    return on_tokens(advantages_BT), on_tokens(turns.returns())
+def _numbered(uids: np.ndarray) -> np.ndarray:
+    number_of: dict[Any, int] = {}
+    return np.array([number_of.setdefault(uid, len(number_of)) for uid in uids])
+
+
+def _advantages(turns: Turns) -> np.ndarray:
+    """What the baseline makes of the turns, [B, T] in double precision, checked."""
+    advantages_BT = np.asarray(BASELINES[turns.config.siop_baseline](turns), dtype=np.float64)
+    expected = turns.rewards_BT.shape
+    if advantages_BT.shape != expected or not np.isfinite(advantages_BT).all():
+        if not np.isfinite(turns.rewards_BT).all():
+            raise AdvantageInputError("token_level_rewards holds numbers that are not finite")
+        found = f"shape {advantages_BT.shape}" if advantages_BT.shape != expected else "numbers that are not finite"
+        raise AdvantageInputError(
+            f"the baseline {turns.config.siop_baseline!r} must return finite numbers of shape {expected}, got {found}"
+        )
+    return advantages_BT

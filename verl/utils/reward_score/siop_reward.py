@@ -131,23 +131,23 @@ def compute_score(
 
 
 def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> torch.Tensor:
-    assistant_BL = mask_BL == 1
-    if not bool((assistant_BL | (mask_BL == 0)).all()):
+    mask = mask_BL.cpu().numpy()
+    assistant = mask == 1
+    if not np.array_equal(assistant, mask):
         raise RolloutError("a response mask holds only 0 and 1")
-    next_BL = torch.nn.functional.pad(assistant_BL[:, 1:], (0, 1))
-    turn_end_BL = assistant_BL & ~next_BL
-    turns_B = turn_end_BL.sum(dim=1)
-    given_B = torch.tensor([len(rewards) for rewards in turn_rewards], dtype=turns_B.dtype, device=mask_BL.device)
-    wrong_B = (given_B > 0) & (given_B != turns_B)
-    if bool(wrong_B.any()):
-        row = int(wrong_B.nonzero()[0, 0])
-        raise RolloutError(
-            f"rollout {row} has {int(turns_B[row])} assistant turns in its mask, but {int(given_B[row])} turn rewards"
-        )
-    rewards_BL = torch.zeros(mask_BL.shape, dtype=torch.float32, device=mask_BL.device)
-    flat = torch.tensor([reward for rewards in turn_rewards for reward in rewards], dtype=torch.float64)
-    rewards_BL[turn_end_BL & (given_B > 0)[:, None]] = flat.to(rewards_BL)
-    return rewards_BL
+    turn_end = assistant.copy()
+    turn_end[:, :-1] &= ~assistant[:, 1:]
+    rows, tokens = np.nonzero(turn_end)
+    turns = np.bincount(rows, minlength=len(mask))
+    given = np.array([len(rewards) for rewards in turn_rewards], dtype=int)
+    wrong = np.flatnonzero((given > 0) & (given != turns))
+    if len(wrong):
+        row = wrong[0]
+        raise RolloutError(f"rollout {row} has {turns[row]} assistant turns in its mask, but {given[row]} turn rewards")
+    placed = np.zeros(mask.shape, dtype=np.float32)
+    rewarded = given[rows] > 0
+    placed[rows[rewarded], tokens[rewarded]] = [reward for rewards in turn_rewards for reward in rewards]
+    return torch.from_numpy(placed).to(mask_BL.device)
 
 
 def place_turn_rewards(
