@@ -30,7 +30,7 @@ from verl.utils.siop import scoring_client
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool, _Worker
 from verl.utils.siop.engines.ray_dir import RayDir
 from verl.utils.siop.engines.worker import WorkerSettings
-from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.scoring_server import Guard
 
@@ -260,6 +260,18 @@ def test_a_directory_of_ray_is_removed_by_its_owner_or_after_its_death():
         other.remove()
     for directory in (mine, killed, other):
         assert not directory.path.exists() and not directory.path.with_suffix(".lock").exists()
+
+
+def test_a_ray_that_does_not_start_is_named(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("verl.utils.siop.engines.pool.ray.init", init)
+    pool = WorkerPool(WorkerSettings(model="unused"), num_workers=1)
+    with pytest.raises(SiopConfigError, match="a private Ray could not be started: The current node timed out during"):
+        pool.start()
+    pool.close()
 
 
 @pytest.mark.parametrize("deaths", [0, 1, 2])

@@ -120,15 +120,20 @@ class WorkerPool:
                 ) from error
         else:
             self._ray_dir = RayDir()
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=0,  # no idle workers; ours ask for no CPU share
-                num_gpus=int(self._num_workers * self._gpus),
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self._ray_dir.path),
-                **options,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=0,  # no idle workers; ours ask for no CPU share
+                    num_gpus=int(self._num_workers * self._gpus),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(self._ray_dir.path),
+                    **options,
+                )
+            except Exception as error:  # that is what Ray raises
+                raise SiopConfigError(
+                    f"a private Ray could not be started: {' '.join(str(error).split())[:300]}"
+                ) from error
         available = ray.cluster_resources().get("GPU", 0)
         needed = self._num_workers * self._gpus
         if needed > available:
