@@ -26,6 +26,8 @@ from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
+from benchmarks.credit_bias import EXAMPLE, Chain
+
 TOLERANCE = 1e-5
 
 
@@ -249,68 +251,40 @@ def test_row_order_changes_no_bit_before_rounding_either(baseline: str) -> None:
 
 # --- unbiasedness -----------------------------------------------------------------------------------------------------
 
-CONTINUE_LOGITS = np.array([0.3, -0.2, 0.5])
-CONTINUE_REWARDS = np.array([0.4, 0.3, 0.2])
-STOP_REWARDS = np.array([1.0, 1.1, 1.25, 1.2])
-
-
-def exact_chain_gradient(logits: np.ndarray, go: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """d E[return] / d logit_t of a chain in which turn t continues with probability sigmoid(logit_t)."""
-    p = 1 / (1 + np.exp(-logits))
-    value = np.append(np.zeros(len(p)), stop[-1])
-    for t in range(len(p) - 1, -1, -1):
-        value[t] = p[t] * (go[t] + value[t + 1]) + (1 - p[t]) * stop[t]
-    reach = np.append(1.0, np.cumprod(p))[:-1]
-    return reach * p * (1 - p) * (go + value[1:] - stop[:-1])
-
-
-def sampled_chain_gradient(
-    baseline: str, logits: np.ndarray, go: np.ndarray, stop: np.ndarray, K: int, groups: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Policy gradient estimate from the estimator's advantages, and its standard error, by logit."""
-    rng, turns = np.random.default_rng(seed), len(stop)
-    p = 1 / (1 + np.exp(-logits))
-    goes = rng.random((groups * K, turns - 1)) < p
-    reached = np.hstack([np.ones((groups * K, 1), bool), np.cumprod(goes, axis=1).astype(bool)])
-    stops = reached & ~np.hstack([goes, np.zeros((groups * K, 1), bool)])
-    turn_rewards = np.where(stops, stop, np.append(go, 0.0)) * reached
-    # One token per turn and one observation token after it.
-    rewards, mask = (np.stack([x, np.zeros_like(x)], axis=2).reshape(len(x), -1) for x in (turn_rewards, reached))
-    advantages, _ = compute_siop_advantage(
-        torch.from_numpy(rewards),
-        torch.from_numpy(mask.astype(np.int64)),
-        index=np.repeat(np.arange(groups), K),
-        config={"siop_baseline": baseline},
-        norm_adv_by_std_in_grpo=False,
-    )
-    score = np.where(goes, 1 - p, -p) * reached[:, :-1]
-    per_group = (advantages.numpy()[:, 0:-2:2] * score).reshape(groups, K, -1).mean(axis=1)
-    return per_group.mean(axis=0), per_group.std(axis=0, ddof=1) / math.sqrt(groups)
+# A z-test for each logit: an unbiased estimate is further than 4.5 standard errors from the exact value with
+# probability 7e-6.
+Z = 4.5
 
 
 def test_the_exact_gradient_of_the_chain() -> None:
-    exact = exact_chain_gradient(CONTINUE_LOGITS, CONTINUE_REWARDS, STOP_REWARDS)
-    assert exact.round(3).tolist() == [0.182, 0.077, 0.009]
+    assert EXAMPLE.exact_gradient().round(3).tolist() == [0.182, 0.077, 0.009]
 
 
 def test_leave_one_out_is_unbiased_and_pooled_turns_the_sign() -> None:
-    chain = (CONTINUE_LOGITS, CONTINUE_REWARDS, STOP_REWARDS)
-    exact = exact_chain_gradient(*chain)
-    estimate, error = sampled_chain_gradient("leave_one_out", *chain, K=8, groups=20_000, seed=0)
-    assert error.max() < 2e-3
-    assert np.all(np.abs(estimate - exact) < 4 * error)
+    estimate, error = EXAMPLE.estimated_gradient("leave_one_out", K=8, groups=20_000, seed=0)
+    assert error.max() < 1e-3
+    assert np.all(np.abs(estimate - EXAMPLE.exact_gradient()) < Z * error)
 
-    estimate, error = sampled_chain_gradient("pooled", *chain, K=8, groups=20_000, seed=0)
+    estimate, error = EXAMPLE.estimated_gradient("pooled", K=8, groups=20_000, seed=0)
     assert np.all(estimate < -10 * error)  # the exact gradient is positive at every turn
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_leave_one_out_is_unbiased_in_random_chains(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_in_random_chains_leave_one_out_is_unbiased_and_pooled_is_not(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    turns, K = int(rng.integers(2, 6)), int(rng.integers(2, 9))
-    chain = (rng.normal(size=turns - 1), rng.normal(1, 1, turns - 1), rng.normal(1, 1, turns))
-    estimate, error = sampled_chain_gradient("leave_one_out", *chain, K=K, groups=20_000, seed=seed)
-    assert np.all(np.abs(estimate - exact_chain_gradient(*chain)) < 4.5 * error)
+    chain, K = Chain.random(rng, turns=int(rng.integers(2, 7))), int(rng.integers(2, 9))
+    exact = chain.exact_gradient()
+    estimate, error = chain.estimated_gradient("leave_one_out", K, groups=20_000, seed=seed)
+    assert error.max() < 0.02
+    assert np.all(np.abs(estimate - exact) < Z * error)
+    estimate, error = chain.estimated_gradient("pooled", K, groups=20_000, seed=seed)
+    assert np.any(np.abs(estimate - exact) > Z * error)
+
+
+def test_turn_index_keeps_the_sign_and_shrinks() -> None:
+    exact = EXAMPLE.exact_gradient()
+    estimate, error = EXAMPLE.estimated_gradient("turn_index", K=8, groups=20_000, seed=0)
+    assert np.all(estimate > Z * error) and np.all(estimate < exact - Z * error)
 
 
 # --- variants and edge cases ------------------------------------------------------------------------------------------
