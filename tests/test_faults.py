@@ -262,8 +262,11 @@ def test_a_directory_of_ray_is_removed_by_its_owner_or_after_its_death():
         assert not directory.path.exists() and not directory.path.with_suffix(".lock").exists()
 
 
-def test_a_ray_that_does_not_start_is_named(monkeypatch):
+def test_a_ray_that_does_not_start_is_tried_again_and_then_named(monkeypatch):
+    calls = []
+
     def init(**options):
+        calls.append(options)
         raise Exception("The current node timed out\nduring startup.")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -271,6 +274,7 @@ def test_a_ray_that_does_not_start_is_named(monkeypatch):
     pool = WorkerPool(WorkerSettings(model="unused"), num_workers=1)
     with pytest.raises(SiopConfigError, match="a private Ray could not be started: The current node timed out during"):
         pool.start()
+    assert len(calls) == 3
     pool.close()
 
 

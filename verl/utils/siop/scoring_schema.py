@@ -72,7 +72,7 @@ class SupportRollout(_Model):
 class SupportBody(_Model):
     """Body of ``POST /support``."""
 
-    rollouts: list[SupportRollout]
+    rollouts: Annotated[list[SupportRollout], FailFast()]
 
 
 class RolloutFailure(BaseModel):
@@ -113,7 +113,7 @@ class ScoreItem(_Model):
 class ScoreBody(_Model):
     """Body of ``POST /score``."""
 
-    items: list[ScoreItem]
+    items: Annotated[list[ScoreItem], FailFast()]
 
 
 class ScoresAnswer(BaseModel):
@@ -136,7 +136,7 @@ class ClusterGroup(_Model):
 class ClusterBody(_Model):
     """Body of ``POST /cluster``."""
 
-    groups: list[ClusterGroup]
+    groups: Annotated[list[ClusterGroup], FailFast()]
 
 
 class ClusterInfo(BaseModel):
@@ -173,7 +173,7 @@ class NliPair(_Model):
 class NliBody(_Model):
     """Body of ``POST /nli_score``."""
 
-    pairs: list[NliPair]
+    pairs: Annotated[list[NliPair], FailFast()]
 
 
 class FieldError(BaseModel):

@@ -25,6 +25,7 @@ NAMESPACE = "siop-scorer"
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 MAX_RESTARTS = 100
 WATCH_INTERVAL_S = 2.0
+RAY_STARTS = 3  # Ray gives itself 30 s, which a busy machine may exceed
 # Of each GPU, as Ray counts; it places by this and limits nothing.
 NLI_GPU_SHARE = 0.2
 
@@ -120,20 +121,24 @@ class WorkerPool:
                 ) from error
         else:
             self._ray_dir = RayDir()
-            try:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    num_cpus=0,  # no idle workers; ours ask for no CPU share
-                    num_gpus=int(self._num_workers * self._gpus),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(self._ray_dir.path),
-                    **options,
-                )
-            except Exception as error:  # that is what Ray raises
-                raise SiopConfigError(
-                    f"a private Ray could not be started: {' '.join(str(error).split())[:300]}"
-                ) from error
+            for attempt in range(RAY_STARTS):
+                try:
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        num_cpus=0,  # no idle workers; ours ask for no CPU share
+                        num_gpus=int(self._num_workers * self._gpus),
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=str(self._ray_dir.path),
+                        **options,
+                    )
+                    break
+                except Exception as error:  # that is what Ray raises
+                    message = f"a private Ray could not be started: {' '.join(str(error).split())[:300]}"
+                    if attempt == RAY_STARTS - 1:
+                        raise SiopConfigError(message) from error
+                    logger.warning("%s; trying again", message)
+                    ray.shutdown()
         available = ray.cluster_resources().get("GPU", 0)
         needed = self._num_workers * self._gpus
         if needed > available:
