@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 from verl.utils.siop.content_digest import content_digest, is_intact
+from verl.utils.siop.content_encoding import MIN_COMPRESSED_BYTES, compress, offers_gzip
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class ScoringClient:
         # A proxy that compresses would change the body, and so its digest.
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.computed_tokens = self.requested_tokens = 0
+        self._gzip = False  # until an answer offers it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -137,8 +139,12 @@ class ScoringClient:
                 timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),  # _attempt limits the rest
                 limits=httpx.Limits(max_connections=self._max_concurrency),
                 trust_env=False,  # the scorer is a neighbour: a proxy for the outside world is not the way to it
+                event_hooks={"response": [self._note_offer]},
             )
         return self._http, self._slots
+
+    async def _note_offer(self, response: httpx.Response) -> None:
+        self._gzip = offers_gzip(response.headers)
 
     async def wait_ready(self, timeout_s: float = 300.0) -> dict[str, Any]:
         """Wait until every worker of the service is ready, with a progress line at once and then every 10 s.
@@ -246,11 +252,11 @@ class ScoringClient:
         """POST until it is answered; ``read`` checks the JSON and picks the result."""
         http, slots = self._connection()
         content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Digest": content_digest(content),
-            "X-Request-Id": uuid.uuid4().hex[:12],
-        }
+        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex[:12]}
+        if self._gzip and len(content) >= MIN_COMPRESSED_BYTES:
+            content = compress(content)
+            headers["Content-Encoding"] = "gzip"
+        headers["Content-Digest"] = content_digest(content)
         deadline = time.monotonic() + self._deadline_s
         for number in itertools.count(1):
             queued = time.monotonic()

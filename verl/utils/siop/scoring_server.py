@@ -33,6 +33,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from verl.utils.siop.content_digest import content_digest, is_intact
+from verl.utils.siop.content_encoding import decompress
 from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, Probe, RolloutQuery, check_rollouts, too_long
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
@@ -330,7 +331,8 @@ Send = Callable[[Message], Awaitable[None]]
 class Guard:
     """ASGI middleware: request ids, digests, access log, metrics, bearer token, body limit and concurrency limit.
 
-    A body that does not match its ``Content-Digest`` (RFC 9530) gets 400; answers carry one.
+    A body that does not match its ``Content-Digest`` (RFC 9530) gets 400; answers carry one. Bodies may come with
+    ``Content-Encoding: gzip``, which every answer offers (RFC 7694).
 
     Args:
         app: the application.
@@ -371,7 +373,8 @@ class Guard:
             nonlocal status, start
             if message["type"] == "http.response.start":
                 status = message["status"]
-                start = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                ours = [(b"x-request-id", request_id.encode()), (b"accept-encoding", b"gzip")]
+                start = {**message, "headers": [*message["headers"], *ours]}
                 return
             if start is not None:  # held until the body is here, for its digest
                 if not message.get("more_body"):
@@ -440,6 +443,21 @@ class Guard:
         if not await asyncio.to_thread(is_intact, body, headers.get(b"content-digest", b"").decode("latin-1")):
             await _error(400, "the body does not match its Content-Digest")(scope, receive, send)
             return
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        if encoding not in ("identity", "gzip"):
+            detail = f"Content-Encoding is {encoding[:40]!r}; gzip and identity are taken"
+            await _error(415, detail)(scope, receive, send)
+            return
+        if encoding == "gzip":
+            try:
+                unpacked = await asyncio.to_thread(decompress, body, self._max_body_bytes)
+            except ValueError as error:
+                await _error(400, str(error))(scope, receive, send)
+                return
+            if unpacked is None:
+                await too_large(scope, receive, send)
+                return
+            body = bytearray(unpacked)
         whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
         del body
 
