@@ -197,10 +197,10 @@ def _support(model: Path, rows: list[dict]) -> np.ndarray:
     """p at every boundary of dumped rollouts, by the scorer's engine."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = SiopConfig(siop_reference_prefix=REFERENCE_PREFIX, siop_reference_suffix=REFERENCE_SUFFIX)
-    end, assistant = tokenizer.convert_tokens_to_ids([END, ASSISTANT])
+    end, assistant = (tokenizer.convert_tokens_to_ids(token) for token in (END, ASSISTANT))
     queries = []
     for row in rows:
-        prompt, response = (np.array(tokenizer(row[name])["input_ids"]) for name in ("input", "output"))
+        prompt, response = (list(tokenizer(row[name])["input_ids"]) for name in ("input", "output"))
         mask, sampled = [], True
         for token in response:
             mask.append(int(sampled))
@@ -208,8 +208,8 @@ def _support(model: Path, rows: list[dict]) -> np.ndarray:
         probes = [build_reference(text, tokenizer, config) for text in row["references"]]
         queries.append(
             RolloutQuery(
-                prompt,
-                response,
+                np.array(prompt),
+                np.array(response),
                 boundaries(get_assistant_turn_ranges(mask), config.siop_boundary),
                 [Probe(np.array(probe.token_ids), probe.start, probe.end) for probe in probes],
             )

@@ -142,7 +142,7 @@ def test_balancing_and_padding_put_the_same_work_on_every_rank() -> None:
 
 def test_temperature_of_sampling_does_not_matter() -> None:
     actor = Actor()
-    _support(actor, _requests(), OmegaConf.merge(DYNAMIC, {"temperature": 0.5}))
+    _support(actor, _requests(), OmegaConf.create({**DYNAMIC, "temperature": 0.5}))
     assert actor.calls[0]["temperature"] == 1.0
 
 
