@@ -535,7 +535,7 @@ class VllmEngine:
     def _self_test(self) -> None:
         """Score branches that share cached blocks, and the same as plain full sequences, and compare."""
         rng = np.random.default_rng(0)
-        length = min(3 * self._block_size, self.info.max_model_len - 8)
+        length = min(max(8, 3 * self._block_size), self.info.max_model_len - 8)
         if length < 4:
             raise SiopConfigError(f"max_model_len = {self.info.max_model_len} is too short to score anything")
 
