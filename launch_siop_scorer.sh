@@ -11,9 +11,12 @@
 #   SIOP_NLI_MODEL       NLI classifier, as cross-encoder/nli-deberta-v3-base (none: answers are compared by their words)
 #   SIOP_PORT            port (8390)
 #   SIOP_HOST            address to listen on (127.0.0.1, this machine only)
-#   SIOP_NUM_GPUS        GPUs, one worker each (all that nvidia-smi lists; 0 means CPU)
-#   SIOP_ENGINE          engine: auto, transformers (auto)
-#   SIOP_GPU_MEM         share of GPU memory, for engines that reserve it; the transformers engine does not
+#   SIOP_NUM_GPUS        GPUs (all that nvidia-smi lists; 0 means CPU)
+#   SIOP_ENGINE          engine: auto, transformers, vllm (auto: vllm on GPUs where it is installed)
+#   SIOP_TP_SIZE         GPUs that share one model, with vllm (1: one worker for each GPU)
+#   SIOP_GPU_MEM         share of each GPU's memory that the scorer model may take (0.85 with vllm, else no limit)
+#   SIOP_DTYPE           weights: auto, float32, bfloat16, float16 (auto: float32 on CPU, the checkpoint's type on GPU)
+#   SIOP_LORA_PATH       LoRA adapter on top of the scorer model (none)
 #   SIOP_MAX_MODEL_LEN   longest prompt + response + reference in tokens (the model's limit)
 #   SIOP_START_TIMEOUT   seconds to wait for it (600)
 #   SIOP_API_TOKEN       bearer token that clients must bring (none)
@@ -52,11 +55,13 @@ case $action in
             exec "$PYTHON" -m verl.utils.siop.scoring_server --help
         fi
         [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model: a directory, a hub id, or none"
-        engine=${SIOP_ENGINE:-auto}
         gpus=${SIOP_NUM_GPUS:-$(count_gpus)}
-        [[ -z ${SIOP_GPU_MEM:-} ]] || say "SIOP_GPU_MEM=$SIOP_GPU_MEM has no effect: engine $engine reserves no memory"
-        options=(--model "$SIOP_MODEL" --host "$host" --port "$port" --engine "$engine" --num-gpus "$gpus")
+        options=(--model "$SIOP_MODEL" --host "$host" --port "$port" --engine "${SIOP_ENGINE:-auto}" --num-gpus "$gpus")
         [[ -z ${SIOP_NLI_MODEL:-} ]] || options+=(--nli-model "$SIOP_NLI_MODEL")
+        [[ -z ${SIOP_TP_SIZE:-} ]] || options+=(--tensor-parallel-size "$SIOP_TP_SIZE")
+        [[ -z ${SIOP_GPU_MEM:-} ]] || options+=(--gpu-memory "$SIOP_GPU_MEM")
+        [[ -z ${SIOP_DTYPE:-} ]] || options+=(--dtype "$SIOP_DTYPE")
+        [[ -z ${SIOP_LORA_PATH:-} ]] || options+=(--lora-path "$SIOP_LORA_PATH")
         [[ -z ${SIOP_MAX_MODEL_LEN:-} ]] || options+=(--max-model-len "$SIOP_MAX_MODEL_LEN")
         say "scorer model $SIOP_MODEL, NLI ${SIOP_NLI_MODEL:-lexical}, $([[ $gpus == 0 ]] && echo CPU || echo "$gpus GPU(s)")"
         service_start "$name" "$host" "$port" "$url/health" "${SIOP_START_TIMEOUT:-600}" \

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import hmac
+import importlib.util
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from pydantic import BaseModel
 from verl.utils.siop.content_digest import content_digest, is_intact
 from verl.utils.siop.content_encoding import decompress
 from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, Probe, RolloutQuery, check_rollouts, too_long
+from verl.utils.siop.engines.lora import read_adapter
 from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
 from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
@@ -546,8 +548,27 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take an NLI model that gets an obvious entailment or contradiction wrong (for untrained test models)",
     )
-    parser.add_argument("--engine", choices=("auto", *ENGINES), default="auto", help="engine of the scorer model")
-    parser.add_argument("--num-gpus", type=int, help="GPUs, one worker each; 0: CPU (default: all GPUs seen)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="engine of the scorer model; auto: vllm on GPUs where it is installed, else transformers",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        help="GPUs that share one model, vllm only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        help="share of each GPU's memory that the scorer model may take (default: 0.85 with vllm, else no limit)",
+    )
+    parser.add_argument("--lora-path", help="LoRA adapter on top of the scorer model: a directory (default: none)")
+    parser.add_argument(
+        "--num-gpus", type=int, help="GPUs, --tensor-parallel-size for each worker; 0: CPU (default: all seen)"
+    )
     parser.add_argument("--num-workers", type=int, default=1, help="workers on CPU (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads of each worker (default: the CPUs shared out)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -623,6 +644,7 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
         "max_body_mb",
         "max_items",
         "max_item_tokens",
+        "tensor_parallel_size",
     ):
         value = getattr(args, option)
         if value is not None and value <= 0:
@@ -630,7 +652,6 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
     if args.model == NO_MODEL and args.engine != "auto":
         raise SiopConfigError(f"--engine {args.engine} needs a language model, but --model is {NO_MODEL}")
     model = args.model if args.model == NO_MODEL else _model_path("--model", args.model)
-    engine = "transformers" if args.engine == "auto" else args.engine
     nli_backend = args.nli_backend
     if nli_backend == "auto":
         nli_backend = "transformers" if args.nli_model else "lexical"
@@ -649,20 +670,55 @@ def _settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]:
     num_gpus = args.num_gpus if args.num_gpus is not None else seen
     if num_gpus < 0 or (num_gpus > seen and not os.environ.get("RAY_ADDRESS")):
         raise SiopConfigError(f"--num-gpus is {num_gpus}, this machine has {seen}")
-    num_workers = num_gpus or args.num_workers
+    engine = _engine(args, num_gpus)
+    num_workers = num_gpus // args.tensor_parallel_size or args.num_workers
     settings = WorkerSettings(
         model=model,
-        engine=NO_MODEL if model == NO_MODEL else engine,
+        engine=engine,
         nli_model=nli_model,
         nli_backend=nli_backend,
         nli_self_test=not args.no_nli_self_test,
         device="cuda" if num_gpus else "cpu",
         dtype=args.dtype,
         max_model_len=args.max_model_len,
+        lora_path=str(Path(args.lora_path).expanduser().resolve()) if args.lora_path else None,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory=args.gpu_memory,
         trust_remote_code=args.trust_remote_code,
         threads=args.threads or max(1, (os.cpu_count() or 1) // num_workers),
     )
-    return settings, num_workers, 1 if num_gpus else 0
+    return settings, num_workers, args.tensor_parallel_size if num_gpus else 0
+
+
+def _engine(args: argparse.Namespace, num_gpus: int) -> str:
+    """The engine that ``auto`` stands for, and whether the options of engines fit it."""
+    size = args.tensor_parallel_size
+    if args.model == NO_MODEL:
+        for option in ("lora_path", "gpu_memory"):
+            if getattr(args, option) is not None:
+                raise SiopConfigError(f"--{option.replace('_', '-')} needs a language model, but --model is {NO_MODEL}")
+        engine = NO_MODEL
+    elif args.engine == "auto":
+        engine = "vllm" if num_gpus and importlib.util.find_spec("vllm") else "transformers"
+    else:
+        engine = args.engine
+    if engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise SiopConfigError(
+            f"--engine vllm: vLLM is not installed in {sys.executable}; install the extra gpu (on CPU: "
+            "bash scripts/setup_env.sh --vllm), or take --engine transformers"
+        )
+    if size > 1 and engine != "vllm":
+        raise SiopConfigError(f"--tensor-parallel-size is {size}, but engine {engine} takes 1 only; vllm takes more")
+    if size > 1 and (not num_gpus or num_gpus % size):
+        raise SiopConfigError(f"--tensor-parallel-size is {size}, of which --num-gpus {num_gpus} is no multiple")
+    if args.gpu_memory is not None:
+        if not 0 < args.gpu_memory <= 1:
+            raise SiopConfigError(f"--gpu-memory is {args.gpu_memory:g}, a share is more than 0 and at most 1")
+        if not num_gpus:
+            raise SiopConfigError(f"--gpu-memory is {args.gpu_memory:g}, but no GPU is used (--num-gpus 0)")
+    if args.lora_path:
+        read_adapter(str(Path(args.lora_path).expanduser()))
+    return engine
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -139,10 +139,9 @@ class WorkerPool:
                         raise SiopConfigError(message) from error
                     logger.warning("%s; trying again", message)
                     ray.shutdown()
-        available = ray.cluster_resources().get("GPU", 0)
-        needed = self._num_workers * self._gpus
-        if needed > available:
-            raise SiopConfigError(f"{needed:g} GPUs are asked for, the Ray cluster has {available:g}")
+        if self._gpus:
+            by_node = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+            check_gpus(self._num_workers, self._gpus, by_node)
         nli_share = NLI_GPU_SHARE if self._gpus == 1 and self.num_nli_workers else 0.0
         nli_settings = self._settings if nli_share else replace(self._settings, device="cpu")
         # The scoring workers first: each takes the most of a GPU, and the NLI workers then fit beside them only.
@@ -305,6 +304,21 @@ class WorkerPool:
         if self._ray_dir is not None:
             self._ray_dir.remove()
             self._ray_dir = None
+
+
+def check_gpus(num_workers: int, gpus_per_worker: float, gpus_by_node: Sequence[float]) -> None:
+    """Refuse workers that no placement has room for; a worker's GPUs are on one node.
+
+    Raises:
+        SiopConfigError: there is room for fewer workers.
+    """
+    room = sum(int(gpus // gpus_per_worker) for gpus in gpus_by_node)
+    if num_workers > room:
+        nodes = ", ".join(f"{gpus:g}" for gpus in gpus_by_node)
+        raise SiopConfigError(
+            f"{num_workers * gpus_per_worker:g} GPUs are asked for, {gpus_per_worker:g} by each worker on one "
+            f"node; the Ray cluster has {sum(gpus_by_node):g} ({nodes} by node), room for {room} worker(s)"
+        )
 
 
 def partition(rollouts: Sequence[RolloutQuery], num_parts: int) -> list[list[int]]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from verl.utils.siop.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts, too_long
+from verl.utils.siop.engines.lora import read_adapter
 from verl.utils.siop.engines.prefix_tree import TOKEN_BYTES, IntArray, build_prefix_tree, encode_path
 from verl.utils.siop.errors import ScorerError, SiopConfigError
 
@@ -130,6 +132,8 @@ class TransformersEngine:
         max_model_len: int | None = None,
         trust_remote_code: bool = False,
         chunk_tokens: int | None = None,
+        gpu_memory: float | None = None,
+        lora_path: str | None = None,
     ) -> TransformersEngine:
         """Load a model directory or hub id.
 
@@ -140,6 +144,8 @@ class TransformersEngine:
             max_model_len: see the class.
             trust_remote_code: run Python code that comes with the model.
             chunk_tokens: see the class.
+            gpu_memory: share of the GPU's memory that this process may take; None for no limit.
+            lora_path: LoRA adapter to merge into the model.
 
         Raises:
             SiopConfigError: the model cannot be loaded or cannot be scored by this engine.
@@ -162,7 +168,12 @@ class TransformersEngine:
             if isinstance(error, SiopConfigError):
                 raise
             raise SiopConfigError(f"cannot load the scorer model {path}: {_one_line(error)}") from error
-        engine = cls(model.to(device).eval(), path, max_model_len, chunk_tokens)
+        if gpu_memory is not None and torch.device(device).type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(gpu_memory)
+        model = model.to(device)
+        if lora_path is not None:
+            model = _with_adapter(model, lora_path)
+        engine = cls(model.eval(), path, max_model_len, chunk_tokens)
         logger.info(
             "scorer model %s: %.1fM parameters, %s on %s, max_model_len %d, loaded in %.1f s",
             path,
@@ -319,6 +330,24 @@ class TransformersEngine:
                             f"{self.info.model} ({self._model.config.model_type}) fails the self-test of packed "
                             f"scoring: {score:.4f} packed, {plain:.4f} plain; the transformers engine cannot score it"
                         )
+
+
+def _with_adapter(model: Any, path: str) -> Any:
+    """The model with a LoRA adapter merged into its weights.
+
+    Raises:
+        SiopConfigError: the folder holds no LoRA adapter, or not one for this model.
+    """
+    read_adapter(path)
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # peft would go on without them, as if there were no adapter.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
+        raise SiopConfigError(f"cannot load the LoRA adapter {path}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

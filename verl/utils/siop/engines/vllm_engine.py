@@ -100,13 +100,6 @@ class _Branch:
         return len(self.prompt) // TOKEN_BYTES
 
 
-def is_available() -> bool:
-    """Whether vLLM is installed; does not import it."""
-    import importlib.util
-
-    return importlib.util.find_spec("vllm") is not None
-
-
 class VllmEngine:
     """Scorer over vLLM's offline engine.
 

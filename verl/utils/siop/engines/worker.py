@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, NoEngine, RolloutQuery, SupportResult
+from verl.utils.siop.errors import EngineFailed
 
 if TYPE_CHECKING:
     from verl.utils.siop.engines.base import ScoringEngine
     from verl.utils.siop.engines.nli import AnswerGroup, TransformersNli
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm")
 NLI_BACKENDS = ("lexical", "transformers")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -38,6 +41,9 @@ class WorkerSettings:
         device: ``cpu`` or ``cuda`` (Ray shows each worker its own GPU only).
         dtype: ``auto`` or a torch dtype name.
         max_model_len: longest sequence, None for the model's own limit.
+        lora_path: LoRA adapter on top of the scorer model.
+        tensor_parallel_size: GPUs that share one scorer model.
+        gpu_memory: share of each GPU's memory that a scorer model may take, None for the engine's default.
         trust_remote_code: run Python code that comes with the models.
         threads: CPU threads of each worker.
     """
@@ -50,6 +56,9 @@ class WorkerSettings:
     device: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
+    lora_path: str | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory: float | None = None
     trust_remote_code: bool = False
     threads: int = 1
 
@@ -106,15 +115,23 @@ class ScoringWorker(_Worker):
         settings = self._settings
         if settings.engine == NO_MODEL:
             return NoEngine()
+        options: dict[str, Any] = {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "trust_remote_code": settings.trust_remote_code,
+            "gpu_memory": settings.gpu_memory,
+            "lora_path": settings.lora_path,
+        }
+        if settings.engine == "vllm":
+            from verl.utils.siop.engines.vllm_engine import VllmEngine
+
+            return VllmEngine.from_pretrained(
+                settings.model, tensor_parallel_size=settings.tensor_parallel_size, **options
+            )
         from verl.utils.siop.engines.transformers_engine import TransformersEngine
 
-        return TransformersEngine.from_pretrained(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        return TransformersEngine.from_pretrained(settings.model, **options)
 
     def load(self) -> EngineInfo:
         """Load the model if that has not happened yet.
@@ -127,7 +144,11 @@ class ScoringWorker(_Worker):
 
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """See :class:`ScoringEngine`."""
-        result: SupportResult = self._loaded().support(rollouts)
+        try:
+            result: SupportResult = self._loaded().support(rollouts)
+        except EngineFailed:
+            logger.exception("the engine failed; this worker ends so that Ray starts another")
+            os._exit(1)
         return result
 
 
