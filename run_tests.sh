@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then runs the linters, the type checker and all tests.
+# Sets up .venv and .venv/vllm if needed, then runs the linters, the type checker and all tests; those of vLLM last.
 #
 #   bash run_tests.sh [PYTEST_ARGUMENT ...]      e.g. bash run_tests.sh -k advantage
 set -euo pipefail
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/common.sh
 
 help_if_asked "${BASH_SOURCE[0]}" "${1:-}"
-bash scripts/setup_env.sh
+bash scripts/setup_env.sh --vllm
 unset CONDA_ENV
 VIRTUAL_ENV=$ROOT/.venv PATH=$ROOT/.venv/bin:$PATH
 export VIRTUAL_ENV PATH
@@ -22,4 +22,8 @@ mypy
 say "shellcheck"
 shellcheck -x ./*.sh scripts/*.sh
 say "pytest"
-python -m pytest "$@"
+python -m pytest -m "not vllm" "$@" && status=0 || status=$?
+say "pytest with vLLM"
+.venv/vllm/bin/python -m pytest -m vllm "$@" && vllm_status=0 || vllm_status=$?
+# 5: the arguments chose no test of this part.
+for code in "$status" "$vllm_status"; do [[ $code == 0 || $code == 5 ]] || exit "$code"; done
