@@ -336,9 +336,13 @@ def _with_adapter(model: Any, path: str) -> Any:
     """The model with a LoRA adapter merged into its weights.
 
     Raises:
-        SiopConfigError: the folder holds no LoRA adapter, or not one for this model.
+        SiopConfigError: the folder holds no LoRA adapter, or not one that can be merged into this model.
     """
-    read_adapter(path)
+    tied = read_adapter(path).modules & {"lm_head", "embed_tokens"}
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        raise SiopConfigError(
+            f"LoRA adapter {path} changes {', '.join(sorted(tied))}, whose weights the model uses in two places"
+        )
     from peft import PeftModel
 
     try:
