@@ -29,7 +29,7 @@ class SamplingParams:
     flat_logprobs: bool = False
     skip_reading_prefix_cache: bool | None = None
 
-    __struct_fields__ = ("prompt_logprobs", "logprob_token_ids")
+    __struct_fields__: tuple[str, ...] = ("prompt_logprobs", "logprob_token_ids")
 
 
 @dataclass
