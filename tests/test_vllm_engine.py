@@ -137,7 +137,7 @@ def save_adapter(path: Path, seed: int, rank: int, modules=("q_proj", "v_proj", 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), init_lora_weights=False)
     model = get_peft_model(case_model(), config)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return model.eval()
 
 
