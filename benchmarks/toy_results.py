@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.siop.report import METRICS_FILE, read_metrics
 from verl.utils.reward_score.siop_reward import exact_match
@@ -101,12 +101,16 @@ def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
     }
 
 
-def algorithm_of(overrides: Sequence[str]) -> DictConfig:
-    """The ``algorithm`` section that these Hydra overrides give, ablation presets included."""
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     path = f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]"
     with initialize_config_module("verl.trainer.siop.config", version_base=None):
-        config = compose("siop_trainer", overrides=[path, "experiment=toy", "hardware=cpu", *overrides])
-    return OmegaConf.create(OmegaConf.to_container(config.algorithm, resolve=True))
+        return compose("siop_trainer", overrides=[path, "experiment=toy", "hardware=cpu", *overrides])
+
+
+def config_of(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that these Hydra overrides give a run of the toy world, presets included."""
+    return _composed(tuple(overrides))
 
 
 def turn_advantages(

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.toy_results import (  # noqa: E402
-    algorithm_of,
+    config_of,
     evaluation,
     is_finished,
     plot,
@@ -55,6 +55,11 @@ class ToyWorld:
     options: tuple[str, ...] = ()
     init: str | None = None
 
+    @property
+    def settings(self) -> str:
+        """Its settings in config/experiment, as the launchers choose them."""
+        return "toy_chains" if "chains" in self.options else "toy"
+
 
 WORLDS: Mapping[str, ToyWorld] = {
     "two_hop": ToyWorld(ROOT / "runs" / "toy", 60),
@@ -62,7 +67,7 @@ WORLDS: Mapping[str, ToyWorld] = {
     "stale": ToyWorld(
         ROOT / "runs" / "toy-stale",
         40,
-        ("--world", "chains", "--stale", "0.15", "--imperfect-steps", "200"),
+        ("--world", "chains", "--stale", "0.15", "--imperfect-steps", "400"),
         "chains",
     ),
 }
@@ -270,7 +275,7 @@ def collect(worlds: Iterable[str]) -> dict[str, Any]:
                 Run(world, method, int(path.name.rsplit("seed", 1)[1])) for path in folder.glob(f"{method}-seed[0-9]*")
             ]
             for run in sorted((run for run in runs if is_finished(run.folder)), key=lambda run: run.seed):
-                algorithm = algorithm_of(overrides)
+                algorithm = config_of(overrides).algorithm
                 entry["runs"].append(
                     {
                         "method": method,

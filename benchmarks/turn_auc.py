@@ -2,10 +2,9 @@
 
     python benchmarks/turn_auc.py [--worlds two_hop,chains,stale] [--methods siop,release,...]
 
-No training: the start model answers questions of the training world once (one step of the trainer with learning rate
-0), and all methods give credit for the same rollouts, with the real scorer and the real estimator. The facts of the
-world serve only as the label that the advantage is compared with. Writes runs/toy_table/WORLD/turn_auc.json, which
-`toy_table.py` takes into its table.
+No training: the start model answers questions of the training world once, and all methods give credit for the same
+rollouts, with the real scorer and the real estimator. The facts of the world serve only as the label that the advantage
+is compared with. Writes runs/toy_table/WORLD/turn_auc.json, which `toy_table.py` takes into its table.
 """
 
 from __future__ import annotations
@@ -13,59 +12,108 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from verl.experimental.agent_loop.tool_parser import HermesToolParser
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-from verl.utils.reward_score.siop_reward import place_turn_rewards
+from verl.utils.reward_score.siop_reward import exact_match, place_turn_rewards
+from verl.utils.siop.retriever.bm25 import Bm25Index
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, compute_group_rewards
-from verl.utils.siop.turn_utils import extract_answer, extract_observations, get_assistant_turn_ranges
+from verl.utils.siop.turn_utils import (
+    extract_answer,
+    extract_observations,
+    get_assistant_turn_ranges,
+    parse_answer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.toy_results import (  # noqa: E402
     Turn,
-    algorithm_of,
+    config_of,
     needed_fact_found,
     question_of,
     read_rows,
     turn_auc,
+    turns_of,
 )
 from benchmarks.toy_services import toy_services  # noqa: E402
-from benchmarks.toy_table import METHODS, RUNS, WORLDS, chosen  # noqa: E402
+from benchmarks.toy_table import METHODS, RUNS, WORLDS, build_world, chosen  # noqa: E402
+from examples.toy_world.tokenizer import observation_text, prompt_text  # noqa: E402
+from examples.toy_world.warm_start import search_in  # noqa: E402
+
+Search = Callable[[str], str]
 
 
-def start_rollouts(folder: Path, env: dict[str, str], questions: int, rollouts: int) -> list[dict[str, Any]]:
-    """Rollouts of the start model on training questions, as the trainer dumps them; made once.
+@torch.no_grad()
+def play(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, search: Search, turns: int, tokens: int
+) -> tuple[str, str]:
+    """Samples one rollout as the trainer's agent loop does, at temperature 1.
 
-    Raises:
-        subprocess.CalledProcessError: the trainer failed; see its log in the folder.
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        question: the user's message.
+        search: the tool, from query to result text.
+        turns: most assistant turns.
+        tokens: most response tokens.
+
+    Returns:
+        The prompt and the response as decoded texts.
     """
-    dump = folder / "rollouts" / "1.jsonl"
-    if not dump.is_file():
-        overrides = [
-            "ablation=grpo",
-            "trainer.total_training_steps=1",
-            "trainer.save_freq=-1",
-            f"data.train_batch_size={questions}",
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={questions}",
-            f"actor_rollout_ref.rollout.n={rollouts}",
-            "actor_rollout_ref.actor.optim.lr=0.0",
-        ]
-        run_env = {**env, "OUT_DIR": str(folder), "LOG_DIR": str(folder / "logs"), "EXPERIMENT": "start"}
-        command = ["bash", "train_siop.sh", "--", *overrides]
-        subprocess.run(command, cwd=ROOT, env=run_env, check=True, stdout=subprocess.DEVNULL)
-    return read_rows(dump)
+    prompt = ids = tokenizer.encode(prompt_text(question), add_special_tokens=False)
+    for turn in range(turns):
+        left = len(prompt) + tokens - len(ids)
+        drawn = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=True, top_k=0, max_new_tokens=left
+        )[0].tolist()
+        _, calls = asyncio.run(HermesToolParser(tokenizer).extract_tool_calls(drawn[len(ids) :]))
+        ids = drawn
+        if not calls or turn == turns - 1:
+            break
+        query = json.loads(calls[0].arguments).get("query", "")
+        observation = tokenizer.encode(observation_text(search(query.strip())), add_special_tokens=False)
+        if len(ids) + len(observation) >= len(prompt) + tokens:
+            break
+        ids = ids + observation
+    return str(tokenizer.decode(prompt)), str(tokenizer.decode(ids[len(prompt) :]))
+
+
+def start_rollouts(world: str, questions: int, rollouts: int) -> list[dict[str, Any]]:
+    """Rollouts of the start model on training questions, in the form in which the trainer dumps them; made once."""
+    file = RUNS / world / f"start-rollouts-{questions}x{rollouts}.jsonl"
+    if not file.is_file():
+        toy = WORLDS[world].toy
+        settings = config_of([f"experiment={WORLDS[world].settings}"])
+        limits = (settings.actor_rollout_ref.rollout.multi_turn.max_assistant_turns, settings.data.max_response_length)
+        tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+        model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32).eval()
+        documents = [json.loads(line) for line in (toy / "corpus.jsonl").read_text().splitlines()]
+        search = search_in(Bm25Index.from_documents(documents))
+        asked = pq.read_table(toy / "train.parquet")["extra_info"].to_pylist()[:questions]
+        torch.manual_seed(0)
+        rows = []
+        for number, extra in enumerate(tqdm(asked, desc=f"rollouts, {world}", unit=" questions")):
+            for session in range(rollouts):
+                prompt, output = play(model, tokenizer, extra["question"], search, *limits)
+                answer, gold = parse_answer(turns_of(output)[-1]), question_of(prompt, toy).gold
+                em = exact_match(answer, [gold])
+                rows.append({"input": prompt, "output": output, "uid": f"{number}_{session}_0", "em": em})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_rows(file)
 
 
 def rollout_of(row: dict[str, Any], toy: Path, tokenizer: PreTrainedTokenizerBase) -> Rollout:
@@ -139,15 +187,14 @@ async def advantages_of(
 def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -> dict[str, Any]:
     """Turn AUC of the methods in one world."""
     toy = WORLDS[world].toy
-    folder = RUNS / world / f"start-rollouts-{questions}x{rollouts}"
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    rows = start_rollouts(world, questions, rollouts)
+    parsed = [rollout_of(row, toy, tokenizer) for row in rows]
+    labels = [labels_of(rollout, toy, tokenizer) for rollout in parsed]
     result: dict[str, Any] = {}
-    with toy_services(toy, folder / "logs") as env:
-        rows = start_rollouts(folder, env, questions, rollouts)
-        parsed = [rollout_of(row, toy, tokenizer) for row in rows]
-        labels = [labels_of(rollout, toy, tokenizer) for rollout in parsed]
+    with toy_services(toy, RUNS / world / "logs") as env:
         for method in tqdm(methods, desc=f"turn AUC, {world}", unit=" methods"):
-            algorithm = algorithm_of(METHODS[method])
+            algorithm = config_of(METHODS[method]).algorithm
             values = asyncio.run(
                 advantages_of(parsed, [row["em"] for row in rows], tokenizer, algorithm, env["SIOP_SCORER_URL"])
             )
@@ -176,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=8, help="rollouts of each (default: 8)")
     args = parser.parse_args()
     for world in chosen(args.worlds, WORLDS, "--worlds"):
+        build_world(world)
         file = RUNS / world / "turn_auc.json"
         known = json.loads(file.read_text())["methods"] if file.is_file() else {}
         measured = measure(world, chosen(args.methods, METHODS, "--methods"), args.questions, args.rollouts)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 from benchmarks import toy_results, toy_services, toy_table, turn_auc
@@ -109,6 +110,39 @@ def test_dumped_rollouts_become_tokens_again(kind: Kind, tmp_path: Path) -> None
     assert sum(right) / len(right) > 0.85
 
 
+def test_sampled_rollouts_are_the_agent_loops() -> None:
+    tokenizer = build_tokenizer(vocabulary())
+    world = held_out_world(0, CHAINS)
+    search = search_in(world_index(world, "x"))
+    question = world.questions()[0]
+    segments = trajectory(question, world, search, PERFECT, random.Random(0))
+    ids, _ = encode_episode(question.text, segments, tokenizer.encode)
+    prompt = tokenizer.encode(prompt_text(question.text))
+
+    class Scripted:
+        """Says the scripted agent's next turn."""
+
+        def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+            said = input_ids[0].tolist()
+            assert said == ids[: len(said)]
+            end = ids.index(tokenizer.eos_token_id, len(said)) + 1
+            return torch.tensor([ids[: min(end, len(said) + max_new_tokens)]])
+
+    def played(turns: int, tokens: int) -> str:
+        model: Any = Scripted()
+        before, output = turn_auc.play(model, tokenizer, question.text, search, turns, tokens)
+        assert before == tokenizer.decode(prompt)
+        return output
+
+    whole = str(tokenizer.decode(ids[len(prompt) :]))
+    assert played(8, 384) == whole
+    # The last turn that is allowed ends the rollout, also if it searches; so does an observation that does not fit.
+    first = str(tokenizer.decode(tokenizer.encode(segments[0].text)))
+    assert played(1, 384) == first and played(8, len(tokenizer.encode(first)) + 3) == first
+    assert whole.startswith(played(2, 384)) and len(toy_results.turns_of(played(2, 384))) == 2
+    assert len(tokenizer.encode(played(8, 5))) == 5
+
+
 # --- run folders ------------------------------------------------------------------------------------------------------
 
 
@@ -173,14 +207,16 @@ def test_evaluation_of_a_run(tmp_path: Path) -> None:
 def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
     _fake_run(tmp_path / "run", TWO_HOP, em=5)
     plain = ["algorithm.norm_adv_by_std_in_grpo=false"]
-    algorithm = toy_results.algorithm_of(["ablation=siop", *plain])
+    algorithm = toy_results.config_of(["ablation=siop", *plain]).algorithm
     course = toy_results.training(tmp_path / "run" / "rollouts", algorithm)
     # Returns 1 1 | .5 | 0 0. Leave-one-out at turn 1: .75, 0, -.75; at turn 2: 1, -1.
     assert course["answer_advantage"] == pytest.approx((1.0 + 0.0) / 2)
     assert course["search_advantage"] == pytest.approx((0.75 - 0.75 - 1.0) / 3, abs=1e-4)
     assert course["steps"] == 11 and course["train_em"] == [pytest.approx(1 / 3, abs=1e-4), 1.0]
     # The whole reward at once, minus the mean .5: .5 .5 | 0 | -.5 -.5.
-    outcome = toy_results.training(tmp_path / "run" / "rollouts", toy_results.algorithm_of(["ablation=empo", *plain]))
+    outcome = toy_results.training(
+        tmp_path / "run" / "rollouts", toy_results.config_of(["ablation=empo", *plain]).algorithm
+    )
     assert outcome["answer_advantage"] == pytest.approx(0.25)
     assert outcome["search_advantage"] == pytest.approx((0.5 - 0.5 - 0.5) / 3, abs=1e-4)
 
@@ -299,7 +335,7 @@ def test_plan() -> None:
     assert {run.method for run in runs} == set(toy_table.METHODS)
     # Every method is a configuration that the trainer accepts.
     for overrides in toy_table.METHODS.values():
-        assert toy_results.algorithm_of(overrides).adv_estimator in ("siop", "grpo")
+        assert toy_results.config_of(overrides).algorithm.adv_estimator in ("siop", "grpo")
 
 
 def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def make_examples(
     kind: Kind = TWO_HOP,
     stale: float = 0.0,
 ) -> list[Example]:
-    """``count`` episodes of an agent with these faults; in every third world it is perfect, but for stale answers.
+    """``count`` episodes of an agent with these faults; in every third two-hop world it is perfect.
 
     The worlds are small and many (``first_world`` onwards), so that only copying can be learnt, not facts.
     """
@@ -114,7 +114,7 @@ def make_examples(
         world = warm_start_world(seed, first_world + i, kind)
         search = search_in(world_index(world, f"toy world {seed}: warm start corpus {first_world + i}"))
         questions = world.questions()
-        played = PERFECT if i % 3 == 2 else faults
+        played = PERFECT if i % 3 == 2 and kind is TWO_HOP else faults
         for _ in range(count * (i + 1) // worlds - count * i // worlds):
             question = rng.choice(questions)
             segments = trajectory(question, world, search, played, rng, stale)
