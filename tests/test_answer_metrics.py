@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from method_helpers import tool_result
+from transformers.data.metrics import squad_metrics
+from verl.trainer.siop.report import core_metrics, rows
 from verl.utils.reward_score.siop_reward import (
     compute_score,
     exact_match,
@@ -41,6 +43,11 @@ from verl.utils.siop.turn_utils import get_assistant_turn_ranges
         ),
         ("Levis Stadium", ["Santa Clara, California", "Levi's Stadium"], 1.0, 1.0),
         ("february 7 2016", ["February 7, 2016", "February 7"], 1.0, 1.0),
+        # SQuAD 2.0 dev set, Normans: gold answers of its first questions.
+        ("france", ["France", "France", "France", "France"], 1.0, 1.0),
+        ("the 10th and 11th centuries", ["10th and 11th centuries", "in the 10th and 11th centuries"], 1.0, 1.0),
+        ("10th to 11th centuries", ["10th and 11th centuries", "in the 10th and 11th centuries"], 0.0, 0.75),
+        ("Denmark, Norway", ["Denmark, Iceland and Norway"], 0.0, 2 / 3),
         # Repeated tokens count as often as both have them.
         ("very very good", ["very very bad"], 0.0, 2 / 3),
         ("new new york", ["new york"], 0.0, 0.8),
@@ -56,6 +63,16 @@ from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 def test_em_and_f1(answer: str, aliases: list[str], em: float, f1: float) -> None:
     assert exact_match(answer, aliases) == em
     assert f1_score(answer, aliases) == pytest.approx(f1, abs=1e-12)
+
+
+@given(
+    *[st.lists(st.sampled_from(["The", "a", "new", "New", "York,", "york", "NY!", "'s", "東京"]), max_size=6)] * 2,
+)
+def test_em_and_f1_equal_the_evaluation_of_squad_as_transformers_has_it(answer: list[str], gold: list[str]) -> None:
+    text, alias = " ".join(answer), " ".join(gold)
+    if text:  # no answer at all scores 0, whatever the gold answer is
+        assert exact_match(text, [alias]) == squad_metrics.compute_exact(alias, text)
+        assert f1_score(text, [alias]) == pytest.approx(squad_metrics.compute_f1(alias, text), abs=1e-12)
 
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=20), max_size=4))
@@ -146,6 +163,28 @@ def test_verls_validation_averages_over_labelled_rows_only() -> None:
     found = process_validation_metrics(["d"] * 3, ["a", "b", "c"], infos)
     assert found["d"]["em"]["mean@1"] == 0.5
     assert found["d"]["f1"]["mean@1"] == 0.5
+
+
+def test_validation_reports_em_and_f1_by_data_source_and_averaged() -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    scores = [compute_score("d", FINAL, truth) for truth in ("Paris", "Lyon", "Paris", "Paris Lyon", None)]
+    infos = {key: [score[key] for score in scores] for key in scores[0]} | {"reward": [s["score"] for s in scores]}
+    sources = np.array(["nq", "nq", "hotpot/dev", "nq", "none"])
+    upstream = PPOTrainer._val_metrics_update(object(), sources, list("abcde"), infos, [])
+    found = core_metrics(upstream)
+    assert found == pytest.approx(
+        {
+            "val-core/nq/em/mean@1": 1 / 3,
+            "val-core/nq/f1/mean@1": (1 + 2 / 3) / 3,
+            "val-core/hotpot/dev/em/mean@1": 1.0,
+            "val-core/hotpot/dev/f1/mean@1": 1.0,
+            "val-core/average/em/mean@1": (1 / 3 + 1) / 2,
+            "val-core/average/f1/mean@1": (5 / 9 + 1) / 2,
+        }
+    )
+    assert [source for source, _, _ in rows(upstream | found)] == ["hotpot/dev", "nq", "average"]
+    assert core_metrics({"val-core/nq/reward/mean@1": 1.0}) == {}
 
 
 def test_turn_rewards_land_on_the_last_token_of_each_turn() -> None:

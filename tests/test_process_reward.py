@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -661,6 +662,17 @@ def test_group_metrics() -> None:
     assert found["siop/turn_reward/mean"] == pytest.approx(sum(every) / 15)
     assert found["siop/turn_reward/turn_4/mean"] == rewards.turn_rewards[3][3]
     assert "siop/turn_reward/turn_4/std" not in found
+    assert found["siop/return_to_go/turn_4/mean"] == rewards.turn_rewards[3][3]
+    with_three = [rewards.turn_rewards[n] for n in (0, 3, 6)]
+    values = [math.fsum(turns[2:]) for turns in with_three]
+    assert found["siop/return_to_go/turn_3/mean"] == pytest.approx(sum(values) / 3)
+    assert found["siop/return_to_go/turn_3/std"] == pytest.approx(statistics.stdev(values))
+    discounted = group_metrics(rewards, batch, SiopConfig(), gamma=0.5)
+    values = [turns[2] + 0.5 * (turns[3] if len(turns) > 3 else 0.0) for turns in with_three]
+    assert discounted["siop/return_to_go/turn_3/mean"] == pytest.approx(sum(values) / 3)
+    lowest = metrics_of(batch, rewards, siop_return="min")
+    assert lowest["siop/return_to_go/turn_3/mean"] == pytest.approx(sum(min(turns[2:]) for turns in with_three) / 3)
+    assert {name for name in found if found[name] != lowest[name]} <= {n for n in found if "return_to_go" in n}
     assert "siop/turn_reward/turn_5/mean" not in found
     a, b = (turns[2] for turns in (rewards.turn_rewards[0], rewards.turn_rewards[6]))
     c = rewards.turn_rewards[3][2]

@@ -195,6 +195,9 @@ def test_client_gives_the_same_values_from_several_event_loops(scorer, engine, m
         assert ids == nli.cluster([AnswerGroup("q", ["a", "b", "A"])])[0]
         assert entailment == pytest.approx(nli.entailment([("p", "h")]), abs=1e-5)
         assert empty == []
+    one = local(engine, rollouts)
+    assert scorer_client.computed_tokens == 4 * one.computed_tokens
+    assert scorer_client.requested_tokens == 4 * one.requested_tokens
 
 
 def change(field: str, value) -> dict:

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # val-core/<data source>/<metric>/mean@<samples per question>
-_MEAN = re.compile(r"val-(?:core|aux)/(?P<source>.+)/(?P<metric>em|f1)/mean@\d+$")
+_MEAN = re.compile(r"val-(?:core|aux)/(?P<source>.+)/(?P<metric>em|f1)/(?P<mean>mean@\d+)$")
 METRICS_FILE = "metrics.json"
+AVERAGE = "average"
+
+
+def core_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """EM and F1 of a validation as ``val-core/<data source>/em/mean@n``, and averaged over the data sources.
+
+    verl puts every variable but the score into ``val-aux``. The average ``val-core/average/em/mean@n`` counts each data
+    source once, however many questions it has.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for key, value in metrics.items():
+        match = _MEAN.match(key)
+        if match:
+            found.setdefault((match["metric"], match["mean"]), {})[match["source"]] = value
+    core = {}
+    for (metric, mean), by_source in found.items():
+        for source, value in [*by_source.items(), (AVERAGE, math.fsum(by_source.values()) / len(by_source))]:
+            core[f"val-core/{source}/{metric}/{mean}"] = value
+    return core
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -24,13 +44,14 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def rows(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:
-    """(data source, EM, F1) of each source, EM and F1 in [0, 1]; None where the data has no labels."""
+    """(data source, EM, F1) of each source, the average last, in [0, 1]; None where the data has no labels."""
     found: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
         match = _MEAN.match(key)
         if match:
             found.setdefault(match["source"], {})[match["metric"]] = value
-    return [(source, values.get("em"), values.get("f1")) for source, values in sorted(found.items())]
+    in_order = sorted(found.items(), key=lambda item: (item[0] == AVERAGE, item[0]))
+    return [(source, values.get("em"), values.get("f1")) for source, values in in_order]
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
-from verl.trainer.siop.report import METRICS_FILE
+from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
@@ -251,6 +251,7 @@ class SiopTrainer(PPOTrainerSync):
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        metrics.update(core_metrics(metrics))
         metrics.update(self.replay_buffer.take_validation_metrics())
         folder = self.config.trainer.get("validation_data_dir")
         if folder:
