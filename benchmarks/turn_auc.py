@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from verl.experimental.agent_loop.tool_parser import HermesToolParser
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.utils.reward_score.siop_reward import exact_match, place_turn_rewards
@@ -58,12 +58,12 @@ Search = Callable[[str], str]
 
 @torch.no_grad()
 def play(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, search: Search, turns: int, tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, question: str, search: Search, turns: int, tokens: int
 ) -> tuple[str, str]:
     """Samples one rollout as the trainer's agent loop does, at temperature 1.
 
     Args:
-        model: the policy.
+        model: the policy, a transformers model.
         tokenizer: its tokenizer.
         question: the user's message.
         search: the tool, from query to result text.
@@ -118,7 +118,7 @@ def start_rollouts(world: str, questions: int, rollouts: int) -> list[dict[str, 
 
 def rollout_of(row: dict[str, Any], toy: Path, tokenizer: PreTrainedTokenizerBase) -> Rollout:
     """A dumped rollout as tokens again: a policy turn goes to its end token, the tool's result to the next turn."""
-    header, end = tokenizer.convert_tokens_to_ids(["<|im_start|>assistant\n", "<|im_end|>"])
+    header, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>assistant\n", "<|im_end|>"))
     response: list[int] = tokenizer.encode(row["output"], add_special_tokens=False)
     mask, policy = [], True
     for token in response:

@@ -176,7 +176,7 @@ def _fake_run(run: Path, kind: Kind, em: int) -> None:
     turn = (
         "<tool_call> q </tool_call> <|im_end|> \n <|im_start|>user\n <tool_response> [1] y </tool_response> <|im_end|>"
     )
-    dumped = [
+    dumped: list[dict[str, Any]] = [
         {"output": turn + " <answer> a </answer>", "turn_rewards": [0.0, 1.0], "uid": "g_0_0", "em": 1.0, "score": 1.0},
         {"output": "<answer> b </answer>", "turn_rewards": [0.5], "uid": "g_1_0", "em": 0.0, "score": 0.5},
         {"output": turn + " <think>", "turn_rewards": [], "uid": "g_2_0", "em": 0.0, "score": 0.0},
