@@ -22,7 +22,8 @@ mypy
 say "shellcheck"
 shellcheck -x ./*.sh scripts/*.sh
 say "pytest"
-python -m pytest -m "not vllm" "$@" && status=0 || status=$?
+# Files side by side; see tests/conftest.py for their order.
+python -m pytest -m "not vllm" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" && status=0 || status=$?
 say "pytest with vLLM"
 .venv/vllm/bin/python -m pytest -m vllm "$@" && vllm_status=0 || vllm_status=$?
 # 5: the arguments chose no test of this part.

@@ -17,6 +17,15 @@ CHAT_TEMPLATE = (
 )
 
 
+# Files that mostly wait or take long come first, so that the short ones fill up the time beside them.
+LONG = ("test_end_to_end", "test_load", "test_faults", "test_api_fuzz", "test_scorer_service", "test_policy_scorer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of two layers with the byte tokenizer (259 tokens) and a chat template."""
