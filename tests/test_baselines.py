@@ -160,9 +160,8 @@ def test_the_loss_by_hand() -> None:
     # Gains 2 and outcome 1: A = 0.3·2 + 1 before the last turn.
     advantages = torch.tensor([[1.6, 1.6, 0.0, 1.0, 0.0], [0.0] * 5])
     new = torch.tensor([[0.4, 0.2, 9.0, -0.1, 9.0], [5.0] * 5], requires_grad=True)
-    loss, metrics = turn_clip_loss(
-        torch.zeros(2, 5), new, advantages, mask, "token-mean", actor_config(clip_ratio_low=0.1, clip_ratio_high=0.2)
-    )
+    config = actor_config(clip_ratio_low=0.1, clip_ratio_high=0.2)
+    loss, metrics = turn_clip_loss(torch.zeros(2, 5), new, advantages, mask, "token-mean", config, None)
     high = 0.2 * (1 + 0.3 * math.tanh(1.0))
     # The turn's ratio e^0.3 is clipped above for both tokens; e^-0.1 stays within [1 - 0.1, 1 + 0.2].
     assert loss.item() == pytest.approx(-(1.6 * 2 * (1 + high) + math.exp(-0.1)) / 3, abs=1e-5)
@@ -191,12 +190,12 @@ def test_one_update_per_batch_has_the_gradient_of_the_vanilla_loss() -> None:
         loss.backward()
         gradients.append(new.grad)
     torch.testing.assert_close(*gradients)
-    assert gradients[0].any()
+    assert gradients[0] is not None and gradients[0].any()
 
 
 def test_importance_weights_multiply_the_loss() -> None:
     mask, advantages = torch.tensor([[1, 0, 1]]), torch.tensor([[1.0, 0.0, 2.0]])
     zeros, config = torch.zeros(1, 3), actor_config()
-    plain, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config)
+    plain, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, None)
     weighted, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, torch.full((1, 3), 0.5))
     assert weighted == plain / 2 == -0.75

@@ -138,17 +138,19 @@ def test_a_batch_may_be_split_by_question(keys: dict[str, Any]) -> None:
         mask, scores = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width)
         for k, n in enumerate(rows):
             mask[k, : len(batch[n].response_mask)] = torch.tensor(batch[n].response_mask)
-        ends = module.place_turn_rewards([whole.turn_rewards[n] for n in rows], mask)
+        scores += torch.as_tensor(module.place_turn_rewards([whole.turn_rewards[n] for n in rows], mask))
         index = np.array([batch[n].uid for n in rows], dtype=object)
-        return compute_siop_advantage(scores + ends, mask, index=index, config=config)[0]
+        return compute_siop_advantage(scores, mask, index=index, config=config)[0]
 
-    rows = {uid: [n for n, item in enumerate(batch) if item.uid == uid] for uid in ("a", "b")}
+    rows_of = {uid: [n for n, item in enumerate(batch) if item.uid == uid] for uid in ("a", "b")}
     settings: list[dict[str, Any]] = [{"siop_baseline": b} for b in ("pooled", "turn_index", "turn_group")]
     settings += [{"norm_adv_by_std_in_grpo": False}, {"siop_advantage_mode": "broadcast"}]
     for config in settings:
-        together = advantages(rows["a"] + rows["b"], **config)
-        assert torch.equal(together, torch.cat([advantages(rows["a"], **config), advantages(rows["b"], **config)]))
-    together, alone = advantages(rows["a"] + rows["b"]), advantages(rows["a"])
+        together = advantages(rows_of["a"] + rows_of["b"], **config)
+        assert torch.equal(
+            together, torch.cat([advantages(rows_of["a"], **config), advantages(rows_of["b"], **config)])
+        )
+    together, alone = advantages(rows_of["a"] + rows_of["b"]), advantages(rows_of["a"])
     ratio = (together[: len(alone)] / alone)[alone != 0]
     assert torch.allclose(ratio, ratio[0].expand_as(ratio), atol=1e-4)
     assert abs(ratio[0] - 1) > 0.001
