@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
 import torch
 from fixtures_scorer import pair_tokenizer, save_classifier, teach_self_test, tiny_classifier
-from verl.utils.siop.engines.nli import AnswerGroup, LexicalNli, TransformersNli, cluster_in_rounds
+from verl.utils.siop.engines.nli import (
+    AnswerGroup,
+    LexicalNli,
+    TransformersNli,
+    _answers_input,
+    _evidence_input,
+    cluster_in_rounds,
+)
+from verl.utils.siop.engines.worker import NliWorker
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError
 from verl.utils.siop.nli_clustering import greedy_clusters, normalize_answer
+from verl.utils.siop.scoring_server import _parser, _settings
 
 LABELS = ("contradiction", "neutral", "entailment")
 MAX_LEN = 96
@@ -144,7 +154,7 @@ def test_clusters_are_those_of_the_model_one_pair_at_a_time(nli):
 
 def test_question_is_cut_from_its_left_and_answers_stay_whole(nli):
     question = "x" * 3000 + " who founded it?"
-    encoded = nli._encode_answers(question, "Ada Byron", "Grace Hopper")
+    (encoded,) = nli._encode([_answers_input(question, "Ada Byron", "Grace Hopper")])
     text = decode(encoded)
     assert len(encoded["input_ids"]) <= MAX_LEN
     assert len(encoded["input_ids"]) >= MAX_LEN - 1, "more was cut than needed"
@@ -159,7 +169,7 @@ def test_answer_that_does_not_fit_alone_is_an_error(nli):
 
 
 def test_premise_is_cut_from_its_right_and_the_hypothesis_never(nli):
-    encoded = nli._encode_evidence("BEGIN " + "x" * 3000, "Ada Byron")
+    (encoded,) = nli._encode([_evidence_input("BEGIN " + "x" * 3000, "Ada Byron")])
     assert len(encoded["input_ids"]) == MAX_LEN
     assert decode(encoded).startswith("BEGIN")
     assert decode(encoded).endswith("Ada Byron")
@@ -241,7 +251,14 @@ def test_the_self_test_refuses_a_model_that_is_not_trained_for_nli(tmp_path):
     save_classifier(tmp_path, self_test=False)
     with pytest.raises(SiopConfigError, match="self-test"):
         TransformersNli.from_pretrained(str(tmp_path))
-    assert TransformersNli.from_pretrained(str(tmp_path), self_test=False).entailment([("a", "b")])
+    arguments = ["--model", "none", "--num-gpus", "0", "--nli-model", str(tmp_path)]
+    for options, taken in ((arguments, False), ([*arguments, "--no-nli-self-test"], True)):
+        worker = NliWorker(_settings(_parser().parse_args(options))[0])
+        with contextlib.nullcontext() if taken else pytest.raises(SiopConfigError, match="self-test"):
+            assert worker.load() == str(tmp_path)
+    result = worker.entailment([("a", "b"), ("a", "b"), ("c", "d")])
+    assert (len(result.values), result.asked, result.computed) == (3, 3, 2)
+    assert (worker.cluster([AnswerGroup("q", ["x", "y"])]).asked, worker.entailment([("a", "b")]).computed) == (2, 0)
 
 
 def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):

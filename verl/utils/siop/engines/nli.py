@@ -27,6 +27,8 @@ from verl.utils.siop.nli_clustering import (
 logger = logging.getLogger(__name__)
 
 CACHE_ENTRIES = 1 << 16
+# Larger batches do not fit the caches of a CPU; a GPU needs them to be busy.
+DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Premise, hypothesis and the label that any trained NLI model gives them.
 SELF_TEST = (
     ("Paris is the capital of France.", "The capital of France is Paris.", "entailment"),
@@ -134,6 +136,35 @@ class LexicalNli:
         return scores
 
 
+@dataclass(frozen=True)
+class _Input:
+    """A pair of texts, one of which may be cut.
+
+    Attributes:
+        render: the pair with so many characters of the text that may be cut.
+        size: its length.
+        what: name of the rest, for the message that it is too long.
+    """
+
+    render: Callable[[int], tuple[str, str]]
+    size: int
+    what: str
+
+
+def _answers_input(question: str, a: str, b: str) -> _Input:
+    def render(kept: int) -> tuple[str, str]:
+        context = question[len(question) - kept :] + " "
+        return context + a, context + b
+
+    return _Input(render, len(question), f"the answers {_excerpt(a)} and {_excerpt(b)} alone, without their question,")
+
+
+def _evidence_input(premise: str, hypothesis: str) -> _Input:
+    return _Input(
+        lambda kept: (premise[:kept], hypothesis), len(premise), f"the hypothesis {_excerpt(hypothesis)} alone"
+    )
+
+
 class TransformersNli:
     """A transformers sequence classifier as NLI model.
 
@@ -148,7 +179,7 @@ class TransformersNli:
         tokenizer: its tokenizer.
         name: what messages call the model.
         max_len: longest input in tokens; None for the model's own limit.
-        batch_tokens: bound on rows × longest row of a batch.
+        batch_tokens: bound on rows × longest row of a batch; None for 2048 on CPU, 16384 on GPU.
         cache_entries: how many results are kept, 0 for none; the default takes about 25 MB.
         self_test: refuse a model that gets one of ``SELF_TEST`` wrong.
 
@@ -162,7 +193,7 @@ class TransformersNli:
         tokenizer: Any,
         name: str | None = None,
         max_len: int | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         cache_entries: int = CACHE_ENTRIES,
         self_test: bool = True,
     ) -> None:
@@ -174,7 +205,7 @@ class TransformersNli:
         except SiopConfigError as error:
             raise SiopConfigError(f"NLI model {self.name}: {error}") from error
         self._max_len = max_len or _longest_input(model.config, tokenizer)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS.get(model.device.type, 16384)
         self._cache: LRUCache[bytes, list[float]] = LRUCache(cache_entries)
         self.asked = self.computed = 0
         if self_test:
@@ -246,7 +277,7 @@ class TransformersNli:
             for g, i, j in questions:
                 question, answers = groups[g].question, groups[g].answers
                 texts += [(question, answers[i], answers[j]), (question, answers[j], answers[i])]
-            rows = self._rows(texts, self._encode_answers)
+            rows = self._rows(texts, _answers_input)
             labels = [max(range(len(row)), key=row.__getitem__) for row in rows]
             same = []
             for (g, _, _), forward, backward in zip(questions, labels[::2], labels[1::2], strict=True):
@@ -265,16 +296,16 @@ class TransformersNli:
         Raises:
             SequenceTooLong: a hypothesis alone does not fit the model.
         """
-        rows = self._rows([tuple(pair) for pair in pairs], self._encode_evidence)
+        rows = self._rows([tuple(pair) for pair in pairs], _evidence_input)
         return [row[self._entailment] for row in rows]
 
-    def _rows(self, texts: Sequence[tuple[str, ...]], encode: Callable[..., dict[str, list[int]]]) -> list[list[float]]:
-        """Label probabilities of each entry of ``texts``; ``encode(*entry)`` is the model's input. Entries that are in
-        the cache, or that were there before in the list, do not reach the model."""
+    def _rows(self, texts: Sequence[tuple[str, ...]], as_input: Callable[..., _Input]) -> list[list[float]]:
+        """Label probabilities of each entry of ``texts``; ``as_input(*entry)`` is the model's input. What is in the
+        cache, or was there before in the list, does not reach the model."""
         keys = [_key(entry) for entry in texts]
         known = {key: self._cache[key] for key in keys if key in self._cache}
         missing = {key: entry for key, entry in zip(keys, texts, strict=True) if key not in known}
-        rows = self._classify([encode(*entry) for entry in missing.values()])
+        rows = self._classify(self._encode([as_input(*entry) for entry in missing.values()]))
         self.asked += len(texts)
         self.computed += len(rows)
         known.update(zip(missing, rows, strict=True))
@@ -285,7 +316,7 @@ class TransformersNli:
 
     def _self_test(self) -> None:
         for premise, hypothesis, expected in SELF_TEST:
-            (row,) = self._classify([self._encode_evidence(premise, hypothesis)])
+            (row,) = self._classify(self._encode([_evidence_input(premise, hypothesis)]))
             given = row.index(max(row))
             # A model with two labels has another name for what is not entailed.
             if (given == self._entailment) != (expected == "entailment"):
@@ -296,47 +327,42 @@ class TransformersNli:
                     "--no-nli-self-test takes it all the same"
                 )
 
-    def _encode_answers(self, question: str, a: str, b: str) -> dict[str, list[int]]:
-        def render(kept: int) -> tuple[str, str]:
-            context = question[len(question) - kept :] + " "
-            return context + a, context + b
+    def _encode(self, inputs: Sequence[_Input]) -> list[dict[str, list[int]]]:
+        """Token ids of each input, cut no more than it has to be."""
+        if not inputs:
+            return []
+        encoded = self._tokenize([entry.render(entry.size) for entry in inputs])
+        if not all(tokens["input_ids"] for tokens in encoded):
+            raise InvalidRequest(f"premise and hypothesis are empty, and NLI model {self.name} has no token for that")
+        return [
+            tokens if len(tokens["input_ids"]) <= self._max_len else self._encode_cut(entry)
+            for entry, tokens in zip(inputs, encoded, strict=True)
+        ]
 
-        return self._fit(
-            render, len(question), f"the answers {_excerpt(a)} and {_excerpt(b)} alone, without their question,"
-        )
-
-    def _encode_evidence(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
-        return self._fit(
-            lambda kept: (premise[:kept], hypothesis), len(premise), f"the hypothesis {_excerpt(hypothesis)} alone"
-        )
-
-    def _fit(self, render: Callable[[int], tuple[str, str]], size: int, what: str) -> dict[str, list[int]]:
-        """Encode ``render(k)`` with the most characters ``k <= size`` of the text that may be cut.
+    def _encode_cut(self, entry: _Input) -> dict[str, list[int]]:
+        """Encode with the most characters of the text that may be cut.
 
         Characters, not tokens, are cut, so that this holds for every tokenizer.
         """
-
-        def encode(kept: int) -> dict[str, list[int]]:
-            # verbose=False: being too long is what is tested here, not news.
-            return dict(self._tokenizer(*render(kept), truncation=False, verbose=False))
-
-        encoded = encode(size)
-        if len(encoded["input_ids"]) <= self._max_len:
-            return encoded
-        low, high = 0, size  # `high` is too long
-        best = encode(0)
+        low, high = 0, entry.size  # `high` is too long
+        (best,) = self._tokenize([entry.render(0)])
         if len(best["input_ids"]) > self._max_len:
             raise SequenceTooLong(
-                f"{what} take {len(best['input_ids'])} tokens, NLI model {self.name} takes {self._max_len}"
+                f"{entry.what} take {len(best['input_ids'])} tokens, NLI model {self.name} takes {self._max_len}"
             )
         while high - low > 1:
             middle = (low + high) // 2
-            encoded = encode(middle)
-            if len(encoded["input_ids"]) <= self._max_len:
-                low, best = middle, encoded
+            (tokens,) = self._tokenize([entry.render(middle)])
+            if len(tokens["input_ids"]) <= self._max_len:
+                low, best = middle, tokens
             else:
                 high = middle
         return best
+
+    def _tokenize(self, pairs: list[tuple[str, str]]) -> list[dict[str, list[int]]]:
+        # verbose=False: being too long is what is looked for here, not news.
+        columns = self._tokenizer(pairs, truncation=False, verbose=False)
+        return [{name: column[row] for name, column in columns.items()} for row in range(len(pairs))]
 
     def _classify(self, encoded: list[dict[str, list[int]]]) -> list[list[float]]:
         """Label probabilities of each input, in batches of similar length."""
@@ -350,8 +376,10 @@ class TransformersNli:
                 longest = len(encoded[order[start]]["input_ids"])
                 batch = order[start : start + max(1, self._batch_tokens // longest)]
                 start += len(batch)
-                inputs = self._tokenizer.pad([encoded[index] for index in batch], return_tensors="pt")
-                logits = self._model(**inputs.to(self._model.device)).logits.float()
+                # Not return_tensors="pt": that goes through the numbers one by one, in Python.
+                padded = self._tokenizer.pad([encoded[index] for index in batch])
+                inputs = {name: torch.tensor(column, device=self._model.device) for name, column in padded.items()}
+                logits = self._model(**inputs).logits.float()
                 if not bool(torch.isfinite(logits).all()):
                     raise ScorerError(f"NLI model {self.name} gave a score that is not finite")
                 for index, row in zip(batch, logits.softmax(-1).tolist(), strict=True):
