@@ -234,6 +234,16 @@ class Turn:
     right: bool
 
 
+def _within(turns: Sequence[Turn], key: Callable[[Turn], Any]) -> float:
+    """AUC of turns that are compared only with turns of the same key, weighted by pairs; nan without a pair."""
+    groups: dict[Any, list[Turn]] = {}
+    for turn in turns:
+        groups.setdefault(key(turn), []).append(turn)
+    areas = [auc([t.advantage for t in group], [t.right for t in group]) for group in groups.values()]
+    total = sum(pairs for _, pairs in areas)
+    return sum(area * pairs for area, pairs in areas if pairs) / total if total else math.nan
+
+
 def turn_auc(turns: Sequence[Turn]) -> dict[str, float]:
     """AUC of the turn advantage.
 
@@ -241,23 +251,30 @@ def turn_auc(turns: Sequence[Turn]) -> dict[str, float]:
         ``all`` turns; ``search``: without the last turns; ``same_index``: search turns compared only with search turns
         at the same turn index, ``same_question``: also of the same question, both weighted by their pairs.
     """
-
-    def within(key: Callable[[Turn], Any], chosen: Sequence[Turn]) -> float:
-        groups: dict[Any, list[Turn]] = {}
-        for turn in chosen:
-            groups.setdefault(key(turn), []).append(turn)
-        areas = [auc([t.advantage for t in group], [t.right for t in group]) for group in groups.values()]
-        total = sum(pairs for _, pairs in areas)
-        return sum(area * pairs for area, pairs in areas if pairs) / total if total else math.nan
-
     searching = [turn for turn in turns if turn.searches]
     areas = {
-        "all": within(lambda turn: None, turns),
-        "search": within(lambda turn: None, searching),
-        "same_index": within(lambda turn: turn.index, searching),
-        "same_question": within(lambda turn: (turn.uid, turn.index), searching),
+        "all": _within(turns, lambda turn: None),
+        "search": _within(searching, lambda turn: None),
+        "same_index": _within(searching, lambda turn: turn.index),
+        "same_question": _within(searching, lambda turn: (turn.uid, turn.index)),
     }
     return {name: round(area, 4) for name, area in areas.items()}
+
+
+def resampled(turns: Sequence[Turn], draws: int = 100) -> np.ndarray:
+    """``same_index`` AUC of resamples of the questions, with replacement; the same resamples for every method.
+
+    The standard deviation over the draws is the standard error of the AUC; that of the differences of two methods is
+    the standard error of their difference.
+    """
+    of: dict[str, list[Turn]] = {}
+    for turn in turns:
+        if turn.searches:
+            of.setdefault(turn.uid, []).append(turn)
+    groups = list(of.values())
+    rng = np.random.default_rng(0)
+    samples = (rng.integers(0, len(groups), len(groups)) for _ in range(draws))
+    return np.array([_within([t for i in sample for t in groups[i]], lambda turn: turn.index) for sample in samples])
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
@@ -298,6 +315,14 @@ def averaged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def by_method(entry: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The runs of a world by method, in the order of the file."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for run in entry["runs"]:
+        methods.setdefault(run["method"], []).append(run)
+    return list(methods.items())
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -320,10 +345,7 @@ def render(results: Mapping[str, Any]) -> str:
     ]
     for world, entry in results["worlds"].items():
         start = entry.get("start")
-        of: dict[str, list[dict[str, Any]]] = {}
-        for run in entry["runs"]:
-            of.setdefault(run["method"], []).append(run)
-        methods = {name: averaged(runs) for name, runs in of.items()}
+        methods = {name: averaged(runs) for name, runs in by_method(entry)}
         ordered = sorted(methods.items(), key=lambda item: -item[1]["em"])
         auc_of = entry.get("auc", {})
         rows = []
@@ -350,44 +372,40 @@ def render(results: Mapping[str, Any]) -> str:
                 ]
             )
         header = "method, EM, per seed, seeds, steps, turns, tokens, bridge, stale, none, adv. answer, adv. search"
-        parts += ["", f"## {world}", "", _table([*header.split(", "), "turn AUC"], rows)]
-        depths = sorted(start["depths"] if start else next(iter(methods.values()), {"depths": {}})["depths"])
-        templates = sorted(
-            start["templates"] if start else next(iter(methods.values()), {"templates": {}})["templates"]
-        )
-        detail = [["*start*", *(_number(start["depths"][d]) for d in depths if len(depths) > 1)]] if start else []
-        if start:
-            detail[0] += [_number(start["templates"][t]) for t in templates]
-        for name, m in ordered:
-            detail.append(
-                [name]
-                + [_number(m["depths"][d]) for d in depths if len(depths) > 1]
-                + [_number(m["templates"][t]) for t in templates]
-            )
-        titles = [
-            "method",
-            *(f"{d} hops" for d in depths if len(depths) > 1),
-            *(t.replace("_", " ") for t in templates),
-        ]
-        parts += ["", "EM by depth and template:", "", _table(titles, detail)]
+        parts += ["", f"## {world}"]
+        if rows:
+            parts += ["", _table([*header.split(", "), "turn AUC"], rows)]
+        if methods or start:
+            shown = {"*start*": start} if start else {}
+            shown.update(ordered)
+            some = next(iter(shown.values()))
+            depths = sorted(some["depths"]) if len(some["depths"]) > 1 else []
+            templates = sorted(some["templates"])
+            detail = [
+                [name, *(_number(m["depths"][d]) for d in depths), *(_number(m["templates"][t]) for t in templates)]
+                for name, m in shown.items()
+            ]
+            titles = ["method", *(f"{d} hops" for d in depths), *(t.replace("_", " ") for t in templates)]
+            parts += ["", "EM by depth and template:", "", _table(titles, detail)]
         if auc_of:
-            keys = ("all", "search", "same_index", "same_question")
+            keys = ("all", "search", "same_index", "error", "same_question", "gain", "gain_error")
             parts += [
                 "",
                 f"Turn AUC on {auc_of['rollouts']} rollouts of the start model "
-                f"({auc_of['questions']} training questions, "
-                f"{_number(auc_of['right_share'])} of the turns right):",
+                f"({auc_of['questions']} training questions; EM {_number(auc_of['em'])}, stale answers "
+                f"{_number(auc_of['stale'])}, right turns {_number(auc_of['right_share'])}). ± standard error, by "
+                "resampling questions; against siop: the difference at the same turn index, on the same resamples.",
                 "",
                 _table(
-                    ["method", "all turns", "search turns", "same turn index", "same question and index"],
-                    [[name, *(_number(a[key]) for key in keys)] for name, a in auc_of["methods"].items()],
+                    ["method", "all turns", "search turns", "same index", "±", "same question", "against siop", "±"],
+                    [[name, *(_number(a.get(key)) for key in keys)] for name, a in auc_of["methods"].items()],
                 ),
             ]
     return "\n".join(parts) + "\n"
 
 
 def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Bars of the final EM and curves of the training EM, one panel for each world, as SVG.
+    """Bars of the final EM, curves of the training EM and bars of the turn AUC, one panel for each world, as SVG.
 
     Raises:
         ImportError: without matplotlib (the extra ``plots``).
@@ -397,38 +415,46 @@ def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    worlds = {name: entry for name, entry in results["worlds"].items() if entry["runs"]}
+    def bars(axis: Any, entry: Mapping[str, Any]) -> None:
+        methods = sorted(((name, averaged(runs)) for name, runs in by_method(entry)), key=lambda item: item[1]["em"])
+        names = [name for name, _ in methods]
+        axis.barh(names, [m["em"] for _, m in methods], xerr=[m["error"] for _, m in methods], color="#9ab")
+        for name, m in methods:
+            axis.plot(m["ems"], [name] * len(m["ems"]), "k.", markersize=4)
+        if entry.get("start"):
+            axis.axvline(entry["start"]["em"], color="grey", linestyle=":", label="start")
+            axis.legend()
+        axis.set_xlabel("EM, held-out questions")
+
+    def curves(axis: Any, entry: Mapping[str, Any]) -> None:
+        for name, runs in by_method(entry):
+            length = min(len(run["train_em"]) for run in runs)
+            curve = np.mean([run["train_em"][:length] for run in runs], axis=0)
+            # Means over five steps: one step has only 8 questions.
+            smooth = np.convolve(curve, np.ones(5) / 5, "valid") if length >= 5 else curve
+            axis.plot(np.arange(len(smooth)) + 3, smooth, label=f"{name} ({len(runs)})")
+        axis.set_xlabel("step")
+        axis.set_ylabel("EM, training questions")
+        axis.legend(fontsize=7)
+
+    def areas(axis: Any, entry: Mapping[str, Any]) -> None:
+        methods = sorted(entry["auc"]["methods"].items(), key=lambda item: item[1]["same_index"])
+        axis.barh([name for name, _ in methods], [area["same_index"] for _, area in methods], color="#9ab")
+        axis.axvline(0.5, color="grey", linestyle=":")
+        axis.set_xlim(0.3, 1.0)
+        axis.set_xlabel("AUC of the turn advantage, searches at the same turn index")
+
     written = []
-    for title in ("em", "training"):
+    for name, draw, part in (("em", bars, "runs"), ("training", curves, "runs"), ("turn_auc", areas, "auc")):
+        worlds = {world: entry for world, entry in results["worlds"].items() if entry.get(part)}
+        if not worlds:
+            continue
         figure, axes = pyplot.subplots(1, len(worlds), figsize=(5.2 * len(worlds), 4.2), squeeze=False)
         for axis, (world, entry) in zip(axes[0], worlds.items(), strict=True):
-            of: dict[str, list[dict[str, Any]]] = {}
-            for run in entry["runs"]:
-                of.setdefault(run["method"], []).append(run)
             axis.set_title(world)
-            if title == "em":
-                methods = sorted(((name, averaged(runs)) for name, runs in of.items()), key=lambda item: item[1]["em"])
-                names = [name for name, _ in methods]
-                axis.barh(names, [m["em"] for _, m in methods], xerr=[m["error"] for _, m in methods], color="#9ab")
-                for name, m in methods:
-                    axis.plot(m["ems"], [name] * len(m["ems"]), "k.", markersize=4)
-                if entry.get("start"):
-                    axis.axvline(entry["start"]["em"], color="grey", linestyle=":", label="start")
-                    axis.legend()
-                axis.set_xlabel("EM, held-out questions")
-            else:
-                for name, runs in of.items():
-                    length = min(len(run["train_em"]) for run in runs)
-                    curve = np.mean([run["train_em"][:length] for run in runs], axis=0)
-                    # Means over five steps: one step has only 8 questions.
-                    smooth = np.convolve(curve, np.ones(5) / 5, "valid") if length >= 5 else curve
-                    axis.plot(np.arange(len(smooth)) + 3, smooth, label=f"{name} ({len(runs)})")
-                axis.set_xlabel("step")
-                axis.set_ylabel("EM, training questions")
-                axis.legend(fontsize=7)
+            draw(axis, entry)
         figure.tight_layout()
-        path = folder / f"{title}.svg"
-        figure.savefig(path, metadata={"Date": None})
+        written.append(folder / f"{name}.svg")
+        figure.savefig(written[-1], metadata={"Date": None})
         pyplot.close(figure)
-        written.append(path)
     return written

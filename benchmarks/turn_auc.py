@@ -14,6 +14,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.utils.reward_score.siop_reward import exact_match, place_turn_rewards
 from verl.utils.siop.retriever.bm25 import Bm25Index
 from verl.utils.siop.scoring_client import ScoringClient
-from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, compute_group_rewards
+from verl.utils.siop.siop_process_reward import (
+    Rollout,
+    SiopConfig,
+    SiopScorer,
+    SupportRequest,
+    compute_group_rewards,
+)
 from verl.utils.siop.turn_utils import (
     extract_answer,
     extract_observations,
@@ -45,6 +52,7 @@ from benchmarks.toy_results import (  # noqa: E402
     needed_fact_found,
     question_of,
     read_rows,
+    resampled,
     turn_auc,
     turns_of,
 )
@@ -52,6 +60,7 @@ from benchmarks.toy_services import toy_services  # noqa: E402
 from benchmarks.toy_table import METHODS, RUNS, WORLDS, build_world, chosen  # noqa: E402
 from examples.toy_world.tokenizer import observation_text, prompt_text  # noqa: E402
 from examples.toy_world.warm_start import search_in  # noqa: E402
+from examples.toy_world.world import STALE_ANSWERS  # noqa: E402
 
 Search = Callable[[str], str]
 
@@ -150,12 +159,46 @@ def labels_of(rollout: Rollout, toy: Path, tokenizer: PreTrainedTokenizerBase) -
     return needed_fact_found(question_of(rollout.question, toy), observations, answer)
 
 
+@dataclass
+class Memory:
+    """Answers of the scorer: the methods ask much the same about the same rollouts."""
+
+    url: str
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    async def _ask(
+        self, keys: list[tuple[Any, ...]], items: Sequence[Any], call: Callable[[list[Any]], Any]
+    ) -> list[Any]:
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self.known}
+        if missing:
+            self.known.update(zip(missing, await call(list(missing.values())), strict=True))
+        return [self.known[key] for key in keys]
+
+    def scorer(self, client: ScoringClient) -> SiopScorer:
+        memory = self
+
+        class Remembered:
+            async def cluster(self, question: str, answers: list[str]) -> list[int]:
+                async def ask(_: list[Any]) -> list[list[int]]:
+                    return [await client.cluster(question, answers)]
+
+                return (await memory._ask([("cluster", question, *answers)], [answers], ask))[0]
+
+            async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
+                return await memory._ask([("entailment", *pair) for pair in pairs], pairs, client.entailment)
+
+            async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
+                return await memory._ask([("support", repr(rollout)) for rollout in rollouts], rollouts, client.support)
+
+        return Remembered()
+
+
 async def advantages_of(
     rollouts: Sequence[Rollout],
     outcomes: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     algorithm: DictConfig,
-    scorer_url: str,
+    memory: Memory,
 ) -> list[list[float]]:
     """The advantage of each turn of each rollout, as the trainer would compute it.
 
@@ -164,14 +207,15 @@ async def advantages_of(
         outcomes: B exact matches, the reward where the estimator is not ``siop``.
         tokenizer: the policy's.
         algorithm: the ``algorithm`` section.
-        scorer_url: where the scorer answers.
+        memory: of the scorer, for all methods.
     """
     masks = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.response_mask) for r in rollouts], batch_first=True)
     ranges = [get_assistant_turn_ranges(rollout.response_mask) for rollout in rollouts]
     if algorithm.adv_estimator == "siop":
         config = SiopConfig.from_algorithm(algorithm)
-        async with ScoringClient(scorer_url, strict=config.siop_strict_entailment, timeout_s=600.0) as client:
-            rewards = (await compute_group_rewards(rollouts, tokenizer, config, client)).turn_rewards
+        async with ScoringClient(memory.url, timeout_s=600.0) as client:
+            scorer = memory.scorer(client)
+            rewards = (await compute_group_rewards(rollouts, tokenizer, config, scorer)).turn_rewards
     else:
         rewards = [[0.0] * (len(turns) - 1) + [em] for turns, em in zip(ranges, outcomes, strict=True)]
     advantages_BL, _ = get_adv_estimator_fn(algorithm.adv_estimator)(
@@ -192,22 +236,30 @@ def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -
     parsed = [rollout_of(row, toy, tokenizer) for row in rows]
     labels = [labels_of(rollout, toy, tokenizer) for rollout in parsed]
     result: dict[str, Any] = {}
+    draws: dict[str, np.ndarray] = {}
     with toy_services(toy, RUNS / world / "logs") as env:
+        memory = Memory(env["SIOP_SCORER_URL"])
         for method in tqdm(methods, desc=f"turn AUC, {world}", unit=" methods"):
             algorithm = config_of(METHODS[method]).algorithm
-            values = asyncio.run(
-                advantages_of(parsed, [row["em"] for row in rows], tokenizer, algorithm, env["SIOP_SCORER_URL"])
-            )
+            values = asyncio.run(advantages_of(parsed, [row["em"] for row in rows], tokenizer, algorithm, memory))
             turns = [
                 Turn(rollout.uid, index, index < len(right) - 1, value, label)
                 for rollout, right, advantages in zip(parsed, labels, values, strict=True)
                 for index, (value, label) in enumerate(zip(advantages, right, strict=True))
             ]
-            result[method] = turn_auc(turns)
+            areas, draws[method] = turn_auc(turns), resampled(turns)
+            areas["error"] = round(float(draws[method].std(ddof=1)), 4)
+            if "siop" in draws:
+                areas["gain"] = round(areas["same_index"] - result.get("siop", areas)["same_index"], 4)
+                areas["gain_error"] = round(float((draws[method] - draws["siop"]).std(ddof=1)), 4)
+            result[method] = areas
+    answers = [parse_answer(turns_of(row["output"])[-1]) for row in rows]
     flat = [label for right in labels for label in right]
     return {
         "questions": questions,
         "rollouts": len(rows),
+        "em": round(sum(row["em"] for row in rows) / len(rows), 4),
+        "stale": round(sum(answer in STALE_ANSWERS.values() for answer in answers) / len(rows), 4),
         "right_share": round(sum(flat) / len(flat), 4),
         "methods": result,
     }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from verl.utils.siop.siop_process_reward import Reference, SupportRequest
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 from benchmarks import toy_results, toy_services, toy_table, turn_auc
@@ -65,6 +67,18 @@ def test_turn_auc_compares_like_with_like() -> None:
     assert areas["same_question"] == 0.5
 
 
+def test_resamples_of_the_questions() -> None:
+    # A question whose searches are all judged right and one whose are all judged wrong: 1, 0 or one half.
+    turns = [
+        *(Turn("a", 0, True, value, value > 1) for value in (1.0, 2.0)),
+        *(Turn("b", 1, True, value, value < 2) for value in (1.0, 2.0)),
+        Turn("a", 1, False, 0.0, True),
+    ]
+    draws = toy_results.resampled(turns, 200)
+    assert set(draws) == {0.0, 0.5, 1.0} and abs(float(draws.mean()) - 0.5) < 0.1
+    assert (toy_results.resampled(turns, 200) == draws).all()
+
+
 def test_a_turn_is_right_if_it_finds_the_next_fact() -> None:
     world = held_out_world(0, CHAINS)
     question = next(q for q in world.questions() if q.template == "founder_spouse_born")
@@ -108,6 +122,35 @@ def test_dumped_rollouts_become_tokens_again(kind: Kind, tmp_path: Path) -> None
                 right += labels
     # Passages about an entity of a similar name can take the place of the one that is needed.
     assert sum(right) / len(right) > 0.85
+
+
+def test_the_scorer_is_asked_once() -> None:
+    class Client:
+        asked: ClassVar[list[Any]] = []
+
+        async def cluster(self, question: str, answers: list[str]) -> list[int]:
+            self.asked.append(answers)
+            return list(range(len(answers)))
+
+        async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
+            self.asked.append(pairs)
+            return [float(len(premise)) for premise, _ in pairs]
+
+        async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
+            self.asked.append(rollouts)
+            return [[[-float(boundary)] for boundary in rollout.boundaries] for rollout in rollouts]
+
+    client: Any = Client()
+    scorer = turn_auc.Memory("http://unused").scorer(client)
+    one, two = (SupportRequest([1], [2, 3], [0, end], [Reference("a", [5], 0, 1)]) for end in (1, 2))
+    for _ in range(2):
+        assert asyncio.run(scorer.cluster("q", ["a", "b"])) == [0, 1]
+        assert asyncio.run(scorer.entailment([("xx", "y"), ("x", "y"), ("xx", "y")])) == [2.0, 1.0, 2.0]
+    assert client.asked == [["a", "b"], [("xx", "y"), ("x", "y")]]
+    assert asyncio.run(scorer.support([one])) == [[[0.0], [-1.0]]]
+    assert asyncio.run(scorer.support([two, one])) == [[[0.0], [-2.0]], [[0.0], [-1.0]]]
+    assert client.asked[2:] == [[one], [two]]
+    assert asyncio.run(scorer.cluster("other", ["a", "b"])) == [0, 1] and len(client.asked) == 5
 
 
 def test_sampled_rollouts_are_the_agent_loops() -> None:
@@ -347,7 +390,7 @@ def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         _fake_run(tmp_path / "runs" / "two_hop" / f"{method}-seed{seed}", TWO_HOP, em)
     (tmp_path / "runs" / "two_hop" / "empo-seed1" / "logs").mkdir(parents=True)
     areas = {"all": 0.6, "search": 0.55, "same_index": 0.7, "same_question": math.nan}
-    auc_entry = {"questions": 3, "rollouts": 9, "right_share": 0.5, "methods": {"siop": areas}}
+    auc_entry = {"questions": 3, "rollouts": 9, "right_share": 0.5, "em": 0.2, "stale": 0.0, "methods": {"siop": areas}}
     (tmp_path / "runs" / "two_hop" / "turn_auc.json").write_text(json.dumps(auc_entry))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     toy_table.report()
@@ -360,8 +403,27 @@ def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert rows[1][:5] == ["grpo", f"**0.875** ± {math.sqrt(0.875 * 0.125 / 8):.3f}", "0.875", "1", "11"]
     assert rows[2][:4] == ["siop", f"**0.625** ± {math.sqrt(0.625 * 0.375 / 8):.3f}", "0.500 0.750", "2"]
     assert rows[2][-1] == "0.700" and "empo" not in text
+    assert "60 training" not in text and "EM 0.200, stale answers 0.000, right turns 0.500" in text
     results = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert [run["em"] for run in results["worlds"]["two_hop"]["runs"]] == [0.5, 0.75, 0.875]
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _toy(tmp_path, TWO_HOP)
+    _fake_run(tmp_path / "run", TWO_HOP, 3)
+    run = {
+        "method": "siop",
+        "seed": 1,
+        **toy_results.evaluation(tmp_path / "run" / "after" / "validation", tmp_path / "toy"),
+        **toy_results.training(tmp_path / "run" / "rollouts", toy_results.config_of(["ablation=siop"]).algorithm),
+    }
+    auc_entry = {"methods": {"siop": {"same_index": 0.7}}}
+    written = toy_results.plot(
+        {"worlds": {"two_hop": {"runs": [run]}, "stale": {"runs": [], "auc": auc_entry}}}, tmp_path
+    )
+    assert [path.name for path in written] == ["em.svg", "training.svg", "turn_auc.svg"]
+    assert all("</svg>" in path.read_text() for path in written)
 
 
 @pytest.mark.parametrize(
