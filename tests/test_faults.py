@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from faulty_proxy import EDITS, STATUS, TRANSPORT, FaultyProxy
 from fixtures_scorer import ScorerProcess, free_port, save_causal_lm, save_classifier
 from known_requests import Known, KnownRequests
 from ray.exceptions import RayActorError
+from test_scorer_service import launcher
 from verl.utils.siop import scoring_client
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool, _Worker
 from verl.utils.siop.engines.ray_dir import RayDir
@@ -473,3 +475,39 @@ def test_a_body_that_does_not_arrive_frees_its_place():
     assert [message["status"] for message in sent if "status" in message] == [408, 408]
     assert b"did not arrive within 0.05 s" in sent[1]["body"]
     assert guard._in_flight == 0
+
+
+# ------------------------------------------------------------------ the launcher
+def test_launcher_passes_every_variable_on_starts_once_and_notices_a_killed_service(models, tmp_path):
+    port = free_port()
+    env = {
+        "SIOP_MODEL": str(models[0]),
+        "SIOP_NLI_MODEL": str(models[1]),
+        "SIOP_HOST": "localhost",
+        "SIOP_ENGINE": "transformers",
+        "SIOP_DTYPE": "bfloat16",
+        "SIOP_MAX_MODEL_LEN": "64",
+        "SIOP_START_TIMEOUT": "280",
+        "SIOP_API_TOKEN": "secret",
+    }
+    with ThreadPoolExecutor() as threads:
+        two = [threads.submit(launcher, tmp_path, port, "start", "--", "--threads", "1", **env) for _ in range(2)]
+        started, refused = sorted((start.result() for start in two), key=lambda start: start.returncode)
+    pid = int((tmp_path / "siop_scorer.pid").read_text())
+    try:
+        assert (started.returncode, refused.returncode) == (0, 1), started.stderr + refused.stderr
+        assert "is just being started by someone else" in refused.stderr
+        assert f"(process {pid})" in started.stdout
+        health = httpx.get(f"http://localhost:{port}/health", timeout=60).json()
+        assert (health["status"], health["engine"], health["max_model_len"]) == ("healthy", "transformers", 64)
+        assert health["model"] == str(models[0]) and health["nli"].endswith(str(models[1]))
+        assert httpx.post(f"http://localhost:{port}/support", json={"rollouts": []}, timeout=60).status_code == 401
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        for option in (("--host", "localhost"), ("--dtype", "bfloat16"), ("--num-gpus", "0"), ("--threads", "1")):
+            assert command[command.index(option[0]) + 1] == option[1]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    status = eventually(lambda: (now := launcher(tmp_path, port, "status", **env)).returncode and now)
+    assert "siop_scorer is not running" in status.stdout
+    stopped = launcher(tmp_path, port, "stop", **env)
+    assert stopped.returncode == 0 and not (tmp_path / "siop_scorer.pid").exists()

@@ -554,7 +554,7 @@ def launcher(tmp_path, port, *arguments, **env):
         env=full,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
         cwd=tmp_path,
     )
 
