@@ -59,7 +59,7 @@ def make_model(groups: list[AnswerGroup], seed: int) -> tuple[Any, Any]:
         tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
     )
     torch.manual_seed(seed)
-    config = DebertaV2Config(
+    settings: dict[str, Any] = dict(  # some of them the class takes without declaring them
         vocab_size=len(vocabulary),
         hidden_size=64,
         num_hidden_layers=2,
@@ -76,7 +76,7 @@ def make_model(groups: list[AnswerGroup], seed: int) -> tuple[Any, Any]:
         initializer_range=0.1,
         id2label=dict(enumerate(LABELS)),
     )
-    model: Any = DebertaV2ForSequenceClassification(config).eval()
+    model: Any = DebertaV2ForSequenceClassification(DebertaV2Config(**settings)).eval()
     pairs = [(f"{group.question} {group.answers[0]}", f"{group.question} {group.answers[-1]}") for group in groups]
     with torch.inference_mode():
         logits = model(**tokenizer(pairs, padding=True, return_tensors="pt")).logits
