@@ -311,7 +311,7 @@ def test_openapi_describes_bodies_answers_and_refusals():
         operation = api["paths"][path]["post"]
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": f"#/components/schemas/{model.__name__}"}
-        assert set(operation["responses"]) == {"200", "400", "401", "408", "413", "422", "503"}
+        assert set(operation["responses"]) == {"200", "400", "401", "408", "413", "415", "422", "503"}
         for status in ("413", "422", "503"):
             answer = operation["responses"][status]["content"]["application/json"]["schema"]
             assert answer == {"$ref": "#/components/schemas/ErrorAnswer"}

@@ -134,6 +134,7 @@ def create_app(
         401: "Missing or wrong bearer token (where SIOP_API_TOKEN is set)",
         408: "The body did not arrive in time",
         413: "The body or one of its items is too large, or a text or sequence is too long for the model",
+        415: "The body is encoded otherwise than by gzip",
         422: "The request is not valid: the message names the field",
         503: "Too many requests at once, or no worker is up; Retry-After says how many seconds to wait",
     }
