@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from verl.utils.siop.siop_process_reward import Reference, SupportRequest
+from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 from benchmarks import toy_results, toy_services, toy_table, turn_auc
@@ -376,9 +377,12 @@ def test_plan() -> None:
         for method in ("siop", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
     assert {run.method for run in runs} == set(toy_table.METHODS)
-    # Every method is a configuration that the trainer accepts.
-    for overrides in toy_table.METHODS.values():
-        assert toy_results.config_of(overrides).algorithm.adv_estimator in ("siop", "grpo")
+    # Presets and keys that exist; every preset is composed in the tests of the overrides.
+    keys = {field.name for field in dataclasses.fields(SiopConfig)}
+    for preset, *overrides in toy_table.METHODS.values():
+        assert (ROOT / "config" / "ablation" / f"{preset.removeprefix('ablation=')}.yaml").is_file()
+        named = [override.partition("=")[0] for override in overrides]
+        assert all(name.removeprefix("algorithm.") in keys or name.endswith("rollout.n") for name in named)
 
 
 def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
