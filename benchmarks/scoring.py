@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,9 @@ def build_way(name: str, model: Any, path: str) -> Callable[[Sequence[Any]], tup
     if name == VLLM_FULL:
         full = vllm_full(path)
     elif name == PADDED:
-        full = lambda sequences: score_padded(model, sequences)  # noqa: E731
+        full = partial(score_padded, model)
     else:
-        full = lambda sequences: score_one_by_one(model, sequences, rows_only=name == ROWS)  # noqa: E731
+        full = partial(score_one_by_one, model, rows_only=name == ROWS)
 
     def score(batch: Sequence[Any]) -> tuple[list[float], int]:
         sequences = full_sequences(batch)
@@ -303,10 +304,15 @@ def print_bytes(batch: Sequence[Any]) -> None:
             for boundary in rollout.boundaries
             for reference in references
         ]
-    ours = len(json.dumps({"rollouts": rollouts}, separators=(",", ":")))
-    theirs = len(json.dumps({"items": items}))
+    from verl.utils.siop.content_encoding import compress
+
+    theirs = json.dumps({"items": items}).encode()
+    ours = json.dumps({"rollouts": rollouts}, separators=(",", ":")).encode()
+    sent = compress(ours)
     print(
-        f"request bytes: {theirs:,} as one item per (boundary, reference), {ours:,} as /support: {theirs / ours:.1f}x"
+        f"request bytes: {len(theirs):,} as one item per (boundary, reference); {len(ours):,} as /support, "
+        f"{len(theirs) / len(ours):.1f} times fewer; {len(sent):,} as the client sends it (gzip), "
+        f"{len(theirs) / len(sent):.1f} times fewer"
     )
 
 
@@ -343,7 +349,8 @@ def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
 
     device, dtype = ("cpu", "float32") if dry_run else ("cuda", "bfloat16")
     if dry_run:
-        config, lengths, side = model_config(num_hidden_layers=2), (300, 500), 1024
+        torch.set_num_threads(1)
+        config, lengths, side = model_config(num_hidden_layers=2), (100, 200), 512
     else:
         config = model_config(
             LARGE_VOCAB_SIZE,
@@ -366,18 +373,18 @@ def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
             torch.cuda.synchronize()
 
     def best_of(count: int, call: Callable[[], Any]) -> tuple[float, Any]:
-        best, value = float("inf"), None
-        for _ in range(count + 1):  # the first one warms up
+        value, best = call(), float("inf")  # the first call warms up
+        for _ in range(count):
             synchronize()
             started = time.monotonic()
             value = call()
             synchronize()
             seconds = time.monotonic() - started
-            best = seconds if _ == 0 else min(best, seconds)
+            best = min(best, seconds)
         return best, value
 
     left = torch.randn(side, side, device=device, dtype=model.dtype)
-    seconds, _ = best_of(5, lambda: left @ left)
+    seconds, _ = best_of(5, partial(torch.matmul, left, left))
     limit = 2 * side**3 / seconds
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: its numbers mean nothing"
     print(
@@ -416,7 +423,7 @@ def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
     fastest = float("inf")
     for chunk in chunks:
         engine = TransformersEngine(model, chunk_tokens=chunk)
-        seconds, result = best_of(rounds, lambda engine=engine: engine.support(batch))
+        seconds, result = best_of(rounds, partial(engine.support, batch))
         scores = [score for rows in result.support for row in rows for score in row]
         report(f"tree, {chunk} tokens at a time", seconds, result.computed_tokens, tree_work)
         fastest = min(fastest, seconds)
@@ -425,7 +432,7 @@ def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
     pairs = sum(length * (length + 1) // 2 for length in lengths_of)
     for rows_only in (False, True):
         rows = reference_rows if rows_only else sum(lengths_of)
-        seconds, full = best_of(1, lambda rows_only=rows_only: score_one_by_one(model, sequences, rows_only))
+        seconds, full = best_of(1, partial(score_one_by_one, model, sequences, rows_only))
         report(
             f"full sequences, {'reference' if rows_only else 'all'} logits",
             seconds,
