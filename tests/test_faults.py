@@ -88,7 +88,7 @@ def service(models, tmp_path_factory) -> Iterator[Service]:
 
     async def wait() -> dict:
         async with ScoringClient(service.url) as client:
-            return await client.wait_ready(180)
+            return await client.wait_ready(600)
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -101,13 +101,13 @@ def service(models, tmp_path_factory) -> Iterator[Service]:
     timer = threading.Timer(2.0, service.start)
     timer.start()
     try:
-        service.ready = asyncio.run(wait())
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        timer.join()
-    yield service
-    try:
+        try:
+            service.ready = asyncio.run(wait())
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            timer.join()
+        yield service
         if service.killed:
             eventually(lambda: not names(service.killed), 90)
     finally:
@@ -184,7 +184,7 @@ def test_waiting_for_a_scorer_ends(caplog):
 
 def test_started_late_is_waited_for_with_a_progress_line(service):
     assert (service.ready["status"], service.ready["num_workers"]) == ("healthy", 2)
-    assert service.progress[0].startswith(f"waiting for the scorer at {service.url}, 0 of 180 s: ConnectError")
+    assert service.progress[0].startswith(f"waiting for the scorer at {service.url}, 0 of 600 s: ConnectError")
     assert service.progress[-1].startswith(f"scorer at {service.url} is ready")
 
 

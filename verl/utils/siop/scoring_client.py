@@ -167,7 +167,9 @@ class ScoringClient:
                         logger.info("scorer at %s is ready: %s", self.url, health)
                         return health
                     state = f"not a scorer: {state}"
-            except (httpx.TransportError, asyncio.TimeoutError) as error:
+            except asyncio.TimeoutError:
+                state = f"no answer within {min(5.0, timeout_s):g} s"
+            except httpx.TransportError as error:
                 state = _describe(error)
             except (ValueError, RecursionError):
                 state = f"not a scorer: {state}"
