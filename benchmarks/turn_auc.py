@@ -63,6 +63,7 @@ from examples.toy_world.warm_start import search_in  # noqa: E402
 from examples.toy_world.world import STALE_ANSWERS  # noqa: E402
 
 Search = Callable[[str], str]
+_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -170,8 +171,10 @@ class Memory:
         self, keys: list[tuple[Any, ...]], items: Sequence[Any], call: Callable[[list[Any]], Any]
     ) -> list[Any]:
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self.known}
-        if missing:
-            self.known.update(zip(missing, await call(list(missing.values())), strict=True))
+        new = list(missing)
+        # No more in one request than a training step has rollouts.
+        for part in (new[start : start + _AT_ONCE] for start in range(0, len(new), _AT_ONCE)):
+            self.known.update(zip(part, await call([missing[key] for key in part]), strict=True))
         return [self.known[key] for key in keys]
 
     def scorer(self, client: ScoringClient) -> SiopScorer:
@@ -228,14 +231,26 @@ async def advantages_of(
     return [[float(advantages_BL[row, start]) for start, _ in turns] for row, turns in enumerate(ranges)]
 
 
-def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -> dict[str, Any]:
-    """Turn AUC of the methods in one world."""
+def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -> Path:
+    """Turn AUC of the methods in one world, added to its file after each method; returns the file."""
     toy = WORLDS[world].toy
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows = start_rollouts(world, questions, rollouts)
     parsed = [rollout_of(row, toy, tokenizer) for row in rows]
     labels = [labels_of(rollout, toy, tokenizer) for rollout in parsed]
-    result: dict[str, Any] = {}
+    answers = [parse_answer(turns_of(row["output"])[-1]) for row in rows]
+    flat = [label for right in labels for label in right]
+    measured: dict[str, Any] = {
+        "questions": questions,
+        "rollouts": len(rows),
+        "em": round(sum(row["em"] for row in rows) / len(rows), 4),
+        "stale": round(sum(answer in STALE_ANSWERS.values() for answer in answers) / len(rows), 4),
+        "right_share": round(sum(flat) / len(flat), 4),
+    }
+    file = RUNS / world / "turn_auc.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(known.get(name) == value for name, value in measured.items())
+    result: dict[str, Any] = known["methods"] if same else {}
     draws: dict[str, np.ndarray] = {}
     with toy_services(toy, RUNS / world / "logs") as env:
         memory = Memory(env["SIOP_SCORER_URL"])
@@ -250,19 +265,13 @@ def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -
             areas, draws[method] = turn_auc(turns), resampled(turns)
             areas["error"] = round(float(draws[method].std(ddof=1)), 4)
             if "siop" in draws:
-                areas["gain"] = round(areas["same_index"] - result.get("siop", areas)["same_index"], 4)
+                areas["gain"] = round(
+                    areas["same_index"] - (areas if method == "siop" else result["siop"])["same_index"], 4
+                )
                 areas["gain_error"] = round(float((draws[method] - draws["siop"]).std(ddof=1)), 4)
             result[method] = areas
-    answers = [parse_answer(turns_of(row["output"])[-1]) for row in rows]
-    flat = [label for right in labels for label in right]
-    return {
-        "questions": questions,
-        "rollouts": len(rows),
-        "em": round(sum(row["em"] for row in rows) / len(rows), 4),
-        "stale": round(sum(answer in STALE_ANSWERS.values() for answer in answers) / len(rows), 4),
-        "right_share": round(sum(flat) / len(flat), 4),
-        "methods": result,
-    }
+            file.write_text(json.dumps({**measured, "methods": result}, indent=1) + "\n")
+    return file
 
 
 def main() -> None:
@@ -276,14 +285,9 @@ def main() -> None:
     args = parser.parse_args()
     for world in chosen(args.worlds, WORLDS, "--worlds"):
         build_world(world)
-        file = RUNS / world / "turn_auc.json"
-        known = json.loads(file.read_text())["methods"] if file.is_file() else {}
-        measured = measure(world, chosen(args.methods, METHODS, "--methods"), args.questions, args.rollouts)
-        same = file.is_file() and json.loads(file.read_text())["rollouts"] == measured["rollouts"]
-        measured["methods"] = {**(known if same else {}), **measured["methods"]}
-        file.write_text(json.dumps(measured, indent=1) + "\n")
+        file = measure(world, chosen(args.methods, METHODS, "--methods"), args.questions, args.rollouts)
         print(f"wrote {file}")
-        for name, areas in measured["methods"].items():
+        for name, areas in json.loads(file.read_text())["methods"].items():
             print(f"  {name:20}" + "  ".join(f"{key} {value:.3f}" for key, value in areas.items()))
 
 
