@@ -5,20 +5,19 @@ bash scripts/setup_env.sh --vllm && .venv/vllm/bin/python -m pytest tests/test_v
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
-from fixtures_scorer import ROOT, ScorerProcess, free_port, save_causal_lm, scorer_env
+from fixtures_scorer import ROOT, free_port, save_causal_lm, scorer_env
 from hypothesis import given, settings
 from scoring_cases import (
     CASES,
@@ -128,6 +127,14 @@ def test_a_request_larger_than_the_cache(models, model):
     assert_agrees(result, plain_support(model, rollouts))
     assert engine.last_call.waves > 2
     assert result.computed_tokens < 1.5 * trie_nodes(rollouts)
+
+
+def test_two_processes_share_a_model(models, model):
+    engine = VllmEngine.from_pretrained(
+        str(models["a"]), max_model_len=MAX_MODEL_LEN, kv_cache_bytes=SMALL_CACHE, tensor_parallel_size=2
+    )
+    assert_agrees(engine.support(EDGE.rollouts), plain_support(model, EDGE.rollouts))
+    engine.close()
 
 
 def save_adapter(path: Path, seed: int, rank: int, modules=("q_proj", "v_proj", "down_proj")):
@@ -242,6 +249,7 @@ def test_service_through_the_launcher(models, tmp_path):
         VIRTUAL_ENV=sys.prefix,
     )
     launcher = ["bash", str(ROOT / "launch_siop_scorer.sh")]
+    processes: list[psutil.Process] = []
     try:
         started = subprocess.run(launcher, env=env, capture_output=True, text=True, timeout=240)
         assert started.returncode == 0, started.stdout + started.stderr + (tmp_path / "siop_scorer.log").read_text()
@@ -260,21 +268,15 @@ def test_service_through_the_launcher(models, tmp_path):
             scores = [rows or [] for rows in answer["support"]]
             np.testing.assert_allclose(flat(scores), flat(expected.support), rtol=0, atol=1e-4)
             assert [error["rollout"] for error in answer.get("errors", [])] == sorted(case.too_long)
+        # Killed, not stopped: vLLM must not outlive the service.
+        server = psutil.Process(int((tmp_path / "siop_scorer.pid").read_text().split()[0]))
+        processes += [server, *server.children(recursive=True)]
+        workers = [process for process in processes if "ScoringWorker" in " ".join(process.cmdline())]
+        assert len(workers) == 1
+        server.kill()
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
     finally:
-        stopped = subprocess.run([*launcher, "stop"], env=env, capture_output=True, text=True, timeout=90)
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-
-
-def test_vllm_dies_with_the_service(models, tmp_path):
-    arguments = f"--model {models['a']} --engine vllm --num-gpus 0 --max-model-len {MAX_MODEL_LEN}".split()
-    scorer = ScorerProcess(arguments, tmp_path / "log", env={"VLLM_CPU_KVCACHE_SPACE": "1"})
-    try:
-        scorer.wait_healthy(200)
-        os.kill(scorer.process.pid, signal.SIGKILL)
-        scorer.process.wait(10)
-        deadline = time.monotonic() + 30
-        while scorer.members() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not scorer.members()
-    finally:
-        scorer.kill()
+        subprocess.run([*launcher, "stop"], env=env, capture_output=True, timeout=90)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
