@@ -86,6 +86,30 @@ def test_contexts_and_branches_are_never_in_one_call_and_share_a_salt_of_their_o
     assert len(set(salts)) == 2
 
 
+def test_from_vllm_0_32_only_the_rows_of_the_reference_are_asked_for(model):
+    llm = FakeLlm(model, MAX_MODEL_LEN)
+    VllmEngine(llm, NewSamplingParams, self_test=False).support([query(range(20), [], [0], (range(30, 36), 2, 6))])
+    (params,) = llm.calls[1][1]
+    assert params.prompt_logprobs is None
+    assert params.prompt_logprob_start == 21  # of the token before the first that counts
+    assert params.prompt_logprob_token_ids == [[32], [33], [34]]
+    assert params.logprob_token_ids == [35]
+
+
+def test_a_runner_that_refuses_the_rows_of_the_reference_is_asked_for_all(model):
+    llm = FakeLlm(model, MAX_MODEL_LEN)
+    run = llm._run
+
+    def refuse(request, params):
+        if params.prompt_logprob_token_ids is not None:
+            raise ValueError("needs the V2 model runner")
+        return run(request, params)
+
+    llm._run = refuse
+    engine = VllmEngine(llm, NewSamplingParams)
+    assert_agrees(engine.support(EDGE.rollouts), plain_support(model, EDGE.rollouts))
+
+
 def test_a_request_larger_than_the_cache_goes_in_waves_that_fit(model):
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, 500, n).tolist()  # noqa: E731
@@ -179,7 +203,7 @@ def test_a_missing_or_odd_value_is_an_error(model, spoil, message):
     assert_agrees(engine.support(rollouts), plain_support(model, rollouts))
 
 
-@pytest.mark.parametrize("spoil", [lambda outputs: outputs[1:], lambda outputs: outputs[::-1], None])
+@pytest.mark.parametrize("spoil", [lambda outputs: outputs[:-1], lambda outputs: outputs[::-1], None])
 def test_a_failure_of_vllm_ends_the_engine(model, spoil):
     llm = FakeLlm(model, MAX_MODEL_LEN)
     engine = VllmEngine(llm, SamplingParams)

@@ -129,8 +129,16 @@ class VllmEngine:
         # From vLLM 0.32: the log-probabilities of given tokens from a given position on.
         self._rows_from = {"prompt_logprob_start", "prompt_logprob_token_ids"} <= _fields(sampling_params)
         self._read_config(name)
-        if self_test:
-            self._self_test()
+        if not self_test:
+            return
+        if self._rows_from:
+            try:
+                self._self_test()
+                return
+            except (ScorerError, SiopConfigError) as error:  # it needs vLLM's V2 model runner
+                logger.warning("scoring without prompt_logprob_start: %s", error)
+                self._rows_from, self._failed = False, None
+        self._self_test()
 
     def _read_config(self, name: str | None) -> None:
         config = self._llm.llm_engine.vllm_config
@@ -464,7 +472,7 @@ class VllmEngine:
         if self._rows_from:
             rows = output.prompt_token_id_logprobs
             start = min(branch.wanted)
-            if rows is None or first > start:  # the cache went past the first row, and vLLM gives all rows or none
+            if rows is None:  # the cache went past the first row, and vLLM gives all rows or none
                 return
             if len(rows) != branch.length - start:
                 raise ScorerError(f"vLLM gave {len(rows)} rows of log-probabilities, not {branch.length - start}")
