@@ -331,7 +331,6 @@ def test_whatever_is_spoiled_on_its_way_is_asked_again(service, known, caplog):
         assert set(proxy.spoiled) == set(FAULTS)
         assert len(failures(caplog)) >= proxy.spoiled.total()
         assert proxy.requests >= len(requests) + proxy.spoiled.total()
-        assert proxy.most_open <= 6
     for words in (
         "RemoteProtocolError",  # dropped
         "no answer within 5 s",
