@@ -506,7 +506,8 @@ def test_launcher_passes_every_variable_on_starts_once_and_notices_a_killed_serv
             assert command[command.index(option[0]) + 1] == option[1]
     finally:
         os.kill(pid, signal.SIGKILL)
-    status = eventually(lambda: (now := launcher(tmp_path, port, "status", **env)).returncode and now)
-    assert "siop_scorer is not running" in status.stdout
+    # Until the killed process is reaped it is "running but not healthy".
+    eventually(lambda: "siop_scorer is not running" in launcher(tmp_path, port, "status", **env).stdout)
+    assert launcher(tmp_path, port, "status", **env).returncode == 1
     stopped = launcher(tmp_path, port, "stop", **env)
     assert stopped.returncode == 0 and not (tmp_path / "siop_scorer.pid").exists()
