@@ -10,9 +10,7 @@ size, so that shared pages count once).
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.toy_services import toy_services  # noqa: E402
+
 PARTS = {
     "generation (with search)": "timing_s/gen",
     "log-probs": "timing_s/old_log_prob",
@@ -31,12 +33,6 @@ PARTS = {
     "update": "timing_s/update_actor",
     "weight sync": "timing_s/update_weights",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def memory_gb(mark: str) -> float:
@@ -72,29 +68,10 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "examples.toy_world.build", "--out", str(toy)], cwd=ROOT, check=True)
 
     with tempfile.TemporaryDirectory(prefix="siop-step-") as folder:
-        retriever, scorer = free_port(), free_port()
-        env = {
-            **os.environ,
-            "SIOP_BENCHMARK": folder,
-            "VIRTUAL_ENV": sys.prefix,
-            "LOG_DIR": f"{folder}/logs",
-            "OUT_DIR": folder,
-            "TOY_DIR": str(toy),
-            "N_GPUS": "0",
-            "RETRIEVER_CORPUS_FILE": str(toy / "corpus.jsonl"),
-            "RETRIEVER_PORT": str(retriever),
-            "RETRIEVER_URL": f"http://127.0.0.1:{retriever}/retrieve",
-            "SIOP_MODEL": str(toy / "model"),
-            "SIOP_NUM_GPUS": "0",
-            "SIOP_PORT": str(scorer),
-            "SIOP_SCORER_URL": f"http://127.0.0.1:{scorer}",
-        }
-        launchers = [["bash", "launch_retriever.sh"], ["bash", "launch_siop_scorer.sh"]]
-        try:
-            for launcher in launchers:
-                subprocess.run(launcher, cwd=ROOT, env=env, check=True)
+        logs = Path(folder) / "logs"
+        with toy_services(toy, logs, SIOP_BENCHMARK=folder, OUT_DIR=folder) as env:
             overrides = [f"trainer.total_training_steps={args.steps}", "trainer.save_freq=-1", *args.overrides]
-            log_file = Path(folder) / "logs" / "train-siop.log"
+            log_file = logs / "train-siop.log"
             start, first, peak = time.monotonic(), 0.0, 0.0
             run = subprocess.Popen(
                 ["bash", "train_siop.sh", "--", *overrides], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
@@ -107,9 +84,6 @@ def main() -> None:
             log = log_file.read_text(errors="replace")
             if run.returncode:
                 sys.exit(f"training failed:\n{log[-3000:]}")
-        finally:
-            for launcher in launchers:
-                subprocess.run([*launcher, "stop"], cwd=ROOT, env=env, check=True)
 
     steps = read_steps(log)
     rest = steps[1:]

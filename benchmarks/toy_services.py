@@ -21,8 +21,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def toy_services(toy: Path, logs: Path) -> Iterator[dict[str, str]]:
-    """The environment in which train_siop.sh and eval_siop.sh use this world, on a CPU.
+def toy_services(toy: Path, logs: Path, **extra: str) -> Iterator[dict[str, str]]:
+    """The environment in which train_siop.sh and eval_siop.sh use this world, on a CPU; ``extra`` is added to it.
 
     Raises:
         subprocess.CalledProcessError: a service did not start; its launcher has said why.
@@ -45,6 +45,7 @@ def toy_services(toy: Path, logs: Path) -> Iterator[dict[str, str]]:
     # These would win over the toy world's.
     for name in ("CONDA_ENV", "MODEL_PATH", "TRAIN_FILES", "VAL_FILES", "TOOL_CONFIG", "EXPERIMENT", "OUT_DIR"):
         env.pop(name, None)
+    env.update(extra)
     try:
         for launcher in _LAUNCHERS:
             subprocess.run(["bash", launcher], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
