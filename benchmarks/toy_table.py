@@ -83,6 +83,10 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "siop-observation": ("ablation=siop", "algorithm.siop_boundary=observation"),
     "siop-eta0": ("ablation=siop", "algorithm.siop_eta=0"),
     "siop-evidence-max": ("ablation=siop", "algorithm.siop_evidence=max"),
+    "siop-lambda1": ("ablation=siop", "algorithm.siop_lambda=1"),
+    "siop-lambda1-eta0": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_eta=0"),
+    "siop-lambda1-log": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_gain=log"),
+    "siop-lambda1-max": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_evidence=max"),
     "siop-k4": ("ablation=siop", "actor_rollout_ref.rollout.n=4"),
     "release-k4": ("ablation=release", "actor_rollout_ref.rollout.n=4"),
     "query_consensus": ("ablation=query_consensus",),
@@ -170,6 +174,19 @@ def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[i
             runs += [Run(world, method, seed) for seed in seeds or default]
     # The same seed of every method first: a table that is cut short compares like with like.
     return sorted(runs, key=lambda run: (list(WORLDS).index(run.world), run.seed))
+
+
+def named(text: str) -> Run:
+    """The run with this name.
+
+    Raises:
+        SystemExit: no such name.
+    """
+    parts = re.fullmatch(r"(\w+)/([\w-]+)-seed(\d+)", text)
+    if not parts:
+        sys.exit(f"error: --only {text}: WORLD/METHOD-seedN, for example two_hop/siop-seed1")
+    (world,), (method,) = chosen(parts[1], WORLDS, "--only"), chosen(parts[2], METHODS, "--only")
+    return Run(world, method, int(parts[3]))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -326,8 +343,7 @@ def main() -> None:
         parser.error(f"--seeds {args.seeds}: whole numbers from 0, with commas")
     runs = plan(worlds, methods, [int(seed) for seed in args.seeds.split(",")] if args.seeds else None)
     if args.only:
-        names = {run.name: run for run in runs}
-        runs = [names[name] for name in chosen(",".join(args.only), names, "--only")]
+        runs = [named(name) for name in args.only]
     if args.list:
         for run in runs:
             print(f"{run.state:12} {run.name}")
@@ -341,7 +357,7 @@ def main() -> None:
             with tqdm(
                 total=total, unit=" steps", desc=f"{len(missing)} of {len(runs)} runs", dynamic_ncols=True
             ) as bar:
-                for world in worlds:
+                for world in WORLDS:
                     of_world = [run for run in missing if run.world == world]
                     if of_world:
                         build_world(world)

@@ -69,6 +69,7 @@ class FaultyProxy:
             nothing.
         every: 1 spoils all, 0 none.
         retry_after: header of the 503.
+        together: the first requests wait until so many are open, and half a second more for one more to come.
 
     Attributes:
         spoiled: how often each fault happened.
@@ -77,11 +78,17 @@ class FaultyProxy:
     """
 
     def __init__(
-        self, upstream: int, faults: Sequence[str | None] = (None,), every: int = 1, retry_after: str = ""
+        self,
+        upstream: int,
+        faults: Sequence[str | None] = (None,),
+        every: int = 1,
+        retry_after: str = "",
+        together: int = 1,
     ) -> None:
         self._upstream, self._every, self._retry_after = upstream, every, retry_after
         self._faults, self._random = itertools.cycle(faults), random.Random(0)
         self._stale: bytes | None = None
+        self._together, self._gate = together, asyncio.Event()
         self.requests = 0
         self.arrivals: dict[str, list[float]] = {}
         self.spoiled: Counter[str] = Counter()
@@ -121,6 +128,9 @@ class FaultyProxy:
             self.most_open = max(self.most_open, self.open)
             try:
                 fault = next(self._faults) if self.requests % self._every == 0 else None
+                if self.open >= self._together:
+                    self._loop.call_later(0.5 if self._together > 1 else 0, self._gate.set)
+                await self._gate.wait()
                 answer = await self._exchange(head, body, fault)
             finally:
                 self.open -= 1

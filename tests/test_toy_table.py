@@ -436,7 +436,8 @@ def test_plots(tmp_path: Path) -> None:
         (["--methods", "sipo"], "choose from siop"),
         (["--worlds", "flat"], "choose from two_hop"),
         (["--seeds", "a"], "--seeds a"),
-        (["--only", "two_hop/siop-seed9"], "two_hop/siop-seed1"),
+        (["--only", "two_hop"], "WORLD/METHOD-seedN"),
+        (["--only", "two_hop/siopp-seed1"], "--only siopp: choose from siop"),
         (["--jobs", "0"], "--jobs must be at least 1"),
     ],
 )
