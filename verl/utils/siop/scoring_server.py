@@ -41,6 +41,7 @@ from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
 from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
+from verl.utils.siop.http_protocol import TimedHttpProtocol
 from verl.utils.siop.json_body import parse_body, route_class
 from verl.utils.siop.nli_clustering import entailment_index
 from verl.utils.siop.scoring_schema import (
@@ -761,7 +762,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             app, metrics, int(args.max_body_mb * 2**20), args.max_concurrency, os.environ.get("SIOP_API_TOKEN") or None
         )
         config = uvicorn.Config(
-            guard, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+            guard,
+            http=TimedHttpProtocol,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
         )
         logger.info("listening on http://%s:%d", args.host, sock.getsockname()[1])
         return asyncio.run(_serve(pool, _Server(config), sock))
