@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from method_helpers import Scorer, byte_tokenizer, golden, rollout, run, search_rollout, tool_result
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.errors import RolloutError, ScorerError
+from verl.utils.siop.group_pass import CreditBatch
 from verl.utils.siop.metrics import group_metrics
 from verl.utils.siop.siop_process_reward import (
     OBSERVATION_CHARACTERS,
@@ -253,6 +255,25 @@ def test_gain_and_epsilon() -> None:
             assert b == pytest.approx([q * (math.log(p1 + 0.1) - math.log(p0 + 0.1)) + end for p0, p1, end in gains])
     assert run(mixed_batch(), siop_epsilon=0.1).turn_rewards == prob.turn_rewards
     assert run(mixed_batch(), siop_gain="log").turn_rewards != log.turn_rewards
+
+
+def test_peak_gain_pays_for_new_heights_only() -> None:
+    prob, peak = run(mixed_batch()), run(mixed_batch(), siop_gain="peak")
+    assert prob.support == peak.support
+    for support, q, rewards in zip(prob.support, prob.target_mass, peak.turn_rewards, strict=True):
+        if support:
+            gains = [max(0.0, p - max(support[:t])) for t, p in enumerate(support) if t]
+            assert rewards == pytest.approx([*(q * gain for gain in gains[:-1]), q * gains[-1] + 0.5 * q])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_peak_gains_add_up_to_the_rise_of_the_maximum(support: list[float]) -> None:
+    batch: Any = SimpleNamespace(config=SiopConfig(siop_gain="peak"))
+    gains = CreditBatch.gains(batch, support)
+    assert min(gains) >= 0
+    assert sum(gains) == pytest.approx(max(support) - support[0])
+    # A detour through lower support earns nothing and changes nothing after it.
+    assert CreditBatch.gains(batch, [support[0], support[0] / 2, *support]) == [0.0, 0.0, *gains]
 
 
 def test_strict_entailment_is_the_scorers_business() -> None:

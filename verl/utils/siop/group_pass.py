@@ -179,8 +179,16 @@ class CreditBatch:
         }
 
     def gains(self, support: Sequence[float]) -> list[float]:
-        """gain_t = p_t − p_{t−1} (``siop_gain=prob``) or log(p_t + eps) − log(p_{t−1} + eps) (log), t = 1 … T."""
+        """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
+
+        - ``prob``: p_t − p_{t−1}, in [−1, 1]
+        - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
+        - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no gain
+          a second time, so an answer held from the start earns nothing by the detour. Source: this project.
+        """
         values = list(support)
+        if self.config.siop_gain == "peak":
+            values = list(itertools.accumulate(values, max))
         if self.config.siop_gain == "log":
             values = [math.log(value + self.config.siop_epsilon) for value in values]
         return [after - before for before, after in itertools.pairwise(values)]
