@@ -60,8 +60,9 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
     The last turn also gets, if the rollout has an answer, by ``siop_consensus_terminal``:
 
     - ``frequency``: the mass m(c) of its cluster, in [0, 1] (as EMPO); the target is m(c)
-    - ``support``: q(c)·(p_T − p_0), in [−1, 1] (of log(p + eps) with ``siop_gain=log``, 0 or more with ``peak``): SIOP's gains in one sum, so
-      that the support that an answer had before any search earns nothing; 0 for a rollout of one turn
+    - ``support``: q(c)·(p_T − p_0), in [−1, 1] (of log(p + eps) with ``siop_gain=log``, 0 or more with ``peak``):
+      SIOP's gains in one sum, so that the support that an answer had before any search earns nothing; 0 for a rollout
+      of one turn
 
     Source: this project.
     """

@@ -183,8 +183,8 @@ class CreditBatch:
 
         - ``prob``: p_t − p_{t−1}, in [−1, 1]
         - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
-        - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no gain
-          a second time, so an answer held from the start earns nothing by the detour. Source: this project.
+        - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no
+          gain, so an answer held from the start earns nothing by a detour. Source: this project.
         """
         values = list(support)
         if self.config.siop_gain == "peak":
