@@ -2,11 +2,11 @@
 # The whole method on a laptop CPU: a made-up world, a small search agent, SIOP training without labels, evaluation.
 # About ten minutes the first time; a second call reuses what is there. Ctrl-C stops everything it started.
 #
-#   bash quickstart.sh [--method siop|policy|release|grpo|empo|ttrl] [--seed N]
+#   bash quickstart.sh [--method siop|policy|release|grpo|empo|ttrl|...] [--seed N]
 #
-#   --method   siop (default); policy: the policy is its own scorer; release: the first release's formulas; grpo: exact
-#              match with the gold answer, the only one that uses labels; empo, ttrl: rewards from cluster sizes alone
-#              (config/ablation/METHOD.yaml)
+#   --method   siop (default); policy: the policy is its own scorer; release: the first release's formulas; empo, ttrl:
+#              rewards from cluster sizes alone; grpo, igpo: use labels, the others do not; and every other
+#              config/ablation/METHOD.yaml
 #   --seed     seed of data order and sampling (1)
 #
 # Environment:
@@ -31,10 +31,11 @@ while [[ $# -gt 0 ]]; do
         *) die "unknown argument '$1'; see bash quickstart.sh --help" ;;
     esac
 done
-case $method in
-    siop | policy | release | grpo | empo | ttrl) ;;
-    *) die "--method $method: choose siop, policy, release, grpo, empo or ttrl" ;;
-esac
+if [[ ! $method =~ ^[a-z0-9_]+$ || ! -f config/ablation/$method.yaml ]]; then
+    methods=(config/ablation/*.yaml)
+    methods=("${methods[@]##*/}")
+    die "--method $method: choose one of ${methods[*]%.yaml}"
+fi
 [[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: a whole number from 0"
 steps=${QUICKSTART_STEPS:-60}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS=$steps: a whole number from 1"
@@ -120,7 +121,7 @@ phase "evaluation before training, on held-out questions"
 evaluate before "$TOY_DIR/model"
 finished
 
-phase "training: $method, $steps steps of 8 questions x 8 rollouts$([[ $method == grpo ]] || echo ", no labels")"
+phase "training: $method, $steps steps of 8 questions x 8 rollouts$([[ $method =~ ^(grpo|igpo)$ ]] || echo ", no labels")"
 checkpoint=$out/checkpoints/global_step_$steps
 train_start=$SECONDS
 if [[ -d $checkpoint/actor && $checkpoint -nt $TOY_DIR/meta.json ]]; then

@@ -232,3 +232,11 @@ def test_ctrl_c_stops_everything(quickstart: tuple[Quickstart, str]) -> None:
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 130, rest
     run.wait_until_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["grp", "../trainer", ""])
+def test_an_unknown_method_is_refused_with_those_there_are(method: str) -> None:
+    done = subprocess.run(["bash", "quickstart.sh", "--method", method], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    named = done.stderr.split("--method", 1)[1].split()
+    assert method == "" or {path.stem for path in (ROOT / "config" / "ablation").glob("*.yaml")} <= set(named)
