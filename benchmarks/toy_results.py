@@ -145,13 +145,16 @@ def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
     """Course of a training run, from its dumped rollouts.
 
     Returns:
-        ``train_em`` and ``train_turns`` by step; ``answer_advantage`` and ``search_advantage``, the mean advantage of
-        turns that answer and of the others in the first :data:`EARLY_STEPS` steps.
+        ``train_em`` and ``train_turns`` by step; in the first :data:`EARLY_STEPS` steps ``answer_advantage`` and
+        ``search_advantage``, the mean advantage of turns that answer and of the others; ``right_advantage`` and
+        ``stale_advantage``, that of turns that answer rightly and with the stale answer, None if there are none.
     """
     files = sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem))
     em, mean_turns = [], []
     answering: list[float] = []
     searching: list[float] = []
+    right: list[float] = []
+    stale: list[float] = []
     for file in files:
         # A dropped question has no turn rewards; one whose rollout has no answer has an empty list.
         rows = [row for row in read_rows(file) if row.get("turn_rewards", []) is not None]
@@ -166,16 +169,23 @@ def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
             for row, count in zip(rows, counts, strict=True)
         ]
         uids = [row["uid"].rsplit("_", 2)[0] for row in rows]
-        for turns, values in zip(texts, turn_advantages(rewards, counts, uids, algorithm), strict=True):
-            answers = bool(parse_answer(turns[-1]))
-            (answering if answers else searching).append(values[-1])
+        advantages = turn_advantages(rewards, counts, uids, algorithm)
+        for row, turns, values in zip(rows, texts, advantages, strict=True):
+            answer = parse_answer(turns[-1])
+            (answering if answer else searching).append(values[-1])
             searching.extend(values[:-1])
+            if row["em"]:
+                right.append(values[-1])
+            elif answer in STALE_ANSWERS.values():
+                stale.append(values[-1])
     return {
         "steps": int(files[-1].stem) if files else 0,
         "train_em": em,
         "train_turns": mean_turns,
         "answer_advantage": _share(answering),
         "search_advantage": _share(searching),
+        "right_advantage": _share(right) if right else None,
+        "stale_advantage": _share(stale) if stale else None,
     }
 
 
@@ -312,6 +322,10 @@ def averaged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             key: mean(key)
             for key in ("turns", "tokens", "bridge", "stale", "no_answer", "answer_advantage", "search_advantage")
         },
+        **{
+            key: None if any(run[key] is None for run in runs) else mean(key)
+            for key in ("right_advantage", "stale_advantage")
+        },
     }
 
 
@@ -341,7 +355,7 @@ def render(results: Mapping[str, Any]) -> str:
         "questions, one sampled rollout each; ± is the standard error (the larger of the evaluation's and of the "
         "seeds'). Turns, policy tokens, shares of answers: `bridge` an entity on the way, `stale` the stale answer, "
         "`none` no answer. Advantages: mean of the answering and of the searching turns in the first "
-        f"{EARLY_STEPS} steps. Turn AUC: search turns at the same turn index.",
+        f"{EARLY_STEPS} steps, and of the turns that give the right and the stale answer. Turn AUC: search turns at the same turn index.",
     ]
     for world, entry in results["worlds"].items():
         start = entry.get("start")
@@ -354,7 +368,7 @@ def render(results: Mapping[str, Any]) -> str:
                 ["*start*", f"{start['em']:.3f}", "", "", ""]
                 + [_number(start[key], 2 if key == "turns" else 1) for key in ("turns", "tokens")]
                 + [_number(start[key]) for key in ("bridge", "stale", "no_answer")]
-                + ["", "", ""]
+                + ["", "", "", "", ""]
             )
         for name, m in ordered:
             rows.append(
@@ -367,11 +381,15 @@ def render(results: Mapping[str, Any]) -> str:
                     _number(m["turns"], 2),
                     _number(m["tokens"], 1),
                     *(_number(m[key]) for key in ("bridge", "stale", "no_answer")),
-                    *(f"{m[key]:+.2f}" for key in ("answer_advantage", "search_advantage")),
+                    *(
+                        "" if m[f"{of}_advantage"] is None else f"{m[f'{of}_advantage']:+.2f}"
+                        for of in ("answer", "search", "right", "stale")
+                    ),
                     _number(auc_of.get("methods", {}).get(name, {}).get("same_index")),
                 ]
             )
-        header = "method, EM, per seed, seeds, steps, turns, tokens, bridge, stale, none, adv. answer, adv. search"
+        header = "method, EM, per seed, seeds, steps, turns, tokens, bridge, stale, none, adv. answer, adv. search, "
+        header += "adv. right, adv. stale"
         parts += ["", f"## {world}"]
         if rows:
             parts += ["", _table([*header.split(", "), "turn AUC"], rows)]

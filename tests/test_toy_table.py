@@ -222,7 +222,13 @@ def _fake_run(run: Path, kind: Kind, em: int) -> None:
     )
     dumped: list[dict[str, Any]] = [
         {"output": turn + " <answer> a </answer>", "turn_rewards": [0.0, 1.0], "uid": "g_0_0", "em": 1.0, "score": 1.0},
-        {"output": "<answer> b </answer>", "turn_rewards": [0.5], "uid": "g_1_0", "em": 0.0, "score": 0.5},
+        {
+            "output": f"<answer> {STALE_ANSWERS['town']} </answer>",
+            "turn_rewards": [0.5],
+            "uid": "g_1_0",
+            "em": 0.0,
+            "score": 0.5,
+        },
         {"output": turn + " <think>", "turn_rewards": [], "uid": "g_2_0", "em": 0.0, "score": 0.0},
         {"output": turn, "turn_rewards": None, "uid": "h_0_0", "em": 0.0, "score": 0.0},
     ]
@@ -256,6 +262,7 @@ def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
     # Returns 1 1 | .5 | 0 0. Leave-one-out at turn 1: .75, 0, -.75; at turn 2: 1, -1.
     assert course["answer_advantage"] == pytest.approx((1.0 + 0.0) / 2)
     assert course["search_advantage"] == pytest.approx((0.75 - 0.75 - 1.0) / 3, abs=1e-4)
+    assert course["right_advantage"] == pytest.approx(1.0) and course["stale_advantage"] == pytest.approx(0.0)
     assert course["steps"] == 11 and course["train_em"] == [pytest.approx(1 / 3, abs=1e-4), 1.0]
     # The whole reward at once, minus the mean .5: .5 .5 | 0 | -.5 -.5.
     outcome = toy_results.training(
