@@ -355,7 +355,8 @@ def render(results: Mapping[str, Any]) -> str:
         "questions, one sampled rollout each; ± is the standard error (the larger of the evaluation's and of the "
         "seeds'). Turns, policy tokens, shares of answers: `bridge` an entity on the way, `stale` the stale answer, "
         "`none` no answer. Advantages: mean of the answering and of the searching turns in the first "
-        f"{EARLY_STEPS} steps, and of the turns that give the right and the stale answer. Turn AUC: search turns at the same turn index.",
+        f"{EARLY_STEPS} steps, and of the turns that give the right and the stale answer. Turn AUC: search turns at "
+        "the same turn index.",
     ]
     for world, entry in results["worlds"].items():
         start = entry.get("start")
