@@ -91,12 +91,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "siop-lambda1-peak": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_gain=peak"),
     "siop-k4": ("ablation=siop", "actor_rollout_ref.rollout.n=4"),
     "siop-log-k4": ("ablation=siop", "algorithm.siop_gain=log", "actor_rollout_ref.rollout.n=4"),
-    "siop-lambda1-peak-k4": (
-        "ablation=siop",
-        "algorithm.siop_lambda=1",
-        "algorithm.siop_gain=peak",
-        "actor_rollout_ref.rollout.n=4",
-    ),
+    "siop-peak-k4": ("ablation=siop", "algorithm.siop_gain=peak", "actor_rollout_ref.rollout.n=4"),
     "release-k4": ("ablation=release", "actor_rollout_ref.rollout.n=4"),
     "query_consensus": ("ablation=query_consensus",),
     "query_frequency": ("ablation=query_frequency",),
