@@ -78,20 +78,31 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("ablation=grpo",),
     "ttrl": ("ablation=ttrl",),
     "igpo": ("ablation=igpo",),
+    "siop-prob": ("ablation=siop", "algorithm.siop_gain=prob"),
     "siop-log": ("ablation=siop", "algorithm.siop_gain=log"),
     "siop-assistant": ("ablation=siop", "algorithm.siop_boundary=assistant"),
     "siop-observation": ("ablation=siop", "algorithm.siop_boundary=observation"),
     "siop-eta0": ("ablation=siop", "algorithm.siop_eta=0"),
     "siop-evidence-max": ("ablation=siop", "algorithm.siop_evidence=max"),
     "siop-lambda1": ("ablation=siop", "algorithm.siop_lambda=1"),
-    "siop-lambda1-eta0": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_eta=0"),
-    "siop-lambda1-log": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_gain=log"),
-    "siop-lambda1-broadcast": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_advantage_mode=broadcast"),
-    "siop-peak": ("ablation=siop", "algorithm.siop_gain=peak"),
-    "siop-lambda1-peak": ("ablation=siop", "algorithm.siop_lambda=1", "algorithm.siop_gain=peak"),
+    "siop-prob-evidence-max": ("ablation=siop", "algorithm.siop_gain=prob", "algorithm.siop_evidence=max"),
+    "siop-prob-lambda1": ("ablation=siop", "algorithm.siop_gain=prob", "algorithm.siop_lambda=1"),
+    "siop-prob-lambda1-eta0": (
+        "ablation=siop",
+        "algorithm.siop_gain=prob",
+        "algorithm.siop_lambda=1",
+        "algorithm.siop_eta=0",
+    ),
+    "siop-prob-lambda1-broadcast": (
+        "ablation=siop",
+        "algorithm.siop_gain=prob",
+        "algorithm.siop_lambda=1",
+        "algorithm.siop_advantage_mode=broadcast",
+    ),
+    "siop-log-lambda1": ("ablation=siop", "algorithm.siop_gain=log", "algorithm.siop_lambda=1"),
     "siop-k4": ("ablation=siop", "actor_rollout_ref.rollout.n=4"),
+    "siop-prob-k4": ("ablation=siop", "algorithm.siop_gain=prob", "actor_rollout_ref.rollout.n=4"),
     "siop-log-k4": ("ablation=siop", "algorithm.siop_gain=log", "actor_rollout_ref.rollout.n=4"),
-    "siop-peak-k4": ("ablation=siop", "algorithm.siop_gain=peak", "actor_rollout_ref.rollout.n=4"),
     "release-k4": ("ablation=release", "actor_rollout_ref.rollout.n=4"),
     "query_consensus": ("ablation=query_consensus",),
     "query_frequency": ("ablation=query_frequency",),
@@ -99,7 +110,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "pure": ("ablation=pure",),
     "a2tgpo": ("ablation=a2tgpo",),
 }
-_THREE_SEEDS = ("siop", "release", "empo", "grpo")
+_THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
 _STOP_SECONDS = 10.0
 
 

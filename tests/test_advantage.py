@@ -322,7 +322,7 @@ def test_the_default_is_leave_one_out_with_one_scale_for_the_batch() -> None:
         ("siop_use_gold_ref", True),
         ("siop_boundary", "assistant"),
         ("siop_gain", "log"),
-        ("siop_gain", "peak"),
+        ("siop_gain", "prob"),
         ("siop_lambda", 0.0),
         ("siop_eta", 0.0),
         ("siop_evidence", "max"),

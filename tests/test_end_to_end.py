@@ -156,7 +156,7 @@ def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) ->
         assert sum(targets.values()) == pytest.approx(1)
         for row in group:
             q, p = row["target"], row["support"]
-            gains = [b - a for a, b in itertools.pairwise(p)] or [0.0]
+            gains = [b - a for a, b in itertools.pairwise(itertools.accumulate(p, max))] or [0.0]
             expected = [q * gain for gain in gains]
             expected[-1] += 0.5 * q
             assert row["turn_rewards"] == pytest.approx(expected, abs=1e-6)

@@ -132,8 +132,11 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
         ("empo", {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast"}),
         ("ttrl", {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"}),
         ("grpo", {}),
-        ("igpo", {"siop_use_gold_ref": True}),
-        ("query_consensus", {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support"}),
+        ("igpo", {"siop_use_gold_ref": True, "siop_gain": "prob"}),
+        (
+            "query_consensus",
+            {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support", "siop_gain": "prob"},
+        ),
         ("query_frequency", {"siop_reward_mode": "query_consensus"}),
         ("matchtir", {"siop_baseline": "turn_index"}),
         ("pure", {"siop_return": "min"}),
@@ -215,7 +218,7 @@ def test_support_from_the_policy_cannot_replay_routes(parts: dict[str, str]) -> 
     ("override", "message"),
     [
         ("algorithm.rollout_correction.rollout_rs=token_k1", r"rollout_rs=token_k1 is not allowed"),
-        ("algorithm.siop_gain=linear", r"siop_gain='linear'.*prob, log"),
+        ("algorithm.siop_gain=linear", r"siop_gain='linear'.*peak, prob, log"),
         ("algorithm.siop_lambda=2", r"siop_lambda=2.*0.* to 1"),
         ("+algorithm.siop_lamda=0.3", r"siop_lamda=0.3; did you mean siop_lambda"),
     ],

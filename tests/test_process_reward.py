@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import statistics
 from types import SimpleNamespace
@@ -135,7 +134,7 @@ def test_siop_from_first_principles() -> None:
             values = [math.exp(Scorer.log_prob(request, boundary, text)) for text in rewards.references[index]]
             p.append(sum(values) / len(values))
         assert rewards.support[index] == pytest.approx(p, abs=1e-12)
-        expected = [target[cluster] * (after - before) for before, after in itertools.pairwise(p)]
+        expected = [target[cluster] * max(0.0, value - max(p[:turn])) for turn, value in enumerate(p) if turn]
         expected[-1] += 0.75 * target[cluster]
         assert rewards.turn_rewards[index] == pytest.approx(expected, abs=1e-12)
     assert rewards.turn_rewards[5] == pytest.approx([0.75 * target[NICE]])
@@ -244,7 +243,8 @@ def test_boundary(mode: str) -> None:
 
 
 def test_gain_and_epsilon() -> None:
-    prob, log = run(mixed_batch()), run(mixed_batch(), siop_gain="log", siop_epsilon=0.1)
+    prob = run(mixed_batch(), siop_gain="prob")
+    log = run(mixed_batch(), siop_gain="log", siop_epsilon=0.1)
     assert prob.support == log.support
     for support, q, a, b in zip(prob.support, prob.target_mass, prob.turn_rewards, log.turn_rewards, strict=True):
         if support:
@@ -253,14 +253,14 @@ def test_gain_and_epsilon() -> None:
             assert a == pytest.approx([q * (p1 - p0) + end for p0, p1, end in gains])
             gains = zip(support[:-1], support[1:], terminal, strict=True)
             assert b == pytest.approx([q * (math.log(p1 + 0.1) - math.log(p0 + 0.1)) + end for p0, p1, end in gains])
-    assert run(mixed_batch(), siop_epsilon=0.1).turn_rewards == prob.turn_rewards
+    assert run(mixed_batch(), siop_gain="prob", siop_epsilon=0.1).turn_rewards == prob.turn_rewards
     assert run(mixed_batch(), siop_gain="log").turn_rewards != log.turn_rewards
 
 
 def test_peak_gain_pays_for_new_heights_only() -> None:
-    prob, peak = run(mixed_batch()), run(mixed_batch(), siop_gain="peak")
-    assert prob.support == peak.support
-    for support, q, rewards in zip(prob.support, prob.target_mass, peak.turn_rewards, strict=True):
+    prob, peak = run(mixed_batch(), siop_gain="prob"), run(mixed_batch())
+    assert prob.support == peak.support and prob.turn_rewards != peak.turn_rewards
+    for support, q, rewards in zip(peak.support, peak.target_mass, peak.turn_rewards, strict=True):
         if support:
             gains = [max(0.0, p - max(support[:t])) for t, p in enumerate(support) if t]
             assert rewards == pytest.approx([*(q * gain for gain in gains[:-1]), q * gains[-1] + 0.5 * q])
@@ -268,7 +268,7 @@ def test_peak_gain_pays_for_new_heights_only() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_peak_gains_add_up_to_the_rise_of_the_maximum(support: list[float]) -> None:
-    batch: Any = SimpleNamespace(config=SiopConfig(siop_gain="peak"))
+    batch: Any = SimpleNamespace(config=SiopConfig())
     gains = CreditBatch.gains(batch, support)
     assert min(gains) >= 0
     assert sum(gains) == pytest.approx(max(support) - support[0])
@@ -346,7 +346,11 @@ def test_query_consensus_with_frequency_by_hand() -> None:
 
 
 def test_query_consensus_with_support_pays_what_the_searches_added() -> None:
-    keys: dict[str, Any] = {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support"}
+    keys: dict[str, Any] = {
+        "siop_reward_mode": "query_consensus",
+        "siop_consensus_terminal": "support",
+        "siop_gain": "prob",
+    }
     rewards, plain = run(query_batch(), **keys), run(query_batch())
     assert rewards.target_mass == plain.target_mass
     assert rewards.support == plain.support
@@ -357,7 +361,7 @@ def test_query_consensus_with_support_pays_what_the_searches_added() -> None:
         gained = rewards.target_mass[index] * (support[-1] - support[0]) if support else 0.0
         assert turns[-1] == pytest.approx(gained)
     assert rewards.turn_rewards[5] == [0.0]  # an answer without a search earns nothing
-    log = run(query_batch(), **keys, siop_gain="log", siop_epsilon=0.1)
+    log = run(query_batch(), **{**keys, "siop_gain": "log"}, siop_epsilon=0.1)
     p = log.support[0]
     assert log.turn_rewards[0][-1] == pytest.approx(log.target_mass[0] * math.log((p[-1] + 0.1) / (p[0] + 0.1)))
 
@@ -375,7 +379,7 @@ def test_igpo_gold_is_the_only_reference() -> None:
         search_rollout("a", "lutetia", gold=gold),
     ]
     scorer = Scorer()
-    rewards = run(batch, scorer, siop_use_gold_ref=True, siop_lambda=0.9, siop_num_refs=3)
+    rewards = run(batch, scorer, siop_use_gold_ref=True, siop_gain="prob", siop_lambda=0.9, siop_num_refs=3)
     assert scorer.cluster_calls == []
     assert scorer.entailment_calls == []
     assert [[r.text for r in request.references] for request in scorer.support_calls[0]] == [["Paris France"]] * 2
@@ -582,10 +586,11 @@ def test_targets_sum_to_one_and_questions_are_independent(
 
 
 def test_rewards_telescope_with_lambda_one() -> None:
-    rewards = run(mixed_batch(), siop_lambda=1.0)
-    for turns, support, q in zip(rewards.turn_rewards, rewards.support, rewards.target_mass, strict=True):
-        if support:
-            assert math.fsum(turns) == pytest.approx(q * (support[-1] - support[0]))
+    prob, peak = run(mixed_batch(), siop_gain="prob", siop_lambda=1.0), run(mixed_batch(), siop_lambda=1.0)
+    for rewards, end in ((prob, lambda support: support[-1]), (peak, max)):
+        for turns, support, q in zip(rewards.turn_rewards, rewards.support, rewards.target_mass, strict=True):
+            if support:
+                assert math.fsum(turns) == pytest.approx(q * (end(support) - support[0]))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class SiopConfig:
     siop_return: str = _choice("sum", "min")
     siop_turn_weight: float = _number(0.3, 0.0, above=True)
     siop_boundary: str = _choice(*BOUNDARY_MODES)
-    siop_gain: str = _choice("prob", "log", "peak")
+    siop_gain: str = _choice("peak", "prob", "log")
     siop_lambda: float = _number(0.5, 0.0, 1.0)
     siop_eta: float = _number(1.0, 0.0)
     siop_evidence: str = _choice("mean", "max")

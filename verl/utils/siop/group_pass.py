@@ -181,10 +181,10 @@ class CreditBatch:
     def gains(self, support: Sequence[float]) -> list[float]:
         """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
 
-        - ``prob``: p_t − p_{t−1}, in [−1, 1]
-        - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
         - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no
           gain, so an answer held from the start earns nothing by a detour. Source: this project.
+        - ``prob``: p_t − p_{t−1}, in [−1, 1]
+        - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
         """
         values = list(support)
         if self.config.siop_gain == "peak":
