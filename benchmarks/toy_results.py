@@ -55,8 +55,12 @@ def question_of(prompt: str, toy: Path) -> Question:
 
 
 def turns_of(output: str) -> list[str]:
-    """Texts of the assistant turns of a dumped rollout: what stands between the tool's results."""
-    return _OBSERVATION.split(output)
+    """Texts of the assistant turns of a dumped rollout: what stands between the tool's results.
+
+    A result that nothing follows is none: the policy made it up inside its last turn, or the length ended there.
+    """
+    turns = _OBSERVATION.split(output)
+    return turns[:-1] if len(turns) > 1 and not re.sub(r"<\|im_\w+\|>", "", turns[-1]).strip() else turns
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -163,7 +167,8 @@ def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
         mean_turns.append(_share(len(turns) for turns in texts))
         if int(file.stem) > EARLY_STEPS:
             continue
-        counts = [len(turns) for turns in texts]
+        # A policy that makes up a result and goes on in the same turn has fewer turns than its text seems to have.
+        counts = [len(row.get("turn_rewards") or turns) for row, turns in zip(rows, texts, strict=True)]
         rewards = [
             row.get("turn_rewards", [0.0] * (count - 1) + [row["score"]])
             for row, count in zip(rows, counts, strict=True)

@@ -272,6 +272,25 @@ def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
     assert outcome["search_advantage"] == pytest.approx((0.5 - 0.5 - 0.5) / 3, abs=1e-4)
 
 
+def test_a_result_that_the_policy_made_up_starts_no_turn() -> None:
+    made_up = " <think> a <tool_response> b </tool_response> <|im_end|>"
+    searched = "<tool_call> q </tool_call> <tool_response> [1] y </tool_response>"
+    assert len(toy_results.turns_of(searched + made_up)) == 2
+    assert len(toy_results.turns_of(searched + " <answer> a </answer>")) == 2
+    assert toy_results.turns_of("<answer> a </answer>") == ["<answer> a </answer>"]
+
+
+def test_turns_are_counted_by_their_rewards(tmp_path: Path) -> None:
+    made_up = "<think> a <tool_response> b </tool_response> <answer> c </answer>"
+    rows = [
+        {"output": made_up, "turn_rewards": [1.0], "uid": "g_0_0", "em": 1.0, "score": 1.0},
+        {"output": "<answer> d </answer>", "turn_rewards": [0.5], "uid": "g_1_0", "em": 0.0, "score": 0.5},
+    ]
+    _write(tmp_path / "1.jsonl", rows)
+    algorithm = toy_results.config_of(["algorithm.norm_adv_by_std_in_grpo=false"]).algorithm
+    assert toy_results.training(tmp_path, algorithm)["right_advantage"] == pytest.approx(0.5)
+
+
 def test_standard_error_and_mean_over_seeds() -> None:
     assert toy_results.standard_error([0.5], 100) == pytest.approx(0.05)
     # Seeds that agree still share the questions; seeds that differ say more than the questions do.
