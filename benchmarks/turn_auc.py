@@ -288,7 +288,7 @@ def main() -> None:
         file = measure(world, chosen(args.methods, METHODS, "--methods"), args.questions, args.rollouts)
         print(f"wrote {file}")
         for name, areas in json.loads(file.read_text())["methods"].items():
-            print(f"  {name:20}" + "  ".join(f"{key} {value:.3f}" for key, value in areas.items()))
+            print(f"  {name:28}" + "  ".join(f"{key} {value:.3f}" for key, value in areas.items()))
 
 
 if __name__ == "__main__":
