@@ -280,6 +280,8 @@ def print_times(threads: int, found: dict[str, Any]) -> None:
 
 def print_bytes(batch: Sequence[Any]) -> None:
     """Request bodies: /support against /score with one item per (boundary, reference)."""
+    from verl.utils.siop.content_encoding import compress
+
     rollouts, items = [], []
     for rollout in batch:
         references = [
@@ -304,8 +306,6 @@ def print_bytes(batch: Sequence[Any]) -> None:
             for boundary in rollout.boundaries
             for reference in references
         ]
-    from verl.utils.siop.content_encoding import compress
-
     theirs = json.dumps({"items": items}).encode()
     ours = json.dumps({"rollouts": rollouts}, separators=(",", ":")).encode()
     sent = compress(ours)

@@ -347,8 +347,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -387,18 +387,17 @@ def render(results: Mapping[str, Any]) -> str:
                     _number(m["turns"], 2),
                     _number(m["tokens"], 1),
                     *(_number(m[key]) for key in ("bridge", "stale", "no_answer")),
-                    *(
-                        "" if m[f"{of}_advantage"] is None else f"{m[f'{of}_advantage']:+.2f}"
-                        for of in ("answer", "search", "right", "stale")
-                    ),
+                    *(_number(m[f"{of}_advantage"], 2, "+") for of in ("answer", "search", "right", "stale")),
                     _number(auc_of.get("methods", {}).get(name, {}).get("same_index")),
                 ]
             )
-        header = "method, EM, per seed, seeds, steps, turns, tokens, bridge, stale, none, adv. answer, adv. search, "
-        header += "adv. right, adv. stale"
+        header = (
+            "method, EM, per seed, seeds, steps, turns, tokens, bridge, stale, none, adv. answer, adv. search, "
+            "adv. right, adv. stale, turn AUC"
+        )
         parts += ["", f"## {world}"]
         if rows:
-            parts += ["", _table([*header.split(", "), "turn AUC"], rows)]
+            parts += ["", _table(header.split(", "), rows)]
         if methods or start:
             shown = {"*start*": start} if start else {}
             shown.update(ordered)

@@ -356,9 +356,8 @@ def main() -> None:
     methods = chosen(args.methods, METHODS, "--methods") if args.methods else None
     if args.seeds and not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         parser.error(f"--seeds {args.seeds}: whole numbers from 0, with commas")
-    runs = plan(worlds, methods, [int(seed) for seed in args.seeds.split(",")] if args.seeds else None)
-    if args.only:
-        runs = [named(name) for name in args.only]
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else None
+    runs = [named(name) for name in args.only] if args.only else plan(worlds, methods, seeds)
     if args.list:
         for run in runs:
             print(f"{run.state:12} {run.name}")

@@ -263,13 +263,11 @@ def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -
                 for index, (value, label) in enumerate(zip(advantages, right, strict=True))
             ]
             areas, draws[method] = turn_auc(turns), resampled(turns)
+            result[method] = areas
             areas["error"] = round(float(draws[method].std(ddof=1)), 4)
             if "siop" in draws:
-                areas["gain"] = round(
-                    areas["same_index"] - (areas if method == "siop" else result["siop"])["same_index"], 4
-                )
+                areas["gain"] = round(areas["same_index"] - result["siop"]["same_index"], 4)
                 areas["gain_error"] = round(float((draws[method] - draws["siop"]).std(ddof=1)), 4)
-            result[method] = areas
             file.write_text(json.dumps({**measured, "methods": result}, indent=1) + "\n")
     return file
 

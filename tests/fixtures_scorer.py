@@ -122,6 +122,15 @@ def free_port() -> int:
             return port
 
 
+def eventually(condition, timeout_s: float = 60.0):
+    """Poll until ``condition()`` is true; returns its value."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"still not so after {timeout_s} s"
+        time.sleep(0.02)
+    return value
+
+
 def scorer_env(**extra: str) -> dict[str, str]:
     """Environment of a scorer process: one thread, no outer Ray, no proxy, this checkout first."""
     env = {

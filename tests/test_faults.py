@@ -24,7 +24,7 @@ import httpx
 import psutil
 import pytest
 from faulty_proxy import EDITS, STATUS, TRANSPORT, FaultyProxy
-from fixtures_scorer import ScorerProcess, free_port, save_causal_lm, save_classifier
+from fixtures_scorer import ScorerProcess, eventually, free_port, save_causal_lm, save_classifier
 from known_requests import Known, KnownRequests
 from ray.exceptions import RayActorError
 from test_scorer_service import launcher
@@ -112,15 +112,6 @@ def service(models, tmp_path_factory) -> Iterator[Service]:
             eventually(lambda: not names(service.killed), 90)
     finally:
         service.process.kill()
-
-
-def eventually(condition, timeout_s: float = 60.0):
-    """Poll until ``condition()`` is true; returns its value."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"still not so after {timeout_s} s"
-        time.sleep(0.02)
-    return value
 
 
 def names(process: ScorerProcess) -> list[str]:

@@ -24,6 +24,7 @@ from fixtures_scorer import (
     ROOT,
     VOCAB_SIZE,
     ScorerProcess,
+    eventually,
     free_port,
     save_causal_lm,
     save_classifier,
@@ -375,10 +376,8 @@ def test_request_ids_and_metrics(scorer):
     before = httpx.get(f"{scorer.url}/metrics", headers=HEADERS).text
     response = post(scorer, "/support", body(request(5)), headers={**HEADERS, "X-Request-Id": "step-12"})
     assert response.headers["x-request-id"] == "step-12"
-    end = time.monotonic() + 30  # the line is written after the answer
-    while not re.search(r"POST '/support' 200 .* id=step-12", scorer.log.read_text()):
-        assert time.monotonic() < end, scorer.log.read_text()
-        time.sleep(0.05)
+    # The line is written after the answer.
+    eventually(lambda: re.search(r"POST '/support' 200 .* id=step-12", scorer.log.read_text()), 30)
     after = httpx.get(f"{scorer.url}/metrics", headers=HEADERS).text
 
     def value(text, name):

@@ -189,7 +189,7 @@ class CreditBatch:
         values = list(support)
         if self.config.siop_gain == "peak":
             values = list(itertools.accumulate(values, max))
-        if self.config.siop_gain == "log":
+        elif self.config.siop_gain == "log":
             values = [math.log(value + self.config.siop_epsilon) for value in values]
         return [after - before for before, after in itertools.pairwise(values)]
 
