@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -509,6 +510,28 @@ def test_all_agree() -> None:
     rewards = run(batch, siop_reward_mode="cluster_frequency")
     assert rewards.turn_rewards == [[0.0, 1.0]] * 4
     assert metrics_of(batch, rewards)["siop/zero_variance_groups"] == 1.0
+
+
+def test_a_group_counts_as_zero_variance_only_if_it_gives_no_update() -> None:
+    batch = [search_rollout("a", "Paris", ["Doc"]) for _ in range(2)]
+    rewards = replace(run(batch), turn_rewards=[[0.25, 0.5], [0.5, 0.25]])
+    share = "siop/zero_variance_groups"
+    assert metrics_of(batch, rewards)[share] == 0.0  # the second turns differ
+    for keys in ({"siop_advantage_mode": "broadcast"}, {"siop_enable_two_pass": False}):
+        assert metrics_of(batch, rewards, **keys)[share] == 1.0
+    one = replace(rewards, turn_rewards=[[0.25, 0.5], []])
+    assert metrics_of(batch, one)[share] == metrics_of(batch, one, siop_advantage_mode="broadcast")[share] == 0.0
+
+
+def test_target_mass_is_that_of_rollouts_with_a_cluster() -> None:
+    batch = query_batch()
+    rewards = run(batch, siop_reward_mode="query_consensus")
+    assert all(rewards.turn_rewards) and None in rewards.cluster_ids
+    targets = [q for q, cluster in zip(rewards.target_mass, rewards.cluster_ids, strict=True) if cluster is not None]
+    found = metrics_of(batch, rewards, siop_reward_mode="query_consensus")
+    assert found["siop/target_mass"] == pytest.approx(sum(targets) / len(targets))
+    without = replace(rewards, cluster_ids=[None] * len(batch))
+    assert not {name for name in metrics_of(batch, without) if "cluster" in name or "target" in name}
 
 
 def test_an_empty_batch() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +57,62 @@ def test_all_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {f"siop/seconds/{kind}" for kind in ("cluster", "entailment", "support")}
     assert set(cost) == {*seconds, "siop/tokens/computed", "siop/tokens/requested"}
     assert all(cost[name] > 0 for name in cost)
+
+
+def test_the_scorer_gets_the_same_requests_whatever_the_uids_and_the_order_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    class RecordingScorer(FailingScorer):
+        async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
+            calls.append(list(pairs))
+            return await super().entailment(pairs)
+
+        async def support(self, rollouts: Any) -> list[list[list[float]]]:
+            calls.append([(item.prompt_ids, item.response_ids) for item in rollouts])
+            return await super().support(rollouts)
+
+    trainer = _trainer(monkeypatch, ())
+    monkeypatch.setattr(module, "ScoringClient", RecordingScorer)
+    expected, *_ = asyncio.run(trainer._score(ROLLOUTS))
+    first, calls = calls, []
+    other = [replace(item, uid={"a": "z", "b": "y", "c": "x"}[item.uid]) for item in ROLLOUTS]
+    rewards, rows, _, _ = asyncio.run(trainer._score(other[4:] + other[:4]))
+    assert calls == first and len(first) == 2
+    assert rows == [2, 3, 4, 5, 0, 1] and rewards.turn_rewards == expected.turn_rewards
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_entailment_rule_reaches_the_scorer(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    given: list[dict[str, Any]] = []
+
+    class NotedScorer(FailingScorer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+            given.append(kwargs)
+
+    trainer = _trainer(monkeypatch, (), siop_strict_entailment=strict)
+    monkeypatch.setattr(module, "ScoringClient", NotedScorer)
+    asyncio.run(trainer._score(ROLLOUTS))
+    assert [options["strict"] for options in given] == [strict]
+
+
+def test_seconds_of_calls_at_the_same_time_count_once() -> None:
+    class SlowScorer(FailingScorer):
+        async def cluster(self, question: str, answers: list[str]) -> list[int]:
+            await asyncio.sleep(0.05)
+            return await super().cluster(question, answers)
+
+    async def many() -> float:
+        scorer = module.TimedScorer(SlowScorer())  # type: ignore[arg-type]
+        start = time.perf_counter()
+        await asyncio.gather(*(scorer.cluster("Q", ["x"]) for _ in range(20)))
+        await scorer.cluster("Q", ["x"])
+        assert 0.1 <= scorer.seconds["cluster"] <= time.perf_counter() - start
+        return scorer.seconds["entailment"]
+
+    assert asyncio.run(many()) == 0
 
 
 def test_a_scorer_error_ends_the_run_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +193,10 @@ def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.Monk
     trainer._write_turn_rewards(keys, data, "train", metrics)
     for key, mask in zip(keys, masks, strict=True):
         if key.startswith("b"):
-            assert not written[key]["rm_scores"].any() and not written[key]["response_mask"].any()
+            assert set(written[key]) == {"rm_scores", "response_mask", "loss_mask"}
+            assert not any(values.any() for values in written[key].values())
         else:
-            assert "response_mask" not in written[key]
+            assert set(written[key]) == {"rm_scores"}
             rewards = written[key]["rm_scores"]
             assert rewards[mask == 1].any()
             assert rewards[rewards != 0].tolist() == trainer._records[key]["turn_rewards"]

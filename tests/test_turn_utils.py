@@ -172,6 +172,8 @@ def test_observation_text(observation: str, expected: list[str]) -> None:
         ('<tool_call>{"name": "search", "arguments": {"query": "!"}}</tool_call>', [("search", "query", "!")]),
         ('<tool_call>{"name": "search"}</tool_call><tool_call>[1]</tool_call><tool_call>{"na</tool_call>', []),
         ('<tool_call>{"name": "search", "arguments": {"query": "cut of', []),
+        ('<tool_call>{"name": "search", "arguments": {"query": ' + "7" * 5000 + "}}</tool_call>", []),
+        ("<tool_call>" + "[" * 20000 + "</tool_call>", []),
         ("<answer>Paris</answer>", []),
     ],
 )

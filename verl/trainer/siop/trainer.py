@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,17 +47,22 @@ class EveryGroupDropped(SiopError, RuntimeError):
 
 @dataclass
 class TimedScorer:
-    """A :class:`SiopScorer` that adds up the wall seconds spent waiting for each kind of call."""
+    """A :class:`SiopScorer` that measures the wall seconds during which at least one call of a kind is waited for."""
 
     scorer: ScoringClient | PolicyScorer
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _waiting: Counter[str] = field(default_factory=Counter)
 
     async def _timed(self, kind: str, call: Awaitable[T]) -> T:
-        start = time.perf_counter()
+        if not self._waiting[kind]:
+            self.seconds[kind] -= time.perf_counter()
+        self._waiting[kind] += 1
         try:
             return await call
         finally:
-            self.seconds[kind] += time.perf_counter() - start
+            self._waiting[kind] -= 1
+            if not self._waiting[kind]:
+                self.seconds[kind] += time.perf_counter()
 
     async def cluster(self, question: str, answers: list[str]) -> list[int]:
         return await self._timed("cluster", self.scorer.cluster(question, answers))
@@ -145,12 +150,12 @@ class SiopTrainer(PPOTrainerSync):
         )
         if dropped:
             rows = [row for row, rollout in enumerate(rollouts) if rollout.uid in dropped]
+            nothing = _jagged([torch.zeros_like(masks[row]) for row in rows])
+            # verl divides the loss by the tokens of loss_mask, a copy of response_mask of its own.
             tq.kv_batch_put(
                 keys=[keys[row] for row in rows],
                 partition_id=partition_id,
-                fields=TensorDict(
-                    {"response_mask": _jagged([torch.zeros_like(masks[row]) for row in rows])}, batch_size=len(rows)
-                ),
+                fields=TensorDict({"response_mask": nothing, "loss_mask": nothing}, batch_size=len(rows)),
             )
 
         metrics.update(group_metrics(rewards, [rollouts[row] for row in kept], self.siop, self.gamma))
@@ -192,22 +197,27 @@ class SiopTrainer(PPOTrainerSync):
         ]
 
     async def _score(self, rollouts: list[Rollout]) -> tuple[GroupRewards, list[int], set[str], dict[str, float]]:
-        """Rewards of the rows that could be scored, those rows, the questions that could not, what it cost."""
+        """Rewards of the rows that could be scored, those rows, the questions that could not, what it cost.
+
+        The rows go to the scorer in the order of their prompts: what shares a request with what, and so the last bits
+        of a score, must depend neither on the order of the rows nor on the uids, which are new in every run.
+        """
         async with ScoringClient(
             self.siop.siop_scorer_url,
             strict=self.siop.siop_strict_entailment,
             timeout_s=self.siop.siop_scorer_timeout_s,
         ) as client:
             scorer = TimedScorer(client if self.siop.siop_scorer == "server" else self._policy_scorer(client))
-            rows = list(range(len(rollouts)))
+            rows = sorted(range(len(rollouts)), key=lambda row: rollouts[row].prompt_ids)
+            kept = [rollouts[row] for row in rows]
             dropped: set[str] = set()
             try:
-                rewards = await compute_group_rewards(rollouts, self.tokenizer, self.siop, scorer)
+                rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
             except (ScorerError, ScorerUnavailable) as error:
                 if self.siop.siop_on_scorer_error == "raise":
                     raise
                 logger.error("the scorer failed on the batch, asking question by question: %s", error)
-                dropped = await self._unscorable(rollouts, scorer)
+                dropped = await self._unscorable(kept, scorer)
                 rows = [row for row in rows if rollouts[row].uid not in dropped]
                 if not rows:
                     raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error

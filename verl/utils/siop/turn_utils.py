@@ -171,7 +171,7 @@ def parse_queries(turn_text: str) -> list[Query]:
         try:
             call = json.loads(text)
             name, arguments = call["name"], call["arguments"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # a number of 5,000 digits is a ValueError
             continue
         named = arguments if isinstance(arguments, dict) else {"": arguments}
         parts = [
