@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures_scorer import free_port
 from hydra import compose, initialize_config_module
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from verl.trainer.siop.main import record_config
-from verl.trainer.siop.preflight import DataError, check_before_start, check_method
+from verl.trainer.siop.main import main, record_config
+from verl.trainer.siop.preflight import DataError, check_before_start, check_method, check_overrides
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
@@ -139,7 +140,7 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
         ),
         ("query_frequency", {"siop_reward_mode": "query_consensus"}),
         ("matchtir", {"siop_baseline": "turn_index"}),
-        ("pure", {"siop_return": "min"}),
+        ("pure", {"siop_return": "min", "siop_gain": "prob"}),
         ("a2tgpo", {"siop_baseline": "turn_group"}),
     ],
 )
@@ -150,6 +151,40 @@ def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
     check_method(config, SiopConfig(**changes))
     assert config.algorithm.adv_estimator == ("grpo" if name == "grpo" else "siop")
     assert config.actor_rollout_ref.actor.policy_loss.loss_mode == ("turn_clip" if name == "a2tgpo" else "vanilla")
+
+
+@pytest.mark.parametrize("group", ["ablation", "experiment"])
+def test_a_preset_that_does_not_exist_is_refused_with_those_that_do(group: str) -> None:
+    searchpath = f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]"
+    with pytest.raises(MissingConfigException, match=r"relase[\s\S]*(release|toy)"):
+        _config(searchpath, f"{group}=relase")
+
+
+def test_a_misspelt_key_gets_our_message_not_hydras(monkeypatch: pytest.MonkeyPatch) -> None:
+    for override in ("algorithm.siop_lamda=0.3", "+algorithm.siop_lamda=0.3", "~algorithm.siop_lamda"):
+        monkeypatch.setattr(sys, "argv", ["main", "trainer.nnodes=1", override])
+        with pytest.raises(SystemExit, match=r"error: unknown key siop_lamda=.*did you mean siop_lambda.*siop_eta"):
+            main()
+    check_overrides(["algorithm.siop_lambda=0.3", "algorithm.gamma=1", "~algorithm.siop_eta"])
+
+
+def test_workers_get_their_environment_and_ray_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RETRIEVER_URL", "http://10.0.0.7:8000/retrieve")
+    parts = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m", "trainer.experiment_name=e"]
+    ray_init = _config("hardware=gpu", *parts).ray_kwargs.ray_init
+    assert ray_init.address == "local"
+    assert ray_init.runtime_env.env_vars.RETRIEVER_URL == "http://10.0.0.7:8000/retrieve"
+    assert ray_init.runtime_env.env_vars.TENSORBOARD_DIR == "runs/e/tensorboard"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert _config("hardware=gpu", *parts).ray_kwargs.ray_init.address == "10.0.0.1:6379"
+    assert _config(*parts).ray_kwargs.ray_init.address == "local"  # on CPU
+
+
+def test_one_rollout_of_a_question_is_warned_about(parts: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ScorerUnavailable):
+        _check(parts, actor_rollout_ref__rollout__n="1")
+    assert "rollout.n=1" in caplog.text
 
 
 def test_the_toy_experiment_and_a_preset() -> None:
@@ -232,6 +267,7 @@ def test_wrong_keys_and_values_are_named(parts: dict[str, str], override: str, m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["trainer.v1.trainer_mode=sync"], r"trainer_mode=sync is not allowed .*adv_estimator=siop.*set it to siop"),
         (["algorithm.siop_return=min", "algorithm.gamma=0.9"], r"algorithm.gamma=0.9 .*algorithm.siop_return=min"),
         (
             ["algorithm.siop_reward_mode=query_consensus", "actor_rollout_ref.rollout.multi_turn.format=gpt-oss"],

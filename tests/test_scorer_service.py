@@ -289,6 +289,15 @@ def test_the_client_raises_for_a_rollout_that_is_too_long_and_names_it(scorer, m
         asyncio.run(ask(other + too_long()))
 
 
+def test_a_wrong_token_is_noticed_before_there_is_work(scorer):
+    asyncio.run(client(scorer).check_token())
+    for token in ("", "wrong"):
+        with pytest.raises(ScorerError, match=rf"{scorer.url} answers HTTP 401, .*set SIOP_API_TOKEN"):
+            asyncio.run(client(scorer, token=token).check_token())
+    with pytest.raises(ScorerUnavailable, match="/metrics"):
+        asyncio.run(ScoringClient("http://127.0.0.1:9").check_token())
+
+
 def test_drop_group_drops_the_question_with_the_long_rollout_alone(scorer, monkeypatch):
     monkeypatch.setenv("SIOP_API_TOKEN", TOKEN)
     trainer = object.__new__(SiopTrainer)

@@ -10,10 +10,10 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.trainer.siop.preflight import check_before_start
+from verl.trainer.siop.preflight import check_before_start, check_overrides
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
-from verl.utils.siop.errors import SiopError
+from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.plugin import require_registered
 
 
@@ -47,6 +47,7 @@ def _run(config: DictConfig) -> None:
             use_critic=need_critic(config),
         )
         record_config(config)
+        OmegaConf.resolve(config)  # here, where the user's environment is; a cluster's workers have another
         run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(SiopTaskRunner))
     except (SiopError, ray.exceptions.RayTaskError) as error:
         # Ray's wrapper is also an instance of what it wraps, and its text is the whole remote traceback.
@@ -57,6 +58,10 @@ def _run(config: DictConfig) -> None:
 
 
 def main() -> None:
+    try:
+        check_overrides(sys.argv[1:])
+    except SiopConfigError as error:
+        sys.exit(f"error: {error}")
     _run()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig
 
+logger = logging.getLogger(__name__)
+
 # Columns of verl's RL parquet format that training and evaluation read, and their arrow types.
 COLUMNS = {"data_source": "string", "prompt": "list", "reward_model": "struct"}
 
@@ -26,12 +30,26 @@ class DataError(SiopConfigError):
     """A data file is missing, or its content is not what verl's RL format needs."""
 
 
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse an unknown ``algorithm.siop_*`` key of the command line with our message; Hydra's would advise a ``+``.
+
+    Raises:
+        SiopConfigError: naming the key and what it may have meant.
+    """
+    for argument in arguments:
+        if found := re.match(r"[+~]{0,2}algorithm\.(siop_\w*)(?:=(.*))?", argument, re.DOTALL):
+            key, value = found.groups()
+            if key not in SiopConfig.__dataclass_fields__:
+                SiopConfig.from_algorithm({key: value})
+
+
 def check_before_start(config: DictConfig) -> None:
     """Check everything that a user can get wrong and that is cheap to check.
 
     Raises:
         SiopConfigError: a key, a value, a file, a model; the message names it and says what is allowed.
         ScorerUnavailable: the method needs a scorer and none answers in time.
+        ScorerError: the scorer refuses the token.
     """
     siop = SiopConfig.from_algorithm(config.algorithm)
     _check_platform(config)
@@ -45,6 +63,10 @@ def check_before_start(config: DictConfig) -> None:
                 check_prompts(path, tokenizer, config.data)
     _check_tool_config(config)
     if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
+        if config.actor_rollout_ref.rollout.n == 1:
+            logger.warning(
+                "actor_rollout_ref.rollout.n=1: a method that compares the rollouts of a question learns nothing from one"
+            )
         if siop.siop_scorer == "policy":
             _check_router_replay(config)
         # IGPO asks for support alone.
@@ -77,6 +99,12 @@ def check_method(config: DictConfig, siop: SiopConfig) -> None:
     """
     if config.algorithm.adv_estimator != "siop":
         return
+    mode = config.trainer.v1.trainer_mode
+    if mode != "siop":
+        raise SiopConfigError(
+            f"trainer.v1.trainer_mode={mode} is not allowed with algorithm.adv_estimator=siop: that trainer computes no "
+            "turn rewards; set it to siop"
+        )
     gamma, rollout = config.algorithm.gamma, config.actor_rollout_ref.rollout
     if siop.siop_return == "min" and gamma != 1:
         raise SiopConfigError(
@@ -197,6 +225,7 @@ def _check_router_replay(config: DictConfig) -> None:
 async def _check_scorer(siop: SiopConfig) -> None:
     async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
         health = await client.wait_ready(timeout_s=min(60.0, siop.siop_scorer_timeout_s))
+        await client.check_token()
     if siop.siop_scorer == "server" and health.get("engine") == NO_MODEL:
         raise SiopConfigError(
             f"algorithm.siop_scorer=server, but the scorer at {siop.siop_scorer_url} has no language model: start it "

@@ -183,6 +183,24 @@ class ScoringClient:
                 )
             await asyncio.sleep(min(0.5, timeout_s))
 
+    async def check_token(self) -> None:
+        """Ask for a page that needs the token, where the service wants one; ``/health`` is open to all.
+
+        Raises:
+            ScorerError: the service refuses the token.
+            ScorerUnavailable: no answer.
+        """
+        http, _ = self._connection()
+        try:
+            response = await asyncio.wait_for(http.get("/metrics"), CONNECT_TIMEOUT_S)
+        except (asyncio.TimeoutError, httpx.TransportError) as error:
+            raise ScorerUnavailable(f"{self.url}/metrics", 1, _describe(error)) from error
+        if response.status_code in (401, 403):
+            raise ScorerError(
+                f"the scorer at {self.url} answers HTTP {response.status_code}, {_detail(response)}: set SIOP_API_TOKEN "
+                "to the token that it was started with"
+            )
+
     async def cluster(self, question: str, answers: list[str]) -> list[int]:
         """Cluster id of each answer, 0, 1, … in order of opening."""
         if not answers:
