@@ -65,7 +65,7 @@ def check_before_start(config: DictConfig) -> None:
     if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
         if config.actor_rollout_ref.rollout.n == 1:
             logger.warning(
-                "actor_rollout_ref.rollout.n=1: a method that compares the rollouts of a question learns nothing from one"
+                "actor_rollout_ref.rollout.n=1: nothing is learnt from a question with one rollout, which has no siblings"
             )
         if siop.siop_scorer == "policy":
             _check_router_replay(config)
@@ -102,8 +102,8 @@ def check_method(config: DictConfig, siop: SiopConfig) -> None:
     mode = config.trainer.v1.trainer_mode
     if mode != "siop":
         raise SiopConfigError(
-            f"trainer.v1.trainer_mode={mode} is not allowed with algorithm.adv_estimator=siop: that trainer computes no "
-            "turn rewards; set it to siop"
+            f"trainer.v1.trainer_mode={mode} is not allowed with algorithm.adv_estimator=siop: that trainer computes "
+            "no turn rewards; set it to siop"
         )
     gamma, rollout = config.algorithm.gamma, config.actor_rollout_ref.rollout
     if siop.siop_return == "min" and gamma != 1:
