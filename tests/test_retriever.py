@@ -1,19 +1,25 @@
 """The BM25 index and the retriever service, as a real process over HTTP."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from verl.utils.siop.retriever.bm25 import Bm25Index, CorpusError
-from verl.utils.siop.retriever.server import main
+import uvicorn
+from verl.utils.siop.retriever.bm25 import Bm25Index, CorpusError, Hits
+from verl.utils.siop.retriever.server import create_app, main
 
 PASSAGES = [
     "The founder of Kovaco Tozex is Nila Bodson.",
@@ -38,15 +44,16 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "verl.utils.siop.retriever.server", *args]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("retriever")
+@contextlib.contextmanager
+def running(folder: Path, start: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """URL and process id of a retriever over ``PASSAGES``, started by a command that lacks corpus and port."""
     corpus = write_corpus(folder / "corpus.jsonl", PASSAGES)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command("--corpus", str(corpus), "--port", str(port)), stderr=log, stdout=log)
+        arguments = [*start, "--corpus", str(corpus), "--port", str(port)]
+        process = subprocess.Popen(arguments, stderr=log, stdout=log)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
@@ -58,10 +65,58 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except httpx.TransportError:
                 time.sleep(0.2)
         assert f"serving {len(PASSAGES)} documents" in (folder / "log").read_text()
-        yield url
+        yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    with running(tmp_path_factory.mktemp("retriever"), command()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def service(process: tuple[str, int]) -> str:
+    return process[0]
+
+
+class HeldIndex:
+    """Searches that begin at once and end when they may."""
+
+    def __init__(self) -> None:
+        self.searched: list[str] = []
+        self.go_on = threading.Event()
+
+    def __len__(self) -> int:
+        return 1
+
+    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+        self.searched += queries
+        assert self.go_on.wait(60)
+        return [[] for _ in queries]
+
+
+@contextlib.contextmanager
+def serving(index: HeldIndex, **limits: Any) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(create_app(index, **limits), port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        index.go_on.set()
+        server.should_exit = True
+        thread.join(60)
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_search_ranks_by_shared_words_and_returns_only_matches(tmp_path: Path) -> None:
@@ -123,6 +178,7 @@ def test_index_never_replaces_a_foreign_folder(tmp_path: Path) -> None:
         ('{"id": 1, "contents": "a"}\n\n["b"]', "line 3: expected an object"),
         ('{"id": 1, "text": "a"}', "line 1: 'contents' must be a string, got None"),
         ('{"contents": "a"}', "line 1: 'id' must be"),
+        ('{"id": 1, "contents": "a"}\n{"id": 2, "contents": "\\ud83d"}', "line 2: half a surrogate pair"),
     ],
 )
 def test_bad_corpus_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -168,6 +224,120 @@ def test_bad_request_gets_422_with_the_field(service: str, body: dict, field: st
     assert field in {part for error in response.json()["detail"] for part in error["loc"]}
 
 
+@pytest.mark.parametrize(
+    ("body", "loc"),
+    [
+        (b'{"queries": ["\\ud800"]}', ["body", "queries", 0]),
+        (b'{"queries": ["a"], "topk": NaN}', ["body", "topk"]),
+        (b'{"queries": ["a"], "topk": 1e999}', ["body", "topk"]),
+        (b'{"queries": ["a"], "\\ud800": 1}', ["body"]),
+        (b'{"queries": ["%s"]}' % (b"a" * 100_000), ["body", "queries", 0]),
+        (b'{"queries": ["a"], "%s": 1}' % (b"a" * 100_000), ["body", "a" * 100]),
+        (b'{"queries": [%s]}' % b",".join([b"1"] * 500), ["body", "queries", 0]),
+    ],
+)
+def test_input_is_not_repeated_in_the_answer(service: str, body: bytes, loc: list[str | int]) -> None:
+    response = httpx.post(service + "/retrieve", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422 and len(response.content) < 5000
+    (first, *others) = response.json()["detail"]
+    assert first["loc"] == loc and first["msg"] and len(others) < 20
+
+
+def test_a_body_is_bounded_by_a_limit_that_the_answer_names(process: tuple[str, int]) -> None:
+    url, pid = process
+
+    def peak_mb() -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        assert found
+        return int(found[1]) // 1024
+
+    # The longest that the other limits allow, in UTF-8.
+    queries = json.dumps({"queries": ["\U0001f600" * 4096] * 512}, ensure_ascii=False).encode()
+    json_type = {"Content-Type": "application/json"}
+    response = httpx.post(url + "/retrieve", content=queries, headers=json_type, timeout=60)
+    assert response.status_code == 200 and response.json() == {"result": [[]] * 512}
+    before = peak_mb()
+    megabyte = b" " * 2**20
+    declared = httpx.post(url + "/retrieve", content=megabyte * 300, headers=json_type, timeout=60)
+    assert declared.status_code == 413
+    assert declared.json() == {"detail": f"the body is larger than {16 * 2**20} bytes (--max-body-mb)"}
+    with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):
+        chunked = httpx.post(url + "/retrieve", content=(megabyte for _ in range(300)), headers=json_type, timeout=60)
+        assert chunked.status_code == 413 and "--max-body-mb" in chunked.text
+    assert peak_mb() < before + 60
+    assert httpx.get(url + "/health").status_code == 200
+
+
+def test_the_head_of_a_request_is_bounded_in_size(process: tuple[str, int]) -> None:
+    address = httpx.URL(process[0])
+    with socket.create_connection((address.host, address.port or 0), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            for _ in range(256):
+                connection.sendall(b"a" * 2**16)
+                sent += 1
+        assert sent < 256
+
+
+def test_the_head_of_a_request_is_bounded_in_time(tmp_path: Path) -> None:
+    code = (
+        "import logging, sys; from verl.utils.siop.http_protocol import TimedHttpProtocol; "
+        "from verl.utils.siop.retriever.server import main; TimedHttpProtocol.head_timeout_s = 0.5; "
+        "logging.basicConfig(level=logging.INFO, force=True); sys.exit(main())"
+    )
+    with running(tmp_path, [sys.executable, "-c", code]) as (url, _):
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
+            connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\n")
+            assert connection.recv(1000) == b""
+        assert httpx.post(url + "/retrieve", json={"queries": ["twin"]}).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
+    index = HeldIndex()
+    with serving(index, body_timeout_s=0.3, max_concurrency=1) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
+            connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+        index.go_on.set()
+        assert httpx.post(url + "/retrieve", json={"queries": ["a"]}).status_code == 200
+
+
+def test_requests_at_once_are_bounded_and_others_wait() -> None:
+    index = HeldIndex()
+
+    def ask(query: str) -> httpx.Response:
+        return httpx.post(url + "/retrieve", json={"queries": [query]}, timeout=60)
+
+    with serving(index, max_concurrency=2, max_waiting=1) as url, ThreadPoolExecutor(3) as threads:
+        working = [threads.submit(ask, "first"), threads.submit(ask, "first")]
+        wait_for(lambda: len(index.searched) == 2)
+        with pytest.raises(httpx.ReadTimeout):  # it waits until its client gives up
+            httpx.post(url + "/retrieve", json={"queries": ["gone"]}, timeout=0.5)
+        refused = ask("refused")
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+        assert "the limit is 3" in refused.json()["detail"]
+        assert httpx.get(url + "/health", timeout=20).status_code == 200
+        assert index.searched == ["first"] * 2
+        index.go_on.set()
+        assert [answer.result().json() for answer in working] == [{"result": [[]]}] * 2
+        assert ask("later").status_code == 200
+        assert index.searched == ["first", "first", "later"]
+
+
+def test_health_is_answered_while_every_thread_searches() -> None:
+    index = HeldIndex()
+    with serving(index, max_concurrency=100) as url, ThreadPoolExecutor(45) as threads:
+        limits = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=50))
+        asked = [threads.submit(limits.post, url + "/retrieve", json={"queries": ["a"]}) for _ in range(45)]
+        wait_for(lambda: len(index.searched) == 40)
+        assert httpx.get(url + "/health", timeout=20).json() == {"status": "healthy", "documents": 1}
+        index.go_on.set()
+        assert {answer.result().status_code for answer in asked} == {200}
+
+
 def test_server_with_a_busy_port_fails_with_one_line(service: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", PASSAGES)
     args = command("--corpus", str(corpus), "--port", service.rsplit(":", 1)[1])
@@ -182,6 +352,7 @@ def test_server_with_a_bad_corpus_or_argument_fails(tmp_path: Path, capsys: pyte
     for name, message in (("none.jsonl", "No such file"), ("empty.jsonl", "is empty"), (".", "is not a file")):
         assert main(["--corpus", str(tmp_path / name), "--port", "0"]) == 1
         assert f"{message}" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(SystemExit) as caught:
-        main(["--corpus", "c.jsonl", "--port", "70000"])
-    assert caught.value.code == 2 and "a port is a number" in capsys.readouterr().err
+    for option, value in (("port", "70000"), ("max-body-mb", "0"), ("max-body-mb", "nan"), ("max-concurrency", "0")):
+        with pytest.raises(SystemExit) as caught:
+            main(["--corpus", "c.jsonl", f"--{option}", value])
+        assert caught.value.code == 2 and f"{option} is a number" in capsys.readouterr().err

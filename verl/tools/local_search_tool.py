@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import httpx
-from verl.tools.search_common import SearchConfig, SearchRefused, SearchTool, post
-from verl.utils.siop.errors import SiopConfigError
+from verl.tools.search_common import SearchConfig, SearchRefused, SearchTool, check_url, post, shown_url
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,7 @@ class LocalSearchConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        url = self.retrieval_service_url
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-            raise SiopConfigError(f"LocalSearchTool: retrieval_service_url must be an http(s) address, got {url!r}")
+        check_url("LocalSearchTool", "retrieval_service_url", self.retrieval_service_url)
 
 
 class LocalSearchTool(SearchTool):
@@ -28,15 +25,17 @@ class LocalSearchTool(SearchTool):
 
     tool_name: ClassVar[str] = "LocalSearchTool"
     config_class: ClassVar[type[SearchConfig]] = LocalSearchConfig
+    # The retriever is a neighbour: a proxy for the outside world is not the way to it.
+    trust_env: ClassVar[bool] = False
     settings: LocalSearchConfig
 
     @property
     def address(self) -> str:
-        return self.settings.retrieval_service_url
+        return shown_url(self.settings.retrieval_service_url)
 
     async def fetch(self, client: httpx.AsyncClient, query: str) -> list[str]:
         payload = {"queries": [query], "topk": self.settings.topk, "return_scores": True}
-        answer = await post(client, self.address, json=payload)
+        answer = await post(client, self.settings.retrieval_service_url, json=payload)
         try:
             (hits,) = answer["result"]
             contents = [hit["document"]["contents"] for hit in hits]

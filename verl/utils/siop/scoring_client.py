@@ -197,8 +197,8 @@ class ScoringClient:
             raise ScorerUnavailable(f"{self.url}/metrics", 1, _describe(error)) from error
         if response.status_code in (401, 403):
             raise ScorerError(
-                f"the scorer at {self.url} answers HTTP {response.status_code}, {_detail(response)}: set SIOP_API_TOKEN "
-                "to the token that it was started with"
+                f"the scorer at {self.url} answers HTTP {response.status_code}, {_detail(response)}: set SIOP_API_TOKEN"
+                " to the token that it was started with"
             )
 
     async def cluster(self, question: str, answers: list[str]) -> list[int]:

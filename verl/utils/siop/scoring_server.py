@@ -41,7 +41,8 @@ from verl.utils.siop.engines.nli import AnswerGroup
 from verl.utils.siop.engines.pool import NoWorker, WorkerPool
 from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
-from verl.utils.siop.http_protocol import TimedHttpProtocol
+from verl.utils.siop.http_protocol import BodyRefused, Message, Receive, TimedHttpProtocol, read_body, replayed
+from verl.utils.siop.http_protocol import too_large as body_too_large
 from verl.utils.siop.json_body import parse_body, route_class
 from verl.utils.siop.nli_clustering import entailment_index
 from verl.utils.siop.scoring_schema import (
@@ -326,9 +327,7 @@ def _elapsed_ms(started: float) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
@@ -421,28 +420,13 @@ class Guard:
         return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._token}".encode())
 
     async def _with_body(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        too_large = _error(413, f"the body is larger than {self._max_body_bytes} bytes (--max-body-mb)")
-        declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            await too_large(scope, receive, send)
+        try:
+            body = await read_body(scope, receive, self._max_body_bytes, self._body_timeout_s)
+        except BodyRefused as error:
+            await _error(error.status, error.detail)(scope, receive, send)
             return
-        body = bytearray()
-        deadline = time.monotonic() + self._body_timeout_s
-        while True:
-            try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-            except asyncio.TimeoutError:  # or clients that died in the middle of a request would fill the limit
-                late = _error(408, f"the body did not arrive within {self._body_timeout_s:g} s")
-                await late(scope, receive, send)
-                return
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                await too_large(scope, receive, send)
-                return
-            if not message.get("more_body"):
-                break
+        if body is None:
+            return
         # In a thread, as the parsing: a digest of 64 MB takes a while.
         if not await asyncio.to_thread(is_intact, body, headers.get(b"content-digest", b"").decode("latin-1")):
             await _error(400, "the body does not match its Content-Digest")(scope, receive, send)
@@ -459,19 +443,11 @@ class Guard:
                 await _error(400, str(error))(scope, receive, send)
                 return
             if unpacked is None:
-                await too_large(scope, receive, send)
+                await _error(413, body_too_large(self._max_body_bytes))(scope, receive, send)
                 return
             body = bytearray(unpacked)
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        replay = replayed(body, receive)
         del body
-
-        async def replay() -> Message:
-            nonlocal whole
-            if whole is None:
-                return await receive()
-            message, whole = whole, None
-            return message
-
         await self._app(scope, replay, send)
 
 

@@ -232,8 +232,13 @@ def _parse_line(path: Path, number: int, line: bytes) -> Document:
     where = f"{path}, line {number}"
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: not valid JSON ({error})") from error
+    if b"\\u" in line:
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"{where}: half a surrogate pair, which no answer could hold ({error.reason})") from error
     if not isinstance(document, dict):
         raise CorpusError(f"{where}: expected an object with 'id' and 'contents', got {type(document).__name__}")
     if not isinstance(document.get("id"), str | int):
