@@ -65,7 +65,7 @@ def check_before_start(config: DictConfig) -> None:
     if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
         if config.actor_rollout_ref.rollout.n == 1:
             logger.warning(
-                "actor_rollout_ref.rollout.n=1: nothing is learnt from a question with one rollout, which has no siblings"
+                "actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout"
             )
         if siop.siop_scorer == "policy":
             _check_router_replay(config)
