@@ -8,10 +8,10 @@
 # Environment:
 #   SIOP_MODEL           scorer language model, a directory or a hub id (required); none: clusters and entailment only,
 #                        for training with algorithm.siop_scorer=policy
-#   SIOP_NLI_MODEL       NLI classifier, as cross-encoder/nli-deberta-v3-base (none: answers are compared by their words)
+#   SIOP_NLI_MODEL       NLI classifier, as cross-encoder/nli-deberta-v3-base (none: answers are compared by words)
 #   SIOP_PORT            port (8390)
 #   SIOP_HOST            address to listen on (127.0.0.1, this machine only)
-#   SIOP_NUM_GPUS        GPUs (all that nvidia-smi lists; 0 means CPU)
+#   SIOP_NUM_GPUS        GPUs (those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists; 0 means CPU)
 #   SIOP_ENGINE          engine: auto, transformers, vllm (auto: vllm on GPUs where it is installed)
 #   SIOP_TP_SIZE         GPUs that share one model, with vllm (1: one worker for each GPU)
 #   SIOP_GPU_MEM         share of each GPU's memory that the scorer model may take (0.85 with vllm, else no limit)
@@ -21,6 +21,7 @@
 #   SIOP_START_TIMEOUT   seconds to wait for it (600)
 #   SIOP_API_TOKEN       bearer token that clients must bring (none)
 #   LOG_DIR              place of siop_scorer.log and siop_scorer.pid (logs)
+#   VLLM_CPU_KVCACHE_SPACE   GiB of cache, with vllm on a CPU (2)
 #   RAY_ADDRESS          Ray cluster to join (none: a private Ray of its own)
 #   CONDA_ENV            conda environment to run in (default: active Python, or .venv)
 #
@@ -37,23 +38,19 @@ host=${SIOP_HOST:-127.0.0.1}
 port=${SIOP_PORT:-8390}
 url=http://$(service_address "$host"):$port
 
-action=start
-if [[ $# -gt 0 && $1 != -- ]]; then
-    action=$1
-    shift
-fi
-if [[ ${1:-} == -- ]]; then
-    shift
-elif [[ $# -gt 0 ]]; then
-    die "unknown argument '$1'; see bash launch_siop_scorer.sh --help"
-fi
-
-case $action in
+service_arguments "${BASH_SOURCE[0]}" "$@"
+case $ACTION in
     start)
         pick_python
-        if [[ " $* " == *" --help "* ]]; then
-            exec "$PYTHON" -m verl.utils.siop.scoring_server --help
-        fi
+        server=("$PYTHON" -m verl.utils.siop.scoring_server)
+        [[ " ${OPTIONS[*]-} " != *" --help "* ]] || exec "${server[@]}" --help
+        check_number SIOP_PORT 1 65535
+        check_number SIOP_START_TIMEOUT 1 "$MAX_INT"
+        check_number SIOP_NUM_GPUS 0 65536
+        check_number SIOP_TP_SIZE 1 1024
+        check_number SIOP_MAX_MODEL_LEN 1 "$MAX_INT"
+        [[ ${SIOP_GPU_MEM:-1} =~ ^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)$ ]] ||
+            die "SIOP_GPU_MEM=$SIOP_GPU_MEM is not allowed: a share above 0 and at most 1, as 0.85"
         [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model: a directory, a hub id, or none"
         gpus=${SIOP_NUM_GPUS:-$(count_gpus)}
         options=(--model "$SIOP_MODEL" --host "$host" --port "$port" --engine "${SIOP_ENGINE:-auto}" --num-gpus "$gpus")
@@ -63,13 +60,18 @@ case $action in
         [[ -z ${SIOP_DTYPE:-} ]] || options+=(--dtype "$SIOP_DTYPE")
         [[ -z ${SIOP_LORA_PATH:-} ]] || options+=(--lora-path "$SIOP_LORA_PATH")
         [[ -z ${SIOP_MAX_MODEL_LEN:-} ]] || options+=(--max-model-len "$SIOP_MAX_MODEL_LEN")
-        say "scorer model $SIOP_MODEL, NLI ${SIOP_NLI_MODEL:-lexical}, $([[ $gpus == 0 ]] && echo CPU || echo "$gpus GPU(s)")"
+        device=CPU
+        [[ $gpus == 0 ]] || device="$gpus GPU(s)"
+        say "scorer model $SIOP_MODEL, NLI ${SIOP_NLI_MODEL:-lexical}, $device"
         service_start "$name" "$host" "$port" "$url/health" "${SIOP_START_TIMEOUT:-600}" \
-            "$PYTHON" -m verl.utils.siop.scoring_server "${options[@]}" "$@" || exit 1
+            "${server[@]}" "${options[@]}" ${OPTIONS[@]+"${OPTIONS[@]}"} || exit 1
         say "check it: curl -f $url/health   stop it: bash launch_siop_scorer.sh stop"
         ;;
     stop) service_stop "$name" ;;
-    status) service_status "$name" "$url/health" ;;
+    status)
+        check_number SIOP_PORT 1 65535
+        service_status "$name" "$url/health"
+        ;;
     -h | --help | help) print_help "${BASH_SOURCE[0]}" ;;
-    *) die "unknown action '$action'; choose start, stop, status or --help" ;;
+    *) die "unknown action '$ACTION'; choose start, stop, status or --help" ;;
 esac

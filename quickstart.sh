@@ -11,9 +11,13 @@
 #
 # Environment:
 #   QUICKSTART_STEPS   training steps (60)
-#   TOY_DIR            the toy world and its warm-start model (runs/toy)
-#   OUT_DIR            results (runs/quickstart/METHOD-seedN-STEPS)
+#   TOY_DIR            the toy world and its warm-start model (runs/toy); a world of any kind that is there is used
+#   OUT_DIR            results (runs/quickstart/METHOD-seedN-STEPS; NAME-METHOD-seedN-STEPS for another TOY_DIR)
 #   CONDA_ENV          conda environment to use in place of .venv; it must hold the project
+#   PYTHON             interpreter for the creation of .venv, 3.10 to 3.12 (found on PATH)
+#   OMP_NUM_THREADS    threads of each training process (1)
+#   SIOP_API_TOKEN     bearer token between trainer and scorer (none)
+#   RETRIEVER_START_TIMEOUT, SIOP_START_TIMEOUT   seconds to wait for the services (1800, 600)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
@@ -36,12 +40,20 @@ if [[ ! $method =~ ^[a-z0-9_]+$ || ! -f config/ablation/$method.yaml ]]; then
     methods=("${methods[@]##*/}")
     die "--method $method: choose one of ${methods[*]%.yaml}"
 fi
-[[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: a whole number from 0"
+check_number seed 0 "$MAX_INT" "--seed "
+check_number QUICKSTART_STEPS 1 "$MAX_INT"
+check_number RETRIEVER_START_TIMEOUT 1 "$MAX_INT"
+check_number SIOP_START_TIMEOUT 1 "$MAX_INT"
 steps=${QUICKSTART_STEPS:-60}
-[[ $steps =~ ^[1-9][0-9]*$ ]] || die "QUICKSTART_STEPS=$steps: a whole number from 1"
-export TOY_DIR=${TOY_DIR:-runs/toy}
-out=${OUT_DIR:-runs/quickstart/$method-seed$seed-$steps}
-unset OUT_DIR MODEL_PATH TRAIN_FILES VAL_FILES TOOL_CONFIG
+TOY_DIR=${TOY_DIR:-runs/toy}
+export TOY_DIR=${TOY_DIR%/}
+world=${TOY_DIR##*/}-
+[[ $TOY_DIR != runs/toy ]] || world=
+out=${OUT_DIR:-runs/quickstart/$world$method-seed$seed-$steps}
+# What is set for other runs is not for these services and this training.
+forget_retriever
+unset OUT_DIR MODEL_PATH TRAIN_FILES VAL_FILES TOOL_CONFIG NNODES RAY_ADDRESS SIOP_HOST SIOP_PORT SIOP_NLI_MODEL \
+    SIOP_ENGINE SIOP_TP_SIZE SIOP_GPU_MEM SIOP_DTYPE SIOP_LORA_PATH SIOP_MAX_MODEL_LEN
 export LOG_DIR=$out/logs SEED=$seed N_GPUS=0
 
 # Job control gives each phase a process group of its own, which is stopped as a whole.
@@ -93,7 +105,14 @@ mkdir -p "$LOG_DIR"
 finished
 
 phase "toy world in $TOY_DIR: facts, questions, and a model warm-started on an imperfect scripted agent"
-run "$PYTHON" -m examples.toy_world.build --out "$TOY_DIR" --threads "$(getconf _NPROCESSORS_ONLN)"
+run "$PYTHON" -m examples.toy_world.build --keep --out "$TOY_DIR" --threads "$(getconf _NPROCESSORS_ONLN)"
+# Results and checkpoints of one world are neither reused nor gone on from in another.
+if [[ ! -f $out/world.json ]]; then
+    cp "$TOY_DIR/meta.json" "$out/world.json"
+elif ! cmp -s "$TOY_DIR/meta.json" "$out/world.json"; then
+    die "OUT_DIR=$out holds results of another toy world than $TOY_DIR (its meta.json then: $out/world.json);" \
+        "choose another OUT_DIR, or remove that folder"
+fi
 finished
 
 scorer=$TOY_DIR/model
@@ -121,25 +140,27 @@ phase "evaluation before training, on held-out questions"
 evaluate before "$TOY_DIR/model"
 finished
 
-phase "training: $method, $steps steps of 8 questions x 8 rollouts$([[ $method =~ ^(grpo|igpo)$ ]] || echo ", no labels")"
+labels=", no labels"
+[[ ! $method =~ ^(grpo|igpo)$ ]] || labels=
+phase "training: $method, $steps steps of 8 questions x 8 rollouts$labels"
 checkpoint=$out/checkpoints/global_step_$steps
 train_start=$SECONDS
 if [[ -d $checkpoint/actor && $checkpoint -nt $TOY_DIR/meta.json ]]; then
     say "      reusing $checkpoint"
 else
     log=$LOG_DIR/train-$method.log
-    rm -f "$log" # of an earlier call, whose steps are not this one's
+    log_start=$(log_length "$log")
     EXPERIMENT=$method OUT_DIR=$out TENSORBOARD_DIR=$out/tensorboard bash train_siop.sh -- \
         "ablation=$method" "trainer.total_training_steps=$steps" trainer.save_freq=20 \
         trainer.max_actor_ckpt_to_keep=1 >/dev/null 2>&1 &
     child=$!
     say "      log: $log"
-    run_watch "$log" "$child" "$steps"
+    run_watch "$log" "$log_start" "$child" "$steps"
     status=0
     wait "$child" || status=$?
     child=
     if [[ $status -ne 0 ]]; then
-        tail -n 20 "$log" >&2
+        [[ ! -f $log ]] || tail -c "+$((log_start + 1))" "$log" | tail -n 20 >&2
         die "training failed; the whole log is $log"
     fi
 fi

@@ -2,6 +2,10 @@
 # Sets up .venv and .venv/vllm if needed, then runs the linters, the type checker and all tests; those of vLLM last.
 #
 #   bash run_tests.sh [PYTEST_ARGUMENT ...]      e.g. bash run_tests.sh -k advantage
+#
+# Environment:
+#   PYTHON            interpreter for the creation of .venv, 3.10 to 3.12 (found on PATH)
+#   OMP_NUM_THREADS   threads of each process (1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
@@ -23,7 +27,8 @@ say "shellcheck"
 shellcheck -x ./*.sh scripts/*.sh
 say "pytest"
 # Files side by side; see tests/conftest.py for their order.
-python -m pytest -m "not vllm" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" && status=0 || status=$?
+python -m pytest -m "not vllm" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" &&
+    status=0 || status=$?
 say "pytest with vLLM"
 .venv/vllm/bin/python -m pytest -m vllm "$@" && vllm_status=0 || vllm_status=$?
 # 5: the arguments chose no test of this part.

@@ -69,7 +69,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def _share(values: Iterable[bool | float]) -> float:
     numbers = [float(value) for value in values]
-    return round(sum(numbers) / len(numbers), 4) if numbers else math.nan
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
         "questions": len(found),
         "templates": by(lambda question: question.template),
         "depths": by(lambda question: len(question.chain) - 1),
-        "turns": round(metrics["val-aux/turns/mean"], 3),
-        "tokens": round(metrics["val-aux/response_tokens/mean"], 2),
+        "turns": metrics["val-aux/turns/mean"],
+        "tokens": metrics["val-aux/response_tokens/mean"],
         "bridge": _share(answer in question.chain[1:-1] for question, answer, _ in found),
         "stale": _share(answer in STALE_ANSWERS.values() for _, answer, _ in found),
         "no_answer": _share(not answer for _, answer, _ in found),
@@ -267,13 +267,12 @@ def turn_auc(turns: Sequence[Turn]) -> dict[str, float]:
         at the same turn index, ``same_question``: also of the same question, both weighted by their pairs.
     """
     searching = [turn for turn in turns if turn.searches]
-    areas = {
+    return {
         "all": _within(turns, lambda turn: None),
         "search": _within(searching, lambda turn: None),
         "same_index": _within(searching, lambda turn: turn.index),
         "same_question": _within(searching, lambda turn: (turn.uid, turn.index)),
     }
-    return {name: round(area, 4) for name, area in areas.items()}
 
 
 def resampled(turns: Sequence[Turn], draws: int = 100) -> np.ndarray:
@@ -298,11 +297,15 @@ def resampled(turns: Sequence[Turn], draws: int = 100) -> np.ndarray:
 def standard_error(ems: Sequence[float], questions: int) -> float:
     """Of the mean EM of runs that were evaluated on the same questions.
 
-    The larger of two: that of one evaluation, sqrt(p·(1 − p) / questions), which the seeds share because they share
-    the questions, and that of the runs' mean, their sample standard deviation / sqrt(runs).
+    The larger of two: that of one evaluation, which the seeds share because they share the n questions, and that of the
+    runs' mean, their sample standard deviation / sqrt(runs).
+
+    That of one evaluation is half the width of the one-sigma Wilson interval, sqrt(n·p·(1 − p) + 1/4) / (n + 1): about
+    sqrt(p·(1 − p) / n), but not 0 where p is 0 or 1. Source: Wilson (1927), Journal of the American Statistical
+    Association 22 (158), pages 209 to 212, with z = 1.
     """
     mean = sum(ems) / len(ems)
-    sampling = math.sqrt(mean * (1 - mean) / questions)
+    sampling = math.sqrt(questions * mean * (1 - mean) + 0.25) / (questions + 1)
     return max(sampling, float(np.std(ems, ddof=1)) / math.sqrt(len(ems))) if len(ems) > 1 else sampling
 
 
@@ -357,9 +360,10 @@ def render(results: Mapping[str, Any]) -> str:
         "# Learning table of the toy worlds",
         "",
         "Written by `python benchmarks/toy_table.py --report-only` from the runs that finished. EM on held-out "
-        "questions, one sampled rollout each; ± is the standard error (the larger of the evaluation's and of the "
-        "seeds'). Turns, policy tokens, shares of answers: `bridge` an entity on the way, `stale` the stale answer, "
-        "`none` no answer. Advantages: mean of the answering and of the searching turns in the first "
+        "questions, one sampled rollout each; ± is the standard error (the larger of the evaluation's, half the width "
+        "of a one-sigma Wilson interval, and of the seeds'). Turns, policy tokens, shares of answers: `bridge` an "
+        "entity on the way, `stale` the stale answer, `none` no answer. Advantages: mean of the answering and of the "
+        "searching turns in the first "
         f"{EARLY_STEPS} steps, and of the turns that give the right and the stale answer. Turn AUC: search turns at "
         "the same turn index.",
     ]

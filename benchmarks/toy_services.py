@@ -12,6 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _LAUNCHERS = ("launch_retriever.sh", "launch_siop_scorer.sh")
+_NOT_INHERITED = (
+    *("CONDA_ENV", "MODEL_PATH", "TRAIN_FILES", "VAL_FILES", "TOOL_CONFIG", "EXPERIMENT", "OUT_DIR", "RAY_ADDRESS"),
+    *("RETRIEVAL_SERVER_SCRIPT", "RETRIEVER_INDEX_DIR", "RETRIEVER_HOST", "RETRIEVER_TOPK"),
+    *("SIOP_HOST", "SIOP_NLI_MODEL", "SIOP_ENGINE", "SIOP_LORA_PATH", "SIOP_MAX_MODEL_LEN"),
+)
 
 
 def _free_port() -> int:
@@ -43,7 +48,7 @@ def toy_services(toy: Path, logs: Path, **extra: str) -> Iterator[dict[str, str]
         "SIOP_SCORER_URL": f"http://127.0.0.1:{scorer}",
     }
     # These would win over the toy world's.
-    for name in ("CONDA_ENV", "MODEL_PATH", "TRAIN_FILES", "VAL_FILES", "TOOL_CONFIG", "EXPERIMENT", "OUT_DIR"):
+    for name in _NOT_INHERITED:
         env.pop(name, None)
     env.update(extra)
     try:

@@ -23,7 +23,8 @@ help_if_asked() {
     esac
 }
 
-# Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the active virtual environment, else .venv, else python.
+# Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the active virtual environment, else .venv, else
+# python.
 pick_python() {
     if [[ -n ${CONDA_ENV:-} ]]; then
         command -v conda >/dev/null || die "CONDA_ENV=$CONDA_ENV is set, but there is no conda on PATH"
@@ -37,17 +38,46 @@ pick_python() {
         PYTHON=$(command -v python || command -v python3) || die "no Python found; run: bash scripts/setup_env.sh"
     fi
     "$PYTHON" -c 'import importlib.metadata as m; m.version("siop-verl")' 2>/dev/null ||
-        die "this project is not installed in $PYTHON; run: bash scripts/setup_env.sh (CPU) or pip install -r requirements.txt (GPU)"
+        die "this project is not installed in $PYTHON; run: bash scripts/setup_env.sh (CPU) or" \
+            "pip install -r requirements.txt (GPU)"
     export PYTHON
 }
 
-# Number of GPUs that nvidia-smi lists; 0 without it.
-count_gpus() {
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-        nvidia-smi -L | grep -c '^GPU'
-    else
-        echo 0
+# check_number NAME LEAST MOST [LABEL]: refuses a value of the variable NAME that is no whole number in this range. Unset
+# or empty stands for the default. LABEL is what the user calls it, if not NAME.
+check_number() {
+    local value=${!1:-}
+    [[ -n $value ]] || return 0
+    # No leading zeros: neither bash nor Hydra reads them as decimal.
+    if ! [[ $value =~ ^(0|[1-9][0-9]{0,9})$ ]] || ((value < $2 || value > $3)); then
+        die "${4:-$1=}$value is not allowed: a whole number from $2 to $3"
     fi
+}
+
+MAX_INT=2147483647
+
+# Number of GPUs that a process started here sees: those that nvidia-smi lists, or of them what CUDA_VISIBLE_DEVICES
+# names. As in CUDA, the list ends at the first entry that names none, such as -1.
+count_gpus() {
+    local visible=${CUDA_VISIBLE_DEVICES-all} listed=0 count=0 entry entries
+    if command -v nvidia-smi >/dev/null; then
+        listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || listed=0
+    fi
+    if [[ $listed -eq 0 || $visible == all ]]; then
+        echo "$listed"
+        return
+    fi
+    IFS=, read -ra entries <<<"${visible// /}"
+    for entry in ${entries[@]+"${entries[@]}"}; do
+        if [[ $entry =~ ^[0-9]{1,4}$ ]]; then
+            ((10#$entry < listed)) ||
+                die "CUDA_VISIBLE_DEVICES=$visible: there is no GPU $entry, nvidia-smi lists 0 to $((listed - 1))"
+        elif [[ ! $entry =~ ^(GPU|MIG)- ]]; then
+            break
+        fi
+        count=$((count + 1))
+    done
+    echo "$count"
 }
 
 # Environment that every process of this project gets on a machine without a GPU.
@@ -59,11 +89,15 @@ use_cpu() {
 
 port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# run_watch LOG PID STEPS: while PID runs, prints a line for about every tenth step in its log.
+# Length of a log in bytes, 0 if there is none: where the part begins that is appended next.
+log_length() { if [[ -f $1 ]]; then stat -c %s "$1"; else echo 0; fi; }
+
+# run_watch LOG START PID STEPS: while PID runs, prints a line for about every tenth step in its log after START bytes.
 run_watch() {
-    local log=$1 pid=$2 steps=$3
+    local log=$1 start=$2 pid=$3 steps=$4
     while [[ ! -f $log ]] && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-    tail -n +1 -F --pid="$pid" "$log" 2>/dev/null | awk -v steps="$steps" -v every="$(((steps + 9) / 10))" '
+    local every=$(((steps + 9) / 10))
+    tail -c "+$((start + 1))" -F --pid="$pid" "$log" 2>/dev/null | awk -v steps="$steps" -v every="$every" '
         # A metric that the method does not have is not shown.
         function show(label, name, form,  i) {
             i = index($0, " " name ":")
@@ -89,6 +123,18 @@ free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0
 # The settings (config/experiment) for the toy world in a folder.
 toy_settings() { if grep -qs '"world": "chains"' "$1/meta.json"; then echo toy_chains; else echo toy; fi; }
 
+# Refuses numbers for the trainer that it could not use. In a function of its own to come before anything is started.
+check_trainer_numbers() {
+    check_number N_GPUS 0 1024
+    check_number SEED 0 "$MAX_INT"
+}
+
+# Forgets the variables that would lead the toy world's retriever to another corpus, index, server or address.
+forget_retriever() {
+    unset RETRIEVAL_SERVER_SCRIPT RETRIEVER_CORPUS_FILE RETRIEVER_INDEX_DIR RETRIEVER_INDEX_PATH RETRIEVER_NAME \
+        RETRIEVER_MODEL RETRIEVER_FAISS_GPU RETRIEVER_HOST RETRIEVER_PORT RETRIEVER_TOPK RETRIEVER_URL
+}
+
 # shellcheck disable=SC2034  # DEVICE is for the scripts that source this file.
 # trainer_args DATA: sets TRAINER_ARGS, MODEL_PATH and DEVICE for verl.trainer.siop.main from the environment variables
 # of train_siop.sh. Without DATA, the toy world's data, model, tool and settings are taken.
@@ -107,7 +153,8 @@ trainer_args() {
     fi
     [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the model to train"
     [[ -n ${VAL_FILES:-} ]] || die "set VAL_FILES to the validation data (parquet)"
-    local gpus=${N_GPUS:-$(count_gpus)}
+    local gpus
+    gpus=${N_GPUS:-$(count_gpus)}
     if [[ $gpus -eq 0 ]]; then
         use_cpu
         DEVICE=CPU

@@ -68,15 +68,30 @@ session_end() {
     done
 }
 
+# service_arguments SCRIPT [ACTION] [-- OPTION ...]: sets ACTION (start) and OPTIONS from the arguments of a launcher.
+# shellcheck disable=SC2034  # for the scripts that source this file
+service_arguments() {
+    local script=$1
+    shift
+    ACTION=start
+    if [[ $# -gt 0 && $1 != -- ]]; then
+        ACTION=$1
+        shift
+    fi
+    if [[ ${1:-} == -- ]]; then
+        shift
+    elif [[ $# -gt 0 ]]; then
+        die "unknown argument '$1'; see bash ${script##*/} --help"
+    fi
+    OPTIONS=("$@")
+}
+
 # service_start NAME HOST PORT HEALTH TIMEOUT COMMAND...: starts COMMAND in the background and waits until HEALTH (a URL
 # or tcp://HOST:PORT) answers. If it does not, shows the log's last lines, leaves nothing running and fails.
 service_start() {
     local name=$1 host=$2 port=$3 health=$4 timeout=$5 pid log started reported
     shift 5
     log=$(service_log "$name")
-    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
-        die "$name: '$port' is not a port (1 to 65535)"
-    fi
     # Held until this script ends: of two starts at once, one would remove the other's PID file.
     mkdir -p "$LOG_DIR"
     exec 9>"$LOG_DIR/$name.lock"
@@ -91,7 +106,8 @@ service_start() {
     env "SIOP_SERVICE=$name" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 9>&- &
     pid=$!
     echo "$pid" >"$LOG_DIR/$name.pid"
-    trap 'say "interrupted: stopping '"$name"'"; session_end '"$pid"'; rm -f "$LOG_DIR/'"$name"'.pid"; exit 130' INT TERM
+    trap 'say "interrupted: stopping '"$name"'"; session_end '"$pid"'; rm -f "$LOG_DIR/'"$name"'.pid"; exit 130' \
+        INT TERM
     started=$SECONDS reported=$SECONDS
     while ! service_healthy "$health"; do
         if ! kill -0 "$pid" 2>/dev/null || ((SECONDS - started >= timeout)); then

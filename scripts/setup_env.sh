@@ -2,7 +2,10 @@
 # Creates .venv in the repository and installs the project for a machine without a GPU, tests included. Does nothing if
 # that has been done for the present requirements. On a GPU machine use: pip install -r requirements.txt
 #
-#   bash scripts/setup_env.sh [--vllm]        PYTHON=python3.11 chooses the interpreter (3.10 to 3.12)
+#   bash scripts/setup_env.sh [--vllm]
+#
+# Environment:
+#   PYTHON   interpreter, 3.10 to 3.12 (the first of python3.11, python3.12, python3.10, python3 and python on PATH)
 #
 # --vllm adds .venv/vllm: a second environment on top of the first, with vLLM for CPU (1 GB). It is apart because vLLM
 # needs other versions of some packages, and because verl behaves differently where vLLM is installed.

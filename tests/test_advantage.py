@@ -396,6 +396,24 @@ def test_token_rewards_inside_a_turn_and_after_it_count_for_the_turn() -> None:
     assert returns[0].tolist() == [0, 15, 15, 0, 0, 8]
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=8), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_turns_at_the_edges_of_their_rows(masks: list[list[int]], random: Any) -> None:
+    """Rewards are whole numbers, so the returns are exact: each token against the definition, bit for bit."""
+    rewards = [[random.randint(-9, 9) for _ in mask] for mask in masks]
+    expected = torch.zeros(len(masks), 8)
+    for row, mask in enumerate(masks):
+        for start, end in get_assistant_turn_ranges(mask):
+            expected[row, start:end] = sum(rewards[row][start:])
+    _, returns = compute_siop_advantage(
+        torch.tensor(rewards, dtype=torch.float32), torch.tensor(masks), index=np.array(["a"] * len(masks))
+    )
+    assert torch.equal(returns, expected)
+
+
 def test_the_inputs_stay_as_they_are() -> None:
     rewards, mask, index = batch_of([[1.0, 2.0], [0.5]], ["a", "a"])
     before = rewards.clone(), mask.clone()
@@ -427,6 +445,29 @@ def test_bad_input_is_named() -> None:
         compute_siop_advantage(rewards, mask, index=index, config={"siop_basline": "pooled"})
     with pytest.raises(SiopConfigError, match=r"siop_baseline='none'.*leave_one_out, pooled"):
         compute_siop_advantage(rewards, mask, index=index, config={"siop_baseline": "none"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"siop_baseline": name} for name in PLAIN),
+        {"siop_advantage_mode": "broadcast"},
+        {"siop_enable_two_pass": False},
+    ],
+)
+def test_rewards_that_are_not_finite_are_refused(keys: dict[str, Any], value: float) -> None:
+    rewards, mask, index = batch_of([[1.0, 2.0], [2.0, 0.5], [4.0]], ["a", "a", "a"])
+    expected = compute_siop_advantage(rewards, mask, index=index, config=keys)
+    broken = rewards.to(torch.float32)
+    broken[1, -1] = value
+    with pytest.raises(AdvantageInputError, match="not finite in row 1"):
+        compute_siop_advantage(broken, mask, index=index, config=keys)
+    # Padding counts nowhere.
+    rewards = torch.cat([rewards, torch.full_like(rewards[:1], value)])
+    mask = torch.cat([mask, torch.zeros_like(mask[:1])])
+    padded = compute_siop_advantage(rewards, mask, index=np.append(index, "a"), config=keys)
+    assert all(torch.equal(with_padding[:3], without) for with_padding, without in zip(padded, expected, strict=True))
 
 
 def test_it_is_registered_and_loading_it_again_is_harmless() -> None:

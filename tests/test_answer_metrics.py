@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from verl.utils.reward_score.siop_reward import (
     last_assistant_text,
     parse_aliases,
     place_turn_rewards,
+    turn_spans,
 )
 from verl.utils.siop.errors import RolloutError
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
@@ -96,11 +98,20 @@ def test_f1_bounds_em_and_more_aliases_never_hurt(answer: str, aliases: list[str
         ({"ground_truth": {"target": "Paris<|answer_split|>Lutetia"}}, ["Paris", "Lutetia"]),
         ({"ground_truth": [["Paris"], ["Lutetia", "Lutece"]]}, ["Paris", "Lutetia", "Lutece"]),
         (1969, ["1969"]),
+        (1969.0, ["1969"]),
+        (np.float32(1969), ["1969"]),
+        (np.array([2.5, -0.0, np.nan]), ["2.5", "0"]),
+        (math.nan, []),
+        (np.float32("nan"), []),
         (None, []),
         ([], []),
         ("", []),
         ({"target": None}, []),
         ({"target": []}, []),
+        ({"target": None, "ground_truth": "Paris"}, ["Paris"]),
+        ({"target": math.nan, "ground_truth": {"target": [], "ground_truth": 1969.0}}, ["1969"]),
+        ({"target": "Paris", "ground_truth": "Lutetia"}, ["Paris"]),
+        ({"target": "", "ground_truth": []}, []),
         (np.array([None], dtype=object), []),
     ],
 )
@@ -146,11 +157,15 @@ def test_a_trailing_observation_is_not_the_last_turn() -> None:
     assert last_assistant_text(tool_result("Doc")) == ""
 
 
+def test_a_label_that_a_data_set_keeps_as_a_float() -> None:
+    assert compute_score("d", "<answer>1969</answer>", {"target": 1969.0}) == {"score": 1.0, "em": 1.0, "f1": 1.0}
+
+
 def test_an_answer_that_is_the_word_assistant() -> None:
     assert compute_score("d", "user\nx\nassistant\n<answer>\nassistant\n</answer>", "Assistant")["em"] == 1.0
 
 
-@pytest.mark.parametrize("missing", [None, [], {"target": None}, {"ground_truth": {"target": []}}])
+@pytest.mark.parametrize("missing", [None, math.nan, [], {"target": None}, {"ground_truth": {"target": []}}])
 def test_without_a_label_there_is_no_metric(missing: Any) -> None:
     assert compute_score("d", FINAL, missing, {"split": "test"}, more=1) == {"score": 0.0, "em": None, "f1": None}
 
@@ -210,6 +225,18 @@ def test_placement_equals_a_loop_over_turns(masks: list[list[int]], empty_first:
     assert [row.tolist() for row in place_turn_rewards(rewards, [torch.tensor(m) for m in masks])] == expected
 
 
+@given(st.integers(0, 6).flatmap(lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width))))
+def test_turn_spans_equal_the_ranges_of_each_row(masks: list[list[bool]]) -> None:
+    width = len(masks[0]) if masks else 0
+    found = turn_spans(np.array(masks, dtype=bool).reshape(len(masks), width))
+    expected = [
+        (row, row * width + start, row * width + end)
+        for row, mask in enumerate(masks)
+        for start, end in get_assistant_turn_ranges([int(on) for on in mask])
+    ]
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+
+
 def test_placement_refuses_what_does_not_fit() -> None:
     with pytest.raises(RolloutError, match="rollout 1 has 2 assistant turns in its mask, but 1 turn rewards"):
         place_turn_rewards([[1.0], [1.0]], [[1, 1], [1, 0, 1]])
@@ -219,3 +246,6 @@ def test_placement_refuses_what_does_not_fit() -> None:
         place_turn_rewards([[1.0]], torch.tensor([1]))
     with pytest.raises(RolloutError, match="only 0 and 1"):
         place_turn_rewards([[1.0]], torch.tensor([[2]]))
+    for wrong in (-1.0, 0.5, math.nan):
+        with pytest.raises(RolloutError, match="only 0 and 1"):
+            place_turn_rewards([[1.0]], torch.tensor([[1.0, wrong]]))

@@ -59,11 +59,11 @@ def test_turn_auc_compares_like_with_like() -> None:
     ]
     areas = toy_results.turn_auc(turns)
     # Positives 4, 4.5, 1, 9 against 5, 1, -9.
-    assert areas["all"] == pytest.approx((2 + 2 + 1.5 + 3) / 12, abs=1e-4)
+    assert areas["all"] == pytest.approx((2 + 2 + 1.5 + 3) / 12)
     # Positives 4, 4.5, 1 against 5, 1.
-    assert areas["search"] == pytest.approx((1 + 1 + 0.5) / 6, abs=1e-4)
+    assert areas["search"] == pytest.approx((1 + 1 + 0.5) / 6)
     # Index 0: two pairs, both lost; index 1: one pair, a tie.
-    assert areas["same_index"] == pytest.approx(0.5 / 3, abs=1e-4)
+    assert areas["same_index"] == pytest.approx(0.5 / 3)
     # Only question a has both labels at one index.
     assert areas["same_question"] == 0.5
 
@@ -246,12 +246,29 @@ def test_evaluation_of_a_run(tmp_path: Path) -> None:
     assert found["bridge"] == sum(i >= 5 and i % 4 == 0 for i in range(8)) / 8
     deep = [i < 5 for i, q in enumerate(questions) if len(q.chain) == 5]
     assert found["depths"] == {
-        "3": pytest.approx((5 - sum(deep)) / (8 - len(deep)), abs=1e-4),
-        "4": pytest.approx(sum(deep) / len(deep), abs=1e-4),
+        "3": pytest.approx((5 - sum(deep)) / (8 - len(deep))),
+        "4": pytest.approx(sum(deep) / len(deep)),
     }
     assert set(found["templates"]) == {q.template for q in questions}
     with pytest.raises(KeyError, match="who is x"):
         toy_results.question_of("<|im_start|>user\n who is x ? <|im_end|>", toy)
+
+
+def test_shares_are_rounded_once(tmp_path: Path) -> None:
+    toy, question = _toy(tmp_path, TWO_HOP), held_out_world(0, TWO_HOP).questions()[0].text
+    algorithm = toy_results.config_of(["ablation=siop"]).algorithm
+    runs = []
+    # .190476 and .359524: to four digits and then to three they would be .191 and .359.
+    for method, right in (("siop", 80), ("grpo", 151)):
+        _fake_run(tmp_path / method, TWO_HOP, em=0)
+        answered = [{"input": question, "output": "<answer> x </answer>", "em": float(i < right)} for i in range(420)]
+        _validation(tmp_path / method, answered)
+        shown = toy_results.evaluation(tmp_path / method / "after" / "validation", toy)
+        assert shown["em"] == right / 420
+        course = toy_results.training(tmp_path / method / "rollouts", algorithm)
+        runs.append({"method": method, "seed": 1, **shown, **course})
+    table = toy_results.render({"worlds": {"two_hop": {"runs": runs}}})
+    assert "| grpo | **0.360** ± 0.023 | 0.360 |" in table and "| siop | **0.190** ± 0.019 | 0.190 |" in table
 
 
 def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
@@ -261,15 +278,15 @@ def test_advantages_of_a_run_are_the_estimators(tmp_path: Path) -> None:
     course = toy_results.training(tmp_path / "run" / "rollouts", algorithm)
     # Returns 1 1 | .5 | 0 0. Leave-one-out at turn 1: .75, 0, -.75; at turn 2: 1, -1.
     assert course["answer_advantage"] == pytest.approx((1.0 + 0.0) / 2)
-    assert course["search_advantage"] == pytest.approx((0.75 - 0.75 - 1.0) / 3, abs=1e-4)
+    assert course["search_advantage"] == pytest.approx((0.75 - 0.75 - 1.0) / 3)
     assert course["right_advantage"] == pytest.approx(1.0) and course["stale_advantage"] == pytest.approx(0.0)
-    assert course["steps"] == 11 and course["train_em"] == [pytest.approx(1 / 3, abs=1e-4), 1.0]
+    assert course["steps"] == 11 and course["train_em"] == [pytest.approx(1 / 3), 1.0]
     # The whole reward at once, minus the mean .5: .5 .5 | 0 | -.5 -.5.
     outcome = toy_results.training(
         tmp_path / "run" / "rollouts", toy_results.config_of(["ablation=empo", *plain]).algorithm
     )
     assert outcome["answer_advantage"] == pytest.approx(0.25)
-    assert outcome["search_advantage"] == pytest.approx((0.5 - 0.5 - 0.5) / 3, abs=1e-4)
+    assert outcome["search_advantage"] == pytest.approx((0.5 - 0.5 - 0.5) / 3)
 
 
 def test_a_result_that_the_policy_made_up_starts_no_turn() -> None:
@@ -292,10 +309,20 @@ def test_turns_are_counted_by_their_rewards(tmp_path: Path) -> None:
 
 
 def test_standard_error_and_mean_over_seeds() -> None:
-    assert toy_results.standard_error([0.5], 100) == pytest.approx(0.05)
+    assert toy_results.standard_error([0.5], 100) == pytest.approx(0.05, rel=0.01)
     # Seeds that agree still share the questions; seeds that differ say more than the questions do.
-    assert toy_results.standard_error([0.5, 0.5, 0.5], 100) == pytest.approx(0.05)
+    assert toy_results.standard_error([0.5, 0.5, 0.5], 100) == toy_results.standard_error([0.5], 100)
     assert toy_results.standard_error([0.2, 0.8], 100) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("em", "questions"), [(0.0, 420), (1.0, 420), (0.0, 1), (0.3, 10), (0.875, 8)])
+def test_the_standard_error_is_half_of_wilsons_interval(em: float, questions: int) -> None:
+    error = toy_results.standard_error([em, em], questions)
+    assert error > 0
+    # The interval's ends are one standard error, by their own share, away from the share that was found.
+    middle = (em + 0.5 / questions) / (1 + 1 / questions)
+    for end in (middle - error, middle + error):
+        assert (em - end) ** 2 == pytest.approx(end * (1 - end) / questions, abs=1e-15)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -430,8 +457,8 @@ def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         for line in text.splitlines()
         if line.startswith("| ") and "---" not in line
     ]
-    assert rows[1][:5] == ["grpo", f"**0.875** ± {math.sqrt(0.875 * 0.125 / 8):.3f}", "0.875", "1", "11"]
-    assert rows[2][:4] == ["siop", f"**0.625** ± {math.sqrt(0.625 * 0.375 / 8):.3f}", "0.500 0.750", "2"]
+    assert rows[1][:5] == ["grpo", "**0.875** ± 0.118", "0.875", "1", "11"]
+    assert rows[2][:4] == ["siop", "**0.625** ± 0.162", "0.500 0.750", "2"]
     assert rows[2][-1] == "0.700" and "empo" not in text
     assert "60 training" not in text and "EM 0.200, stale answers 0.000, right turns 0.500" in text
     results = json.loads((tmp_path / "docs" / "results.json").read_text())

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -372,8 +373,47 @@ def test_data_only_build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     assert build.main(again) == 0 and (tmp_path / "a" / "eval.parquet").stat().st_mtime_ns == stamp
     before = (tmp_path / "a" / "eval.parquet").read_bytes()
     assert build.main([*again, "--force"]) == 0 and (tmp_path / "a" / "eval.parquet").read_bytes() == before
-    assert build.main([*again, "--eval-questions", "70"]) == 0
+    assert build.main([*again, "--eval-questions", "70", "--force"]) == 0
     assert len(pd.read_parquet(tmp_path / "a" / "eval.parquet")) == 70
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_build_replaces_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--data-only", "--train-questions", "7", "--eval-questions", "7"]
+    chains = [*few, "--world", "chains", "--out", str(tmp_path / "w")]
+    two_hop = [*few, "--out", str(tmp_path / "w")]
+    assert build.main(chains) == 0
+    before = contents(tmp_path / "w")
+    # Another world; one without a model where one with a model is to be used; files of unknown origin.
+    for other in (two_hop, [*chains, "--seed", "2"], [*chains[1:], "--keep"]):
+        assert build.main(other) == 2 and contents(tmp_path / "w") == before
+        assert re.search(r"w holds a toy world \(chains, seed 0, 7 \+ 7 questions, no model", capsys.readouterr().err)
+    (tmp_path / "w" / "meta.json").unlink()
+    assert build.main(chains) == 2 and "which no meta.json describes" in capsys.readouterr().err
+    assert build.main([*two_hop, "--force"]) == 0
+    assert json.loads((tmp_path / "w" / "meta.json").read_text())["build"]["seed"] == 0
+
+
+def test_an_interrupted_build_is_only_gone_on_with_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--train-questions", "7", "--eval-questions", "7", "--out", str(tmp_path / "w")]
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build.main([*few, "--world", "chains"])
+    monkeypatch.setattr(build, "write_model", lambda *args: {"seconds": 0.0, "parameters": 0})
+    assert build.main([*few, "--keep"]) == 2
+    assert "holds an unfinished toy world (chains, " in capsys.readouterr().err
+    assert build.main([*few, "--world", "chains", "--keep"]) == 0
+    assert json.loads((tmp_path / "w" / "meta.json").read_text())["build"]["world"] == "chains"
 
 
 @pytest.mark.parametrize("world", [[], ["--world", "chains", "--stale", "0.25"]])
@@ -388,6 +428,9 @@ def test_whole_build(tmp_path: Path, world: list[str]) -> None:
     shell = ["bash", "-c", f"source scripts/common.sh; toy_settings {tmp_path / 'w'}"]
     settings = subprocess.run(shell, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
     assert settings.strip() == ("toy_chains" if world else "toy")
+    # Used as it is by whoever takes any world.
+    before = contents(tmp_path / "w")
+    assert build.main(["--out", str(tmp_path / "w"), "--keep"]) == 0 and contents(tmp_path / "w") == before
     model = tmp_path / "w" / "model"
     again = [
         "--out",

@@ -1,10 +1,11 @@
-"""Builds a toy world with one command: model, tokenizer, corpus, questions and tool config.
+r"""Builds a toy world with one command: model, tokenizer, corpus, questions and tool config.
 
     python -m examples.toy_world.build --out runs/toy                    # about four minutes on one core
     python -m examples.toy_world.build --data-only --seed 8 --out DIR    # other facts for the same model, seconds
     # three and four hops; the same with a stale answer at once in 15 % of the questions
     python -m examples.toy_world.build --world chains --init runs/toy/model --out runs/toy-chains
-    python -m examples.toy_world.build --world chains --stale 0.15 --init runs/toy-chains/model --out runs/toy-stale
+    python -m examples.toy_world.build --world chains --stale 0.15 --imperfect-steps 400 --init runs/toy-chains/model \
+        --out runs/toy-stale
 
 Writes to the folder:
 
@@ -14,6 +15,8 @@ Writes to the folder:
     eval.parquet      questions of the held-out world: entities with names that training never uses
     tool_config.yaml  the search tool for verl
     meta.json         what was built; a second call with the same arguments reuses it
+
+A folder that holds another world is left alone: ``--keep`` uses what is there, ``--force`` replaces it.
 
 The labels in the question files are for evaluation. SIOP does not read them.
 """
@@ -54,6 +57,8 @@ from examples.toy_world.world import (
 # Raise when the same arguments would build something else than before.
 VERSION = 1
 _WEIGHTS = "model.safetensors"
+_META = "meta.json"
+_DATA = ("corpus.jsonl", "train.parquet", "eval.parquet", "tool_config.yaml")
 _TRAIN_QUESTIONS, _EVAL_QUESTIONS = 1400, 420
 
 _TOOL_CONFIG = f"""\
@@ -149,16 +154,66 @@ def description(args: argparse.Namespace, schedule: Schedule | None) -> dict[str
     }
 
 
+def read_meta(out: Path) -> dict[str, Any]:
+    """``meta.json``: "build" describes a finished world, "unfinished" an interrupted one; empty if it is unreadable."""
+    try:
+        meta = json.loads((out / _META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def write_meta(out: Path, meta: dict[str, Any]) -> None:
+    """Writes ``meta.json`` in one step."""
+    new = out / f"{_META}.new"
+    new.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    new.replace(out / _META)
+
+
+def missing(out: Path, built: dict[str, Any]) -> list[str]:
+    """Files of the world ``built`` that the folder lacks."""
+    names = _DATA if built["warm_start"] is None else (*_DATA, "model/config.json")
+    return [name for name in names if not (out / name).is_file()]
+
+
 def is_built(out: Path, wanted: dict[str, Any]) -> bool:
     """Whether the folder holds what ``wanted`` describes."""
-    names = ["corpus.jsonl", "train.parquet", "eval.parquet", "tool_config.yaml"]
-    if wanted["warm_start"] is not None:
-        names.append("model/config.json")
-    try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return meta.get("build") == wanted and all((out / name).is_file() for name in names)
+    return read_meta(out).get("build") == wanted and not missing(out, wanted)
+
+
+def is_usable(out: Path) -> bool:
+    """Whether the folder holds a finished world of any kind, with a model."""
+    built = read_meta(out).get("build")
+    return built is not None and built["warm_start"] is not None and not missing(out, built)
+
+
+def summary(built: dict[str, Any]) -> str:
+    """A description in words."""
+    parts = [f"{built.get('world', TWO_HOP.name)}", f"seed {built['seed']}"]
+    if built.get("stale"):
+        parts.append(f"stale {built['stale']:g}")
+    parts.append(f"{built['train_questions']} + {built['eval_questions']} questions")
+    if steps := built["warm_start"]:
+        start = f" from model {built['init'][:8]}" if "init" in built else ""
+        parts.append(f"warm start of {steps['copying_steps']} + {steps['imperfect_steps']} steps{start}")
+    else:
+        parts.append("no model")
+    return ", ".join([*parts, f"version {built['version']}"])
+
+
+def obstacle(out: Path, wanted: dict[str, Any]) -> str | None:
+    """What a build of ``wanted`` would destroy in the folder; None if that is nothing, or an earlier part of itself."""
+    meta = read_meta(out)
+    built = meta.get("build") or meta.get("unfinished")
+    if built == wanted:
+        return None
+    if built:
+        lost = missing(out, built)
+        state = "an unfinished toy world" if "unfinished" in meta else "a toy world"
+        without = f", without {', '.join(lost)}" if lost and "build" in meta else ""
+        return f"{state} ({summary(built)}{without}), not the one asked for ({summary(wanted)})"
+    present = [name for name in (*_DATA, "model", _META) if (out / name).exists()]
+    return f"{', '.join(present)}, which no {_META} describes" if present else None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -185,7 +240,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, metavar="MODEL", help="toy model to go on from, without the first phase")
     parser.add_argument("--copying-steps", type=int, help="warm start, first phase (default: 800; 0 with --init)")
     parser.add_argument("--imperfect-steps", type=int, default=Schedule.imperfect_steps, help="second phase")
-    parser.add_argument("--force", action="store_true", help="build again even if the folder holds it already")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--keep", action="store_true", help="if the folder holds any world with a model, use it")
+    existing.add_argument("--force", action="store_true", help="build, whatever the folder holds")
     args = parser.parse_args(argv)
     if args.copying_steps is None:
         args.copying_steps = 0 if args.init else Schedule.copying_steps
@@ -212,14 +269,23 @@ def main(argv: list[str] | None = None) -> int:
     kind = KINDS[args.world]
     schedule = None if args.data_only else Schedule(args.copying_steps, args.imperfect_steps)
     wanted = description(args, schedule)
-    if not args.force and is_built(out, wanted):
-        print(f"{out} is up to date")
-        return 0
     if out.exists() and not out.is_dir():
         print(f"error: {out} is not a folder", file=sys.stderr)
         return 2
-    # Gone before the parts change, back when they are complete: an interrupted build is never taken for a whole one.
-    (out / "meta.json").unlink(missing_ok=True)
+    if not args.force:
+        if is_built(out, wanted):
+            print(f"{out} is up to date")
+            return 0
+        if args.keep and is_usable(out):
+            print(f"using the toy world in {out}: {summary(read_meta(out)['build'])}")
+            return 0
+        if found := obstacle(out, wanted):
+            advice = "choose another folder, or replace it with python -m examples.toy_world.build --force"
+            print(f"error: {out} holds {found}; {advice}", file=sys.stderr)
+            return 2
+    out.mkdir(parents=True, exist_ok=True)
+    # Until the parts are complete: an interrupted build is never taken for a whole one, and is known for what it was.
+    write_meta(out, {"unfinished": wanted})
     try:
         write_data(out, args.seed, kind, args.train_questions, args.eval_questions)
     except ValueError as error:
@@ -236,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(out / "model", ignore_errors=True)
         meta["model"] = write_model(out, args.seed, schedule, kind, args.stale, args.init)
         print(f"warm start: {meta['model']['parameters']} parameters in {meta['model']['seconds']:.0f} s")
-    (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_meta(out, meta)
     return 0
 
 

@@ -16,6 +16,7 @@ from verl.trainer.ppo.core_algos import (
     compute_grpo_outcome_advantage,
     register_adv_est,
 )
+from verl.utils.reward_score.siop_reward import turn_spans
 from verl.utils.siop.baselines import Turns
 from verl.utils.siop.config import SiopConfig
 from verl.utils.siop.credit import BASELINES
@@ -34,14 +35,12 @@ class _Spans:
     """
 
     def __init__(self, mask_BL: np.ndarray) -> None:
-        starts_BL, ends_BL = mask_BL.copy(), mask_BL.copy()
-        starts_BL[:, 1:] &= ~mask_BL[:, :-1]
-        ends_BL[:, :-1] &= ~mask_BL[:, 1:]
-        self.mask_BL = mask_BL
+        self.shape = mask_BL.shape
         # Indices into the flat [B·L] tokens.
-        self.starts_N = np.flatnonzero(starts_BL)
-        self.lengths_N = np.flatnonzero(ends_BL) + 1 - self.starts_N
-        self.rows_N = self.starts_N // mask_BL.shape[1]
+        self.rows_N, self.starts_N, ends_N = turn_spans(mask_BL)
+        # Tokens before the first turn, of it, up to the second turn, of that, …, after the last turn: [2N + 1].
+        edges = np.column_stack((self.starts_N, ends_N)).ravel()
+        self.lengths = np.diff(edges, prepend=0, append=mask_BL.size)
         turns_B = np.bincount(self.rows_N, minlength=len(mask_BL))
         turn_N = np.arange(len(self.starts_N)) - (np.cumsum(turns_B) - turns_B)[self.rows_N]
         self.rows = np.flatnonzero(turns_B)  # those with a turn
@@ -53,7 +52,7 @@ class _Spans:
         flat = np.flatnonzero(values_BL != 0)
         turn = np.searchsorted(self.starts_N, flat, side="right") - 1
         # Not what stands before the first turn of its row.
-        inside = (turn >= 0) & (self.rows_N[turn] == flat // self.mask_BL.shape[1])
+        inside = (turn >= 0) & (self.rows_N[turn] == flat // self.shape[1])
         weights = values_BL.reshape(-1)[flat[inside]].astype(np.float64)
         return np.bincount(turn[inside], weights=weights, minlength=len(self.starts_N))
 
@@ -67,11 +66,11 @@ class _Spans:
         """[N] from [B, T]."""
         return values_BT[self.at]
 
-    def on_tokens(self, values_N: np.ndarray) -> np.ndarray:
-        """The value of each turn on its tokens, 0 elsewhere, [B, L] float32."""
-        values_BL = np.zeros(self.mask_BL.shape, dtype=np.float32)
-        values_BL[self.mask_BL] = np.repeat(values_N.astype(np.float32), self.lengths_N)
-        return values_BL
+    def on_tokens(self, values_VN: np.ndarray) -> np.ndarray:
+        """V values of each turn on its tokens, 0 elsewhere, [V, B, L] float32."""
+        values = np.zeros((len(values_VN), len(self.lengths)), dtype=np.float32)
+        values[:, 1::2] = values_VN
+        return np.repeat(values, self.lengths, axis=1).reshape(-1, *self.shape)
 
 
 def _broadcast(
@@ -131,7 +130,7 @@ def compute_siop_advantage(
         Advantages and returns-to-go, [B, L] float32, 0 outside the mask. Computed in double precision.
 
     Raises:
-        AdvantageInputError: no uids, or shapes that do not match.
+        AdvantageInputError: no uids, shapes that do not match, or rewards that are not finite.
         SiopConfigError: a wrong ``siop_*`` key or value.
     """
     if index is None:
@@ -152,22 +151,26 @@ def compute_siop_advantage(
     if not len(spans.starts_N):
         zeros_BL = torch.zeros_like(token_level_rewards, dtype=torch.float32)
         return zeros_BL, zeros_BL.clone()
+    rewards_BL = token_level_rewards.cpu().numpy()
+    broken = spans.rows[~np.isfinite(rewards_BL).all(axis=1)[spans.rows]]
+    if len(broken):
+        raise AdvantageInputError(f"token_level_rewards holds numbers that are not finite in row {broken[0]}")
     uid_B = np.asarray(index, dtype=object)
     with torch.no_grad():
         if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
             advantages_BL = _broadcast(token_level_rewards, response_mask, uid_B, spans.rows, scale)
             return advantages_BL, advantages_BL.clone()
         turns = Turns(
-            rewards_BT=spans.by_turn(spans.sums(token_level_rewards.cpu().numpy())),
+            rewards_BT=spans.by_turn(spans.sums(rewards_BL)),
             reached_BT=spans.by_turn(np.ones(len(spans.starts_N))) > 0,
             group_B=_numbered(uid_B[spans.rows]),
             gamma=discount,
             scale=scale,
             config=siop,
         )
-        values = _advantages(turns), turns.returns()
-        advantages_BL, returns_BL = (torch.from_numpy(spans.on_tokens(spans.flat(values_BT))) for values_BT in values)
-        return advantages_BL.to(token_level_rewards.device), returns_BL.to(token_level_rewards.device)
+        values_VN = np.stack([spans.flat(values_BT) for values_BT in (_advantages(turns), turns.returns())])
+        advantages_BL, returns_BL = torch.from_numpy(spans.on_tokens(values_VN)).to(token_level_rewards.device)
+        return advantages_BL, returns_BL
 
 
 def _numbered(uids: np.ndarray) -> np.ndarray:
@@ -180,8 +183,6 @@ def _advantages(turns: Turns) -> np.ndarray:
     advantages_BT = np.asarray(BASELINES[turns.config.siop_baseline](turns), dtype=np.float64)
     expected = turns.rewards_BT.shape
     if advantages_BT.shape != expected or not np.isfinite(advantages_BT).all():
-        if not np.isfinite(turns.rewards_BT).all():
-            raise AdvantageInputError("token_level_rewards holds numbers that are not finite")
         found = f"shape {advantages_BT.shape}" if advantages_BT.shape != expected else "numbers that are not finite"
         raise AdvantageInputError(
             f"the baseline {turns.config.siop_baseline!r} must return finite numbers of shape {expected}, got {found}"

@@ -56,8 +56,9 @@ def parse_aliases(ground_truth: Any) -> list[str]:
     """Gold answers from the forms that data sets use.
 
     Args:
-        ground_truth: a string, with aliases joined by ``<|answer_split|>`` or not; a number; a list, tuple or numpy
-            array of these; a mapping with ``target`` or ``ground_truth``, nested or not; or None.
+        ground_truth: a string, with aliases joined by ``<|answer_split|>`` or not; a number (1969.0 is 1969); a list,
+            tuple or numpy array of these; a mapping with ``target`` or ``ground_truth``, nested or not, of which the
+            first that holds an alias counts; or None or NaN, which are no label.
 
     Returns:
         The distinct aliases in order, without surrounding white space; empty if there is no label.
@@ -78,11 +79,14 @@ def parse_aliases(ground_truth: Any) -> list[str]:
             raise ValueError(
                 f"a ground truth mapping needs the key {' or '.join(_ALIAS_KEYS)}, got {sorted(map(str, ground_truth))}"
             )
-        parts = parse_aliases(ground_truth[present[0]])
+        parts = next(filter(None, (parse_aliases(ground_truth[key]) for key in present)), [])
     elif isinstance(ground_truth, np.ndarray | list | tuple):
         items = np.atleast_1d(np.asarray(ground_truth, dtype=object))
         parts = [part for item in items for part in parse_aliases(item)]
-    elif isinstance(ground_truth, int | float | np.number):
+    elif isinstance(ground_truth, float | np.floating):
+        whole = int(ground_truth) if ground_truth.is_integer() else ground_truth
+        parts = [] if np.isnan(ground_truth) else [str(whole)]
+    elif isinstance(ground_truth, int | np.number):
         parts = [str(ground_truth)]
     else:
         raise ValueError(
@@ -130,24 +134,38 @@ def compute_score(
     return {"score": em, "em": em, "f1": f1_score(answer, aliases)}
 
 
+def turn_spans(mask_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the N assistant turns of a batch lie, row by row.
+
+    Args:
+        mask_BL: bool, true on the policy's tokens; a turn is a maximal run of true in a row.
+
+    Returns:
+        For each turn its row, the index of its first token and the index after its last token, the two indices into the
+        flat [B·L] tokens.
+    """
+    # Every row begins and ends outside of a turn, so its edges alternate between starts and ends of turns.
+    edges_BL1 = np.diff(mask_BL, axis=1, prepend=False, append=False)
+    edges_N2 = np.flatnonzero(edges_BL1).reshape(-1, 2)
+    rows_N = edges_N2[:, 0] // edges_BL1.shape[1]
+    return rows_N, edges_N2[:, 0] - rows_N, edges_N2[:, 1] - rows_N
+
+
 def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> torch.Tensor:
     mask = mask_BL.cpu().numpy()
     assistant = mask == 1
-    if not np.array_equal(assistant, mask):
+    if np.count_nonzero(assistant) != np.count_nonzero(mask):
         raise RolloutError("a response mask holds only 0 and 1")
-    turn_end = assistant.copy()
-    turn_end[:, :-1] &= ~assistant[:, 1:]
-    rows, tokens = np.nonzero(turn_end)
-    turns = np.bincount(rows, minlength=len(mask))
+    rows_N, _, ends_N = turn_spans(assistant)
+    turns = np.bincount(rows_N, minlength=len(mask))
     given = np.array([len(rewards) for rewards in turn_rewards], dtype=int)
     wrong = np.flatnonzero((given > 0) & (given != turns))
     if len(wrong):
         row = wrong[0]
         raise RolloutError(f"rollout {row} has {turns[row]} assistant turns in its mask, but {given[row]} turn rewards")
-    placed = np.zeros(mask.shape, dtype=np.float32)
-    rewarded = given[rows] > 0
-    placed[rows[rewarded], tokens[rewarded]] = [reward for rewards in turn_rewards for reward in rewards]
-    return torch.from_numpy(placed).to(mask_BL.device)
+    placed = np.zeros(mask.size, dtype=np.float32)
+    placed[ends_N[given[rows_N] > 0] - 1] = [reward for rewards in turn_rewards for reward in rewards]
+    return torch.from_numpy(placed.reshape(mask.shape)).to(mask_BL.device)
 
 
 def place_turn_rewards(
