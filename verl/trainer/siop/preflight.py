@@ -64,9 +64,7 @@ def check_before_start(config: DictConfig) -> None:
     _check_tool_config(config)
     if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
         if config.actor_rollout_ref.rollout.n == 1:
-            logger.warning(
-                "actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout"
-            )
+            logger.warning("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
         if siop.siop_scorer == "policy":
             _check_router_replay(config)
         # IGPO asks for support alone.
