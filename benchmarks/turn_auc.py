@@ -243,9 +243,9 @@ def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -
     measured: dict[str, Any] = {
         "questions": questions,
         "rollouts": len(rows),
-        "em": round(sum(row["em"] for row in rows) / len(rows), 4),
-        "stale": round(sum(answer in STALE_ANSWERS.values() for answer in answers) / len(rows), 4),
-        "right_share": round(sum(flat) / len(flat), 4),
+        "em": sum(row["em"] for row in rows) / len(rows),
+        "stale": sum(answer in STALE_ANSWERS.values() for answer in answers) / len(rows),
+        "right_share": sum(flat) / len(flat),
     }
     file = RUNS / world / "turn_auc.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
@@ -264,10 +264,10 @@ def measure(world: str, methods: Sequence[str], questions: int, rollouts: int) -
             ]
             areas, draws[method] = turn_auc(turns), resampled(turns)
             result[method] = areas
-            areas["error"] = round(float(draws[method].std(ddof=1)), 4)
+            areas["error"] = float(draws[method].std(ddof=1))
             if "siop" in draws:
-                areas["gain"] = round(areas["same_index"] - result["siop"]["same_index"], 4)
-                areas["gain_error"] = round(float((draws[method] - draws["siop"]).std(ddof=1)), 4)
+                areas["gain"] = areas["same_index"] - result["siop"]["same_index"]
+                areas["gain_error"] = float((draws[method] - draws["siop"]).std(ddof=1))
             file.write_text(json.dumps({**measured, "methods": result}, indent=1) + "\n")
     return file
 
