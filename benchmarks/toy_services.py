@@ -51,10 +51,16 @@ def toy_services(toy: Path, logs: Path, **extra: str) -> Iterator[dict[str, str]
     for name in _NOT_INHERITED:
         env.pop(name, None)
     env.update(extra)
+    started: list[str] = []
     try:
         for launcher in _LAUNCHERS:
-            subprocess.run(["bash", launcher], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+            started.append(launcher)
+            try:
+                subprocess.run(["bash", launcher], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+            except subprocess.CalledProcessError:
+                started.remove(launcher)  # it has left nothing, or what runs belongs to another call
+                raise
         yield env
     finally:
-        for launcher in _LAUNCHERS:
+        for launcher in started:
             subprocess.run(["bash", launcher, "stop"], cwd=ROOT, env=env, check=False, stdout=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -356,6 +357,15 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     worlds = {"two_hop": toy_table.ToyWorld(tmp_path / "toy", 2)}
     monkeypatch.setattr(toy_table, "WORLDS", worlds)
     return calls
+
+
+@pytest.mark.parametrize("launcher", ["launch_retriever.sh", "launch_siop_scorer.sh"])
+def test_a_service_of_another_call_is_left_alone(table: Path, tmp_path: Path, launcher: str) -> None:
+    (tmp_path / launcher).write_text(f'echo "{launcher} $*" >> {table}\n[[ -n ${{1:-}} ]] || exit 1\n')
+    with pytest.raises(subprocess.CalledProcessError), toy_services.toy_services(tmp_path / "toy", tmp_path / "logs"):
+        pass
+    stopped = [line for line in table.read_text().splitlines() if line.endswith("stop")]
+    assert stopped == (["retriever stop"] if launcher == "launch_siop_scorer.sh" else [])
 
 
 class _Bar:
