@@ -55,7 +55,7 @@ def make_batch(
     vocab_size: int = VOCAB_SIZE,
 ) -> list[Any]:
     """Random rollouts of the standard shape as :class:`RolloutQuery`."""
-    from verl.utils.siop.engines.base import Probe, RolloutQuery
+    from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 
     rng = np.random.default_rng(0)
 
@@ -195,7 +195,7 @@ def vllm_full(path: str) -> Callable[[Sequence[Sequence_]], list[float]]:
 
 def build_way(name: str, model: Any, path: str) -> Callable[[Sequence[Any]], tuple[list[float], int]]:
     """A function from a batch to its scores and the number of computed tokens."""
-    from verl.utils.siop.engines.transformers_engine import TransformersEngine
+    from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 
     def flat(support: list[list[list[float]]]) -> list[float]:
         return [score for rows in support for row in rows for score in row]
@@ -210,7 +210,7 @@ def build_way(name: str, model: Any, path: str) -> Callable[[Sequence[Any]], tup
     if name == TREE:
         return of_engine(TransformersEngine(model))
     if name == VLLM:
-        from verl.utils.siop.engines.vllm_engine import VllmEngine
+        from verl.utils.siop.scorer.engines.vllm_engine import VllmEngine
 
         return of_engine(VllmEngine.from_pretrained(path, dtype="float32", max_model_len=4096))
     full: Callable[[Sequence[Sequence_]], list[float]]
@@ -280,7 +280,7 @@ def print_times(threads: int, found: dict[str, Any]) -> None:
 
 def print_bytes(batch: Sequence[Any]) -> None:
     """Request bodies: /support against /score with one item per (boundary, reference)."""
-    from verl.utils.siop.content_encoding import compress
+    from verl.utils.siop.http.content_encoding import compress
 
     rollouts, items = [], []
     for rollout in batch:
@@ -344,8 +344,8 @@ def peak_memory(name: str, path: str) -> dict[str, int]:
 def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
     """Tree and full sequences with Qwen3-4B's shape, against the rate of a large matrix product."""
     import torch
-    from verl.utils.siop.engines.prefix_tree import build_prefix_tree, encode_path
-    from verl.utils.siop.engines.transformers_engine import TransformersEngine
+    from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree, encode_path
+    from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 
     device, dtype = ("cpu", "float32") if dry_run else ("cuda", "bfloat16")
     if dry_run:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fixtures_scorer import BYTE_TOKENIZER
+from scorer_process import BYTE_TOKENIZER
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -17,9 +17,9 @@ from verl.trainer.ppo.core_algos import (
     register_adv_est,
 )
 from verl.utils.reward_score.siop_reward import turn_spans
-from verl.utils.siop.baselines import Turns
-from verl.utils.siop.config import SiopConfig
-from verl.utils.siop.credit import BASELINES
+from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.config import SiopConfig
+from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.errors import SiopError
 
 
@@ -111,11 +111,11 @@ def compute_siop_advantage(
     """Turn-level advantage, broadcast to the tokens of each turn.
 
     The reward r_t of a turn is the sum of the token rewards from its first token up to the next turn; the returns are
-    those of ``siop_return`` (:meth:`~verl.utils.siop.baselines.Turns.returns`), and ``siop_baseline`` names the
-    function of :mod:`verl.utils.siop.baselines` that makes advantages of them. With ``siop_advantage_mode=broadcast``
-    or ``siop_enable_two_pass=false``: GRPO's outcome advantage, whatever these two say. Rows whose mask is all zero
-    (padding) count nowhere. The result does not depend on the order of the rows, and but for the scale of
-    ``leave_one_out``, which is one for the whole batch, not on the other questions of the batch.
+    those of ``siop_return`` (:meth:`~verl.utils.siop.credit.baselines.Turns.returns`), and ``siop_baseline`` names the
+    function of :mod:`verl.utils.siop.credit.baselines` that makes advantages of them. With
+    ``siop_advantage_mode=broadcast`` or ``siop_enable_two_pass=false``: GRPO's outcome advantage, whatever these two
+    say. Rows whose mask is all zero (padding) count nowhere. The result does not depend on the order of the rows, and
+    but for the scale of ``leave_one_out``, which is one for the whole batch, not on the other questions of the batch.
 
     Args:
         token_level_rewards: [B, L].

@@ -10,11 +10,11 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.siop.plugin import require_registered
 from verl.trainer.siop.preflight import check_before_start, check_overrides
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 from verl.utils.siop.errors import SiopConfigError, SiopError
-from verl.utils.siop.plugin import require_registered
 
 
 class SiopTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]

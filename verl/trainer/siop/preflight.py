@@ -15,8 +15,8 @@ from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.siop import cpu
-from verl.utils.siop.engines.base import NO_MODEL
 from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.scorer.engines.base import NO_MODEL
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig
 

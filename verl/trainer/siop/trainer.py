@@ -24,8 +24,8 @@ from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
+from verl.utils.siop.credit.metrics import group_metrics
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
-from verl.utils.siop.metrics import group_metrics
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import (
     GroupRewards,

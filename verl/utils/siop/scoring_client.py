@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
-from verl.utils.siop.content_digest import content_digest, is_intact
-from verl.utils.siop.content_encoding import MIN_COMPRESSED_BYTES, compress, offers_gzip
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+from verl.utils.siop.http.content_digest import content_digest, is_intact
+from verl.utils.siop.http.content_encoding import MIN_COMPRESSED_BYTES, compress, offers_gzip
 
 if TYPE_CHECKING:
     from verl.utils.siop.siop_process_reward import SupportRequest

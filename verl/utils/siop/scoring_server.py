@@ -33,19 +33,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
-from verl.utils.siop.content_digest import content_digest, is_intact
-from verl.utils.siop.content_encoding import decompress
-from verl.utils.siop.engines.base import NO_MODEL, EngineInfo, Probe, RolloutQuery, check_rollouts, too_long
-from verl.utils.siop.engines.lora import read_adapter
-from verl.utils.siop.engines.nli import AnswerGroup
-from verl.utils.siop.engines.pool import NoWorker, WorkerPool
-from verl.utils.siop.engines.worker import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError, SiopError
-from verl.utils.siop.http_protocol import BodyRefused, Message, Receive, TimedHttpProtocol, read_body, replayed
-from verl.utils.siop.http_protocol import too_large as body_too_large
-from verl.utils.siop.json_body import parse_body, route_class
+from verl.utils.siop.http.content_digest import content_digest, is_intact
+from verl.utils.siop.http.content_encoding import decompress
+from verl.utils.siop.http.json_body import parse_body, route_class
+from verl.utils.siop.http.limits import BodyRefused, Message, Receive, TimedHttpProtocol, read_body, replayed
+from verl.utils.siop.http.limits import too_large as body_too_large
 from verl.utils.siop.nli_clustering import entailment_index
-from verl.utils.siop.scoring_schema import (
+from verl.utils.siop.scorer.engines.base import NO_MODEL, EngineInfo, Probe, RolloutQuery, check_rollouts, too_long
+from verl.utils.siop.scorer.engines.lora import read_adapter
+from verl.utils.siop.scorer.engines.nli import AnswerGroup
+from verl.utils.siop.scorer.pool import NoWorker, WorkerPool
+from verl.utils.siop.scorer.wire import (
     MAX_TEXT,
     ClusterAnswer,
     ClusterBody,
@@ -59,6 +58,7 @@ from verl.utils.siop.scoring_schema import (
     SupportAnswer,
     SupportBody,
 )
+from verl.utils.siop.scorer.workers import ENGINES, LOG_FORMAT, NLI_BACKENDS, NliResult, WorkerInfo, WorkerSettings
 
 logger = logging.getLogger("siop.scorer")
 

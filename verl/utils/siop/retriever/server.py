@@ -32,7 +32,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from verl.utils.siop.errors import SiopError
-from verl.utils.siop.http_protocol import BodyRefused, Receive, TimedHttpProtocol, read_body, replayed
+from verl.utils.siop.http.limits import BodyRefused, Receive, TimedHttpProtocol, read_body, replayed
 from verl.utils.siop.retriever.bm25 import Bm25Index, Index
 
 logger = logging.getLogger("siop.retriever")

@@ -1,0 +1,201 @@
+"""The baselines and returns on numbers worked out by hand, and the policy loss that belongs to one of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_advantage import batch_of, by_turn
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.siop.advantage import compute_siop_advantage
+from verl.trainer.siop.turn_clip import clip_scale, turn_clip_loss
+from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.registry import BASELINES, register_baseline
+from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.siop_process_reward import SiopConfig
+from verl.workers.config import FSDPActorConfig
+
+# Two rollouts of three turns, one of two; and a question whose rollouts agree.
+REWARDS = [[1.0, 0.0, 3.0], [3.0, 2.0, 1.0], [2.0, 5.0], [4.0], [4.0]]
+UIDS = ["a", "a", "a", "b", "b"]
+
+
+def advantages_of(rewards: list[list[float]], uids: list[str], **keys: Any) -> list[list[float]]:
+    rewards_BL, mask_BL, index = batch_of(rewards, uids)
+    return by_turn(compute_siop_advantage(rewards_BL, mask_BL, index=index, config=keys)[0], mask_BL)
+
+
+def test_turn_index_by_hand() -> None:
+    # Returns: [4, 3, 3], [6, 3, 1], [7, 5]; by turn: 4 6 7, 3 3 5, 3 1.
+    found = advantages_of(REWARDS, UIDS, siop_baseline="turn_index", norm_adv_by_std_in_grpo=False)
+    third = 1 / 3
+    assert found[0] == pytest.approx([-5 * third, -2 * third, 1.0], abs=1e-6)
+    assert found[1] == pytest.approx([third, -2 * third, -1.0], abs=1e-6)
+    assert found[2] == pytest.approx([4 * third, 4 * third], abs=1e-6)
+    assert found[3] == found[4] == [0.0]
+    scaled = advantages_of(REWARDS, UIDS, siop_baseline="turn_index")
+    assert scaled[0] == pytest.approx(
+        [-5 * third / math.sqrt(7 * third), -2 * third / math.sqrt(4 * third), 1 / math.sqrt(2)], abs=1e-5
+    )
+
+
+def test_turn_index_gives_nothing_to_a_turn_that_one_rollout_alone_reaches() -> None:
+    found = advantages_of([[1.0, 9.0], [2.0]], ["a", "a"], siop_baseline="turn_index", norm_adv_by_std_in_grpo=False)
+    assert found == [[4.0, 0.0], [-4.0]]
+
+
+def test_turn_group_by_hand() -> None:
+    # Before the last turn: 1 3 2 at turn 1, 0 2 at turn 2; last turns: 3 1 5.
+    keys = {"siop_baseline": "turn_group", "norm_adv_by_std_in_grpo": False, "gamma": 0.5, "siop_turn_weight": 2.0}
+    found = advantages_of(REWARDS, UIDS, **keys)
+    assert found[0] == pytest.approx([2 * (-1 + 0.5 * -1) / math.sqrt(2) + 0, 2 * -1 + 0, 0], abs=1e-6)
+    assert found[1] == pytest.approx([2 * (1 + 0.5 * 1) / math.sqrt(2) - 2, 2 * 1 - 2, -2], abs=1e-6)
+    assert found[2] == pytest.approx([2 * 0 + 2, 2], abs=1e-6)
+    assert found[3] == found[4] == [0.0]
+    # Normalised by population deviations: sqrt(2/3) and 1 before the last turn, sqrt(8/3) on the last.
+    scaled = advantages_of(REWARDS, UIDS, siop_baseline="turn_group")
+    outcome = -2 / math.sqrt(8 / 3)
+    assert scaled[1] == pytest.approx(
+        [0.3 * (1 / math.sqrt(2 / 3) + 1) / math.sqrt(2) + outcome, 0.3 + outcome, outcome], abs=1e-5
+    )
+
+
+def test_min_form_by_hand() -> None:
+    rewards, mask, index = batch_of([[1.0, 0.0, 3.0], [-1.0, 2.0], [5.0]], ["a", "a", "a"])
+    config = {"siop_return": "min", "norm_adv_by_std_in_grpo": False}
+    advantages, returns = compute_siop_advantage(rewards, mask, index=index, config=config)
+    assert by_turn(returns, mask) == [[0.0, 0.0, 3.0], [-1.0, 2.0], [5.0]]
+    # Turn 3 is reached by one rollout: minus the siblings' mean full value (-1 + 5) / 2.
+    assert by_turn(advantages, mask) == [[-2.0, -2.0, 1.0], [-3.5, 2.0], [5.5]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_min_form_is_the_lowest_reward_from_the_turn_on(rewards: list[list[float]]) -> None:
+    rewards_BL, mask_BL, index = batch_of(rewards, ["a"] * len(rewards))
+    _, returns = compute_siop_advantage(rewards_BL, mask_BL, index=index, config={"siop_return": "min"})
+    for got, row in zip(by_turn(returns, mask_BL), rewards, strict=True):
+        assert got == pytest.approx([min(row[t:]) for t in range(len(row))], abs=1e-6)
+
+
+def test_the_return_changes_every_baseline_that_uses_it() -> None:
+    for name in ("leave_one_out", "pooled", "turn_index"):
+        assert advantages_of(REWARDS, UIDS, siop_baseline=name) != advantages_of(
+            REWARDS, UIDS, siop_baseline=name, siop_return="min"
+        )
+
+
+def test_gamma_discounts_every_baseline() -> None:
+    for name in ("leave_one_out", "pooled", "turn_index", "turn_group"):
+        assert advantages_of(REWARDS, UIDS, siop_baseline=name) != advantages_of(
+            REWARDS, UIDS, siop_baseline=name, gamma=0.5
+        )
+
+
+def test_the_turn_weight_changes_turn_group_alone() -> None:
+    for name in ("leave_one_out", "pooled", "turn_index", "turn_group"):
+        low, high = (advantages_of(REWARDS, UIDS, siop_baseline=name, siop_turn_weight=w) for w in (0.3, 0.6))
+        assert (low != high) == (name == "turn_group")
+        assert [row[-1] for row in low] == [row[-1] for row in high]
+
+
+def test_a_baseline_that_returns_something_else_is_refused() -> None:
+    def wrong(turns: Turns) -> np.ndarray:
+        return turns.returns()[:, :1]
+
+    def infinite(turns: Turns) -> np.ndarray:
+        return turns.returns() / 0.0
+
+    for function, message in ((wrong, r"shape \(5, 3\), got shape \(5, 1\)"), (infinite, "not finite")):
+        register_baseline("temporary")(function)
+        try:
+            with pytest.raises(SiopError, match=message), np.errstate(all="ignore"):
+                advantages_of(REWARDS, UIDS, siop_baseline="temporary")
+        finally:
+            del BASELINES._functions["temporary"]
+    with pytest.raises(SiopConfigError, match="siop_baseline='temporary'"):
+        SiopConfig(siop_baseline="temporary")
+
+
+# --- the clipping range by turn ---------------------------------------------------------------------------------------
+
+
+def population_gains(rewards: list[list[float]], t: int) -> list[float | None]:
+    """The normalised gain of turn t of each rollout of one question; None where t is its last turn or beyond."""
+    peers = [row[t] for row in rewards if len(row) - 1 > t]
+    if not peers:
+        return [None] * len(rewards)
+    mean = sum(peers) / len(peers)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in peers) / len(peers) + 1e-8) + 1e-6
+    return [(row[t] - mean) / spread if len(row) - 1 > t else None for row in rewards]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=1, max_size=5), min_size=1, max_size=6),
+)
+def test_the_clip_scale_is_read_back_from_the_advantages(rewards: list[list[float]]) -> None:
+    rewards_BL, mask_BL, index = batch_of(rewards, ["a"] * len(rewards))
+    advantages, _ = compute_siop_advantage(rewards_BL, mask_BL, index=index, config={"siop_baseline": "turn_group"})
+    scales = clip_scale(advantages, mask_BL.bool())
+    found = by_turn(scales * mask_BL, mask_BL)
+    for t in range(5):
+        for row, gain in zip(found, population_gains(rewards, t), strict=True):
+            if gain is not None:
+                assert row[t] == pytest.approx(1 + 0.3 * math.tanh(gain / 2), abs=1e-4)
+    assert [row[-1] for row in found] == [1.0] * len(rewards)
+
+
+def actor_config(**keys: Any) -> FSDPActorConfig:
+    return FSDPActorConfig(strategy="fsdp", rollout_n=1, ppo_mini_batch_size=1, ppo_micro_batch_size_per_gpu=1, **keys)
+
+
+def test_the_loss_by_hand() -> None:
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
+    # Gains 2 and outcome 1: A = 0.3·2 + 1 before the last turn.
+    advantages = torch.tensor([[1.6, 1.6, 0.0, 1.0, 0.0], [0.0] * 5])
+    new = torch.tensor([[0.4, 0.2, 9.0, -0.1, 9.0], [5.0] * 5], requires_grad=True)
+    config = actor_config(clip_ratio_low=0.1, clip_ratio_high=0.2)
+    loss, metrics = turn_clip_loss(torch.zeros(2, 5), new, advantages, mask, "token-mean", config, None)
+    high = 0.2 * (1 + 0.3 * math.tanh(1.0))
+    # The turn's ratio e^0.3 is clipped above for both tokens; e^-0.1 stays within [1 - 0.1, 1 + 0.2].
+    assert loss.item() == pytest.approx(-(1.6 * 2 * (1 + high) + math.exp(-0.1)) / 3, abs=1e-5)
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(2 / 3, abs=1e-5)
+    assert metrics["actor/ppo_kl"] == pytest.approx(-0.5 / 3, abs=1e-5)
+    loss.backward()
+    assert new.grad is not None
+    assert new.grad[0].tolist() == pytest.approx([0, 0, 0, -math.exp(-0.1) / 3, 0], abs=1e-6)
+    assert not new.grad[1].any()
+
+
+def test_one_update_per_batch_has_the_gradient_of_the_vanilla_loss() -> None:
+    rewards, mask, index = batch_of(REWARDS, UIDS)
+    advantages, _ = compute_siop_advantage(rewards, mask, index=index, config={"siop_baseline": "turn_group"})
+    gradients = []
+    for name in ("turn_clip", "vanilla"):
+        new = torch.zeros(mask.shape, requires_grad=True)
+        loss, _ = get_policy_loss_fn(name)(
+            old_log_prob=torch.zeros(mask.shape),
+            log_prob=new,
+            advantages=advantages,
+            response_mask=mask.bool(),
+            loss_agg_mode="token-mean",
+            config=actor_config(),
+        )
+        loss.backward()
+        gradients.append(new.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0] is not None and gradients[0].any()
+
+
+def test_importance_weights_multiply_the_loss() -> None:
+    mask, advantages = torch.tensor([[1, 0, 1]]), torch.tensor([[1.0, 0.0, 2.0]])
+    zeros, config = torch.zeros(1, 3), actor_config()
+    plain, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, None)
+    weighted, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, torch.full((1, 3), 0.5))
+    assert weighted == plain / 2 == -0.75

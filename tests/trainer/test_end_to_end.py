@@ -1,0 +1,242 @@
+"""The quickstart for real: services, verl, Ray, checkpoint, evaluation. Two steps; a third that resumes, with support
+from the policy and a scorer without a language model; Ctrl-C."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer
+from verl.trainer.siop.report import read_metrics
+from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
+from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
+from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
+from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
+
+from examples.toy_world.tokenizer import ASSISTANT, END, REFERENCE_PREFIX, REFERENCE_SUFFIX
+
+ROOT = Path(__file__).parents[2]
+
+
+class Quickstart:
+    """Runs ``quickstart.sh`` into a folder of its own; its processes carry a mark in their environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.records, self.mark = folder / "out", folder / "records", uuid.uuid4().hex
+        self.records.mkdir()
+
+    def start(self, steps: int, method: str = "siop") -> subprocess.Popen[str]:
+        env = {
+            **os.environ,
+            "QUICKSTART_STEPS": str(steps),
+            "OUT_DIR": str(self.out),
+            "SIOP_TEST_MARK": self.mark,
+            "PYTHONPATH": str(ROOT / "tests" / "helpers" / "plugins"),
+            "VERL_USE_EXTERNAL_MODULES": "record_rewards",
+            "RECORD_DIR": str(self.records),
+        }
+        return subprocess.Popen(
+            ["bash", "quickstart.sh", "--method", method],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Ignored in the background of a shell, and bash cannot trap what was ignored when it started.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def run(self, steps: int, method: str = "siop") -> str:
+        process = self.start(steps, method)
+        output, _ = process.communicate(timeout=1200)
+        assert process.returncode == 0, output
+        return output
+
+    def alive(self) -> list[str]:
+        """Command lines of what is left of this quickstart."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SIOP_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_until_nothing_is_left(self) -> None:
+        end = time.monotonic() + 30
+        while self.alive() and time.monotonic() < end:
+            time.sleep(0.5)
+        assert self.alive() == []
+
+    def dumped(self, step: int) -> list[dict]:
+        return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Quickstart, str]]:
+    run = Quickstart(tmp_path_factory.mktemp("quickstart"))
+    yield run, run.run(steps=2)
+
+
+def test_prints_the_table_and_leaves_nothing_running(quickstart: tuple[Quickstart, str]) -> None:
+    run, output = quickstart
+    for line in ("held-out EM", "held-out F1", "mean turns", "mean response tokens", "EM founder_spouse"):
+        assert re.search(rf"^{line} +[\d.]+ +[\d.]+$", output, re.MULTILINE), output
+    assert len(re.findall(r"done in \d+ s", output)) == 6
+    run.wait_until_nothing_is_left()
+    before = read_metrics(run.out / "before" / "validation")
+    assert 0.2 < before["val-aux/toy_two_hop/em/mean@1"] < 0.4
+    assert 1 < before["val-aux/turns/mean"] < 5
+    assert list((run.out / "tensorboard").glob("events.*"))
+    assert (run.out / "checkpoints" / "global_step_2" / "actor" / "huggingface" / "config.json").is_file()
+
+
+def test_the_estimator_receives_the_turn_rewards_bit_for_bit(quickstart: tuple[Quickstart, str]) -> None:
+    run, _ = quickstart
+    records = sorted(run.records.glob("*.pt"))
+    # The third step belongs to another test.
+    for step, file in enumerate(records[:2], start=1):
+        call = torch.load(file, weights_only=False)
+        received: dict[str, list[tuple[float, ...]]] = {}
+        for rewards, mask, uid in zip(call["rewards"], call["mask"], call["index"], strict=True):
+            ends = [end - 1 for _, end in get_assistant_turn_ranges(mask)]
+            elsewhere = rewards.clone()
+            elsewhere[ends] = 0
+            assert not elsewhere.any()
+            received.setdefault(uid, []).append(tuple(rewards[ends].tolist()))
+        computed: dict[str, list[tuple[float, ...]]] = {}
+        turns = {}
+        for row in run.dumped(step):
+            turns[row["uid"]] = row["turn_rewards"]
+            computed.setdefault(row["uid"].split("_")[0], []).append(tuple(row["turn_rewards"]))
+        assert sum(len(rows) for rows in received.values()) == 64
+        assert received.keys() == computed.keys()
+        for uid, rows in received.items():
+            # A rollout without an answer has no turn rewards, and zeros in the update.
+            answered = sorted(row for row in computed[uid] if row)
+            silent = len(computed[uid]) - len(answered)
+            zeros = [row for row in rows if row not in answered]
+            assert sorted(row for row in rows if row in answered) == answered
+            assert len(zeros) == silent and not any(any(row) for row in zeros)
+        assert any(len(set(row)) > 1 for rows in received.values() for row in rows)
+        assert call["advantages"].abs().sum() > 0
+
+
+def test_rollout_log_probs_are_the_actors_after_every_weight_sync(quickstart: tuple[Quickstart, str]) -> None:
+    log = (quickstart[0].out / "logs" / "train-siop.log").read_text()
+    differences = [float(x) for x in re.findall(r"training/rollout_probs_diff_max:(\S+)", log)]
+    assert len(differences) == 2 and max(differences) < 1e-4
+
+
+def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) -> None:
+    rows = [row for row in quickstart[0].dumped(2) if row["answer"]]
+    assert rows
+    by_question: dict[str, list[dict]] = {}
+    for row in rows:
+        assert row["answer"] in row["output"]
+        assert len(row["support"]) in (0, len(row["turn_rewards"]) + 1)
+        assert all(0 <= p <= 1 for p in row["support"])
+        by_question.setdefault(row["uid"].split("_")[0], []).append(row)
+    for group in by_question.values():
+        targets = {row["cluster"]: row["target"] for row in group}
+        assert sum(targets.values()) == pytest.approx(1)
+        for row in group:
+            q, p = row["target"], row["support"]
+            gains = [b - a for a, b in itertools.pairwise(itertools.accumulate(p, max))] or [0.0]
+            expected = [q * gain for gain in gains]
+            expected[-1] += 0.5 * q
+            assert row["turn_rewards"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def resumed(quickstart: tuple[Quickstart, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A third step, in which the policy is its own scorer: what it printed, and the weights that it started from."""
+    run, _ = quickstart
+    weights = tmp_path_factory.mktemp("weights") / "step_2"
+    shutil.copytree(run.out / "checkpoints" / "global_step_2" / "actor" / "huggingface", weights)
+    return run.run(steps=3, method="policy"), weights
+
+
+def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]) -> None:
+    run, _ = quickstart
+    assert f"reusing {run.out}/before" in resumed[0]
+    log = (run.out / "logs" / "train-policy.log").read_text()
+    assert "Resuming from" in log and "global_step_2, setting global step to 2" in log
+    assert [int(x) for x in re.findall(r"\bstep:(\d+) - ", log)] == [3]
+    run.wait_until_nothing_is_left()
+
+
+def test_support_from_the_policy_is_that_of_the_weights_before_the_update(
+    quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]
+) -> None:
+    run, _ = quickstart
+    assert "language model: none" in resumed[0]
+    rows = [row for row in run.dumped(3) if row["support"]]
+    assert len(rows) > 32
+    measured = np.concatenate([row["support"] for row in rows])
+    np.testing.assert_allclose(measured, _support(resumed[1], rows), atol=1e-4)
+    updated = run.out / "checkpoints" / "global_step_3" / "actor" / "huggingface"
+    assert np.abs(measured - _support(updated, rows)).max() > 0.01
+
+
+def _support(model: Path, rows: list[dict]) -> np.ndarray:
+    """p at every boundary of dumped rollouts, by the scorer's engine."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = SiopConfig(siop_reference_prefix=REFERENCE_PREFIX, siop_reference_suffix=REFERENCE_SUFFIX)
+    end, assistant = (tokenizer.convert_tokens_to_ids(token) for token in (END, ASSISTANT))
+    queries = []
+    for row in rows:
+        prompt, response = (list(tokenizer(row[name])["input_ids"]) for name in ("input", "output"))
+        mask, sampled = [], True
+        for token in response:
+            mask.append(int(sampled))
+            sampled = token != end if sampled else token == assistant
+        probes = [build_reference(text, tokenizer, config) for text in row["references"]]
+        queries.append(
+            RolloutQuery(
+                np.array(prompt),
+                np.array(response),
+                boundaries(get_assistant_turn_ranges(mask), config.siop_boundary),
+                [Probe(np.array(probe.token_ids), probe.start, probe.end) for probe in probes],
+            )
+        )
+    scores = TransformersEngine.from_pretrained(str(model)).support(queries).support
+    return np.concatenate([np.exp(rollout).mean(axis=1) for rollout in scores])
+
+
+def test_ctrl_c_stops_everything(quickstart: tuple[Quickstart, str]) -> None:
+    run, _ = quickstart
+    process = run.start(40)
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if re.search(r"step \d+/40", line):
+            break
+    assert any("raylet" in command for command in run.alive()), seen
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130, rest
+    run.wait_until_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["grp", "../trainer", ""])
+def test_an_unknown_method_is_refused_with_those_there_are(method: str) -> None:
+    done = subprocess.run(["bash", "quickstart.sh", "--method", method], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    named = done.stderr.split("--method", 1)[1].split()
+    assert method == "" or {path.stem for path in (ROOT / "config" / "ablation").glob("*.yaml")} <= set(named)

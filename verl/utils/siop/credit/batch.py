@@ -1,0 +1,320 @@
+"""What the credit methods share: parsing rollouts, clusters, targets, support and the form of the result.
+
+A credit method gets a :class:`CreditBatch` and returns what :meth:`CreditBatch.result` makes of its turn rewards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from verl.utils.siop.credit.rollouts import GroupRewards, Reference, Rollout, SiopScorer, SupportRequest
+from verl.utils.siop.errors import RolloutError, ScorerError
+from verl.utils.siop.turn_utils import boundaries, extract_answer, extract_observations, get_assistant_turn_ranges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from verl.utils.siop.credit.config import SiopConfig
+
+OBSERVATION_CHARACTERS = 2000
+# Log-probs are at most 0; a scorer in half precision may round a probability of 1 to slightly above.
+LOG_PROB_TOLERANCE = 1e-3
+
+
+@dataclass
+class ParsedRollout:
+    """A rollout with its turns and its answer."""
+
+    rollout: Rollout
+    turns: list[tuple[int, int]]
+    answer: str
+
+
+@dataclass
+class Cluster:
+    """Answers of one question that mean the same; ``members`` index the batch, in rollout order."""
+
+    cluster_id: int
+    members: list[int]
+    references: list[str]
+    mass: float
+    target: float = 0.0
+    evidence: float | None = None
+
+
+class CreditBatch:
+    """Rollouts of any number of questions, and what a credit method can ask about them.
+
+    Args:
+        rollouts: in any order; those with the same uid are the rollouts of a question, in list order.
+        tokenizer: the policy's fast tokenizer.
+        config: the method's parameters.
+        scorer: answers questions about clusters, evidence and support.
+
+    Attributes:
+        parsed: each rollout with its turns and its answer, in the order given; methods refer to a rollout by its index.
+
+    Raises:
+        RolloutError: a malformed rollout, or one uid with two questions.
+    """
+
+    def __init__(
+        self, rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, config: SiopConfig, scorer: SiopScorer
+    ) -> None:
+        self.tokenizer, self.config, self.scorer = tokenizer, config, scorer
+        self.parsed = [_parse(rollout, tokenizer) for rollout in rollouts]
+        self.questions = _group_by_question(self.parsed)
+
+    async def clusters(self) -> list[list[Cluster]]:
+        """Clusters of every question, in the order in which its rollouts open them; mass m(c) = |c| / K_valid.
+
+        Only rollouts with an answer are members. The questions are asked concurrently.
+        """
+        tasks = [asyncio.ensure_future(self._cluster_question(members)) for members in self.questions]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # one has failed: the others need not go on
+                task.cancel()
+
+    async def _cluster_question(self, members: Sequence[int]) -> list[Cluster]:
+        valid = [index for index in members if self.parsed[index].answer]
+        answers = [self.parsed[index].answer for index in valid]
+        if len(answers) > 1:
+            question = self.parsed[valid[0]].rollout.question
+            ids = _checked_cluster_ids(await self.scorer.cluster(question, answers), question, len(answers))
+        else:
+            ids = [0] * len(answers)
+        by_id: dict[int, list[int]] = {}
+        for index, cluster_id in zip(valid, ids, strict=True):
+            by_id.setdefault(cluster_id, []).append(index)
+        return [
+            Cluster(
+                cluster_id=cluster_id,
+                members=indices,
+                references=list(dict.fromkeys(self.parsed[i].answer for i in indices))[: self.config.siop_num_refs],
+                mass=len(indices) / len(valid),
+            )
+            for cluster_id, indices in by_id.items()
+        ]
+
+    async def set_targets(self, questions: Sequence[Sequence[Cluster]]) -> None:
+        """Set q(c) ∝ m(c)·exp(eta·rho(c)), normalised over the question; q = m where evidence cannot matter."""
+        contested = [cluster for clusters in questions if len(clusters) > 1 for cluster in clusters]
+        if self.config.siop_eta > 0:
+            await self._set_evidence(contested)
+        for clusters in questions:
+            # Relative to the strongest evidence, so that a large eta cannot overflow.
+            top = max((cluster.evidence or 0.0 for cluster in clusters), default=0.0)
+            weights = [c.mass * math.exp(self.config.siop_eta * ((c.evidence or 0.0) - top)) for c in clusters]
+            total = math.fsum(weights)
+            for cluster, weight in zip(clusters, weights, strict=True):
+                cluster.target = weight / total
+
+    async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
+        """Set rho(c): mean over members with observations of their mean or (``siop_evidence``) maximal evidence.
+
+        The evidence of an observation is P(first 2,000 characters entail the cluster's first reference); rho is 0 if no
+        member has an observation. One call for all, each distinct pair once.
+        """
+        pairs: dict[tuple[str, str], None] = {}
+        pairs_of_member: dict[int, list[tuple[str, str]]] = {}
+        for cluster in clusters:
+            for index in cluster.members:
+                item = self.parsed[index]
+                observations = extract_observations(item.rollout.response_ids, item.turns, self.tokenizer)
+                member_pairs = [(text[:OBSERVATION_CHARACTERS], cluster.references[0]) for text in observations]
+                pairs_of_member[index] = member_pairs
+                pairs.update(dict.fromkeys(member_pairs))
+        scores: list[float] = await self.scorer.entailment(list(pairs)) if pairs else []
+        if len(scores) != len(pairs):
+            raise ScorerError(f"entailment: {len(pairs)} pairs sent, {len(scores)} scores returned")
+        score_of = {
+            pair: _checked_number(score, f"entailment of hypothesis {pair[1]!r}", 0.0, 1.0)
+            for pair, score in zip(pairs, scores, strict=True)
+        }
+        over_observations = max if self.config.siop_evidence == "max" else _mean
+        for cluster in clusters:
+            by_member = [
+                over_observations([score_of[pair] for pair in pairs_of_member[index]])
+                for index in cluster.members
+                if pairs_of_member[index]
+            ]
+            cluster.evidence = _mean(by_member) if by_member else 0.0
+
+    async def supports(self, references_of: Mapping[int, Sequence[str]]) -> dict[int, list[float]]:
+        """Support p_t = Σ_r alpha_r · exp(mean log-prob of reference r), alpha uniform, of the rollouts named.
+
+        One call for all. A rollout with one turn has no support: nothing happened before its answer.
+
+        Args:
+            references_of: rollout index -> reference texts.
+
+        Returns:
+            Rollout index -> p at its T + 1 boundaries (``siop_boundary``).
+        """
+        indices = [index for index in sorted(references_of) if len(self.parsed[index].turns) > 1]
+        texts = dict.fromkeys(text for index in indices for text in references_of[index])
+        probes = {text: build_reference(text, self.tokenizer, self.config) for text in texts}
+        requests = [
+            SupportRequest(
+                prompt_ids=list(self.parsed[index].rollout.prompt_ids),
+                response_ids=list(self.parsed[index].rollout.response_ids),
+                boundaries=boundaries(self.parsed[index].turns, self.config.siop_boundary),
+                references=[probes[text] for text in references_of[index]],
+            )
+            for index in indices
+        ]
+        log_probs = await self.scorer.support(requests) if requests else []
+        if len(log_probs) != len(requests):
+            raise ScorerError(f"support: {len(requests)} rollouts sent, {len(log_probs)} returned")
+        return {
+            index: _probabilities(log_probs_TR, request, self.parsed[index].rollout.uid)
+            for index, request, log_probs_TR in zip(indices, requests, log_probs, strict=True)
+        }
+
+    def gains(self, support: Sequence[float]) -> list[float]:
+        """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
+
+        - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no
+          gain, so an answer held from the start earns nothing by a detour. Source: this project.
+        - ``prob``: p_t − p_{t−1}, in [−1, 1]
+        - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
+        """
+        values = list(support)
+        if self.config.siop_gain == "peak":
+            values = list(itertools.accumulate(values, max))
+        elif self.config.siop_gain == "log":
+            values = [math.log(value + self.config.siop_epsilon) for value in values]
+        return [after - before for before, after in itertools.pairwise(values)]
+
+    def terminal(self, questions: Sequence[Sequence[Cluster]]) -> dict[int, list[float]]:
+        """The target of each answered rollout on its last turn, 0 before."""
+        return {
+            index: [0.0] * (len(self.parsed[index].turns) - 1) + [cluster.target]
+            for clusters in questions
+            for cluster in clusters
+            for index in cluster.members
+        }
+
+    def result(
+        self,
+        rewards: Mapping[int, list[float]],
+        questions: Sequence[Sequence[Cluster]] = (),
+        support: Mapping[int, list[float]] | None = None,
+    ) -> GroupRewards:
+        """Results by rollout, in the order given; what a rollout does not have is empty, 0 or None.
+
+        Args:
+            rewards: rollout index -> T turn rewards.
+            questions: the clusters, if the method has any.
+            support: rollout index -> p at its boundaries, if the method measured it.
+        """
+        of = {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}
+        indices = range(len(self.parsed))
+        return GroupRewards(
+            turn_rewards=[rewards.get(index, []) for index in indices],
+            target_mass=[of[index].target if index in of else 0.0 for index in indices],
+            references=[list(of[index].references) if index in of else [] for index in indices],
+            cluster_ids=[of[index].cluster_id if index in of else None for index in indices],
+            support=[(support or {}).get(index, []) for index in indices],
+            answers=[item.answer for item in self.parsed],
+            evidence=[of[index].evidence if index in of else None for index in indices],
+        )
+
+
+def _parse(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> ParsedRollout:
+    if len(rollout.response_ids) != len(rollout.response_mask):
+        raise RolloutError(
+            f"rollout of question {rollout.uid!r}: {len(rollout.response_ids)} response tokens, "
+            f"but a mask of {len(rollout.response_mask)}"
+        )
+    turns = get_assistant_turn_ranges(rollout.response_mask)
+    return ParsedRollout(rollout, turns, extract_answer(rollout.response_ids, turns, tokenizer))
+
+
+def _group_by_question(parsed: Sequence[ParsedRollout]) -> list[list[int]]:
+    """Indices of the rollouts of each question, in list order."""
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(parsed):
+        group = groups.setdefault(item.rollout.uid, [])
+        group.append(index)
+        first = parsed[group[0]].rollout.question
+        if item.rollout.question != first:
+            raise RolloutError(
+                f"uid {item.rollout.uid!r} has two different questions: {first!r} and {item.rollout.question!r}"
+            )
+    return list(groups.values())
+
+
+def _checked_cluster_ids(ids: Sequence[int], question: str, expected: int) -> list[int]:
+    if len(ids) != expected:
+        raise ScorerError(f"cluster of {question!r}: {expected} answers sent, {len(ids)} cluster ids returned")
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ScorerError(f"cluster of {question!r}: cluster ids are whole numbers, got {value!r}")
+    return [int(value) for value in ids]
+
+
+def _checked_number(value: float, what: str, low: float, high: float) -> float:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise ScorerError(f"{what} must be a finite number from {low} to {high}, got {value!r}")
+    return float(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def build_reference(text: str, tokenizer: PreTrainedTokenizerBase, config: SiopConfig) -> Reference:
+    """Probe of a reference: ``prefix + text + suffix`` tokenised alone, and which of its tokens are the reference's.
+
+    A token that overlaps the reference's characters belongs to it, also if it starts before or ends after them.
+
+    Raises:
+        RolloutError: no token overlaps the reference, or the tokenizer gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise RolloutError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
+    first, last = len(config.siop_reference_prefix), len(config.siop_reference_prefix) + len(text)
+    encoded = tokenizer(
+        config.siop_reference_prefix + text + config.siop_reference_suffix,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        truncation=False,
+    )
+    inside = [
+        position
+        for position, (start, end) in enumerate(encoded["offset_mapping"])
+        if start < end and start < last and end > first
+    ]
+    if not inside:
+        raise RolloutError(f"reference {text!r} has no token of its own in the probe text")
+    return Reference(text=text, token_ids=list(encoded["input_ids"]), start=inside[0], end=inside[-1] + 1)
+
+
+def _probabilities(log_probs_TR: Sequence[Sequence[float]], request: SupportRequest, uid: str) -> list[float]:
+    """p at each boundary from one rollout's mean log-probs [boundary][reference], checked."""
+    if len(log_probs_TR) != len(request.boundaries):
+        raise ScorerError(
+            f"support of a rollout of question {uid!r}: {len(request.boundaries)} boundaries sent, "
+            f"{len(log_probs_TR)} returned"
+        )
+    support = []
+    for boundary, log_probs_R in zip(request.boundaries, log_probs_TR, strict=True):
+        if len(log_probs_R) != len(request.references):
+            raise ScorerError(
+                f"support of a rollout of question {uid!r} at boundary {boundary}: {len(request.references)} "
+                f"references sent, {len(log_probs_R)} returned"
+            )
+        what = f"mean log-prob of a reference of question {uid!r} at boundary {boundary}"
+        checked = [_checked_number(value, what, -math.inf, LOG_PROB_TOLERANCE) for value in log_probs_R]
+        support.append(_mean([math.exp(value) for value in checked]))
+    return support

@@ -1,0 +1,137 @@
+"""The built-in credit methods (``siop_reward_mode``): SIOP, TTRL, EMPO, query consensus; and IGPO, with labels."""
+
+from __future__ import annotations
+
+from verl.utils.reward_score.siop_reward import f1_score
+from verl.utils.siop.credit.batch import Cluster, CreditBatch
+from verl.utils.siop.credit.registry import register_credit
+from verl.utils.siop.credit.rollouts import GroupRewards
+from verl.utils.siop.errors import RolloutError
+from verl.utils.siop.turn_utils import Query, extract_queries
+
+
+@register_credit("process")
+async def process(batch: CreditBatch) -> GroupRewards:
+    """SIOP: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c); with one turn that alone (arXiv 2605.04984)."""
+    questions = await batch.clusters()
+    await batch.set_targets(questions)
+    clusters = _cluster_of(questions)
+    support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
+    rewards = {}
+    for index, cluster in clusters.items():
+        gains = batch.gains(support[index]) if index in support else [0.0]
+        rewards[index] = [cluster.target * gain for gain in gains]
+        rewards[index][-1] += (1 - batch.config.siop_lambda) * cluster.target
+    return batch.result(rewards, questions, support)
+
+
+@register_credit("majority_binary")
+async def majority_binary(batch: CreditBatch) -> GroupRewards:
+    """TTRL: 1 on the last turn of every member of the question's largest cluster, else 0 (arXiv 2504.16084).
+
+    Among clusters of equal size the one that was opened first wins. The target is this 0 or 1.
+    """
+    questions = await batch.clusters()
+    for clusters in questions:
+        if clusters:
+            max(clusters, key=lambda cluster: len(cluster.members)).target = 1.0
+    return batch.result(batch.terminal(questions), questions)
+
+
+@register_credit("cluster_frequency")
+async def cluster_frequency(batch: CreditBatch) -> GroupRewards:
+    """EMPO: the mass m(c) of the rollout's cluster on its last turn (arXiv 2504.05812). The target is m(c)."""
+    questions = await batch.clusters()
+    for clusters in questions:
+        for cluster in clusters:
+            cluster.target = cluster.mass
+    return batch.result(batch.terminal(questions), questions)
+
+
+@register_credit("query_consensus")
+async def query_consensus(batch: CreditBatch) -> GroupRewards:
+    """Query consensus: a turn earns the agreement of the question's other rollouts with its query; no labels.
+
+    r_t = (number of other rollouts of the question that issue the query of turn t at any turn) / (number of other
+    rollouts), in [0, 1]; 0 for a turn without a query, for a query that the rollout issued before, and if there is no
+    other rollout. With several queries in a turn: the mean over the distinct ones. Queries are compared as
+    :func:`~verl.utils.siop.turn_utils.extract_queries` normalises them.
+
+    The last turn also gets, if the rollout has an answer, by ``siop_consensus_terminal``:
+
+    - ``frequency``: the mass m(c) of its cluster, in [0, 1] (as EMPO); the target is m(c)
+    - ``support``: q(c)·(p_T − p_0), in [−1, 1] (of log(p + eps) with ``siop_gain=log``, 0 or more with ``peak``):
+      SIOP's gains in one sum, so that the support that an answer had before any search earns nothing; 0 for a rollout
+      of one turn
+
+    Source: this project.
+    """
+    rewards = {
+        index: rewards for members in batch.questions for index, rewards in _query_agreement(batch, members).items()
+    }
+    questions = await batch.clusters()
+    support: dict[int, list[float]] = {}
+    if batch.config.siop_consensus_terminal == "support":
+        await batch.set_targets(questions)
+        clusters = _cluster_of(questions)
+        support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
+        for index, values in support.items():
+            rewards[index][-1] += clusters[index].target * batch.gains([values[0], values[-1]])[0]
+    else:
+        for index, cluster in _cluster_of(questions).items():
+            cluster.target = cluster.mass
+            rewards[index][-1] += cluster.mass
+    return batch.result(rewards, questions, support)
+
+
+def _query_agreement(batch: CreditBatch, members: list[int]) -> dict[int, list[float]]:
+    """The query part of the turn rewards of one question's rollouts; padded rows are no rollouts."""
+    items = {index: batch.parsed[index] for index in members if batch.parsed[index].turns}
+    queries = {i: extract_queries(x.rollout.response_ids, x.turns, batch.tokenizer) for i, x in items.items()}
+    issued_by: dict[Query, int] = {}
+    for turns in queries.values():
+        for query in {query for turn in turns for query in turn}:
+            issued_by[query] = issued_by.get(query, 0) + 1
+    rewards: dict[int, list[float]] = {}
+    for index, turns in queries.items():
+        own: set[Query] = set()
+        rewards[index] = []
+        for turn in turns:
+            distinct = dict.fromkeys(turn)
+            agreeing = sum(issued_by[query] - 1 for query in distinct if query not in own)
+            rewards[index].append(agreeing / (max(len(distinct), 1) * max(len(items) - 1, 1)))
+            own.update(distinct)
+    return rewards
+
+
+async def gold_reference(batch: CreditBatch) -> GroupRewards:
+    """IGPO: the gold answer (first alias) is the only reference, q = 1 (arXiv 2510.14967); ``siop_use_gold_ref``.
+
+    Turns before the last: r_t = gain_t, also for rollouts without an answer, since the information gain of a search
+    does not depend on what is answered in the end. The last turn: token F1 of the answer with the gold aliases, 0
+    without an answer, instead of a gain and of (1 − lambda)·q. No clusters are needed, so none are asked for.
+
+    Raises:
+        RolloutError: a rollout has no gold answer.
+    """
+    for item in batch.parsed:
+        if not item.rollout.gold or not item.rollout.gold[0].strip():
+            raise RolloutError(
+                f"siop_use_gold_ref=True needs a gold answer, but a rollout of question {item.rollout.uid!r} has none"
+            )
+    gold_of = {index: list(item.rollout.gold or ()) for index, item in enumerate(batch.parsed) if item.turns}
+    references_of = {index: [gold[0].strip()] for index, gold in gold_of.items()}
+    support = await batch.supports(references_of)
+    rewards = {
+        index: [*batch.gains(support.get(index, []))[:-1], f1_score(batch.parsed[index].answer, gold)]
+        for index, gold in gold_of.items()
+    }
+    result = batch.result(rewards, support=support)
+    result.target_mass = [1.0 if index in gold_of else 0.0 for index in range(len(batch.parsed))]
+    result.references = [references_of.get(index, []) for index in range(len(batch.parsed))]
+    return result
+
+
+def _cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:
+    """Rollout index -> its cluster."""
+    return {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}

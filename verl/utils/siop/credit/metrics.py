@@ -1,0 +1,131 @@
+"""Metrics of one step's turn rewards, all under ``siop/``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.registry import BASELINES
+from verl.utils.siop.siop_process_reward import GroupRewards, Rollout, SiopConfig
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
+
+
+def group_metrics(
+    rewards: GroupRewards, rollouts: Sequence[Rollout], config: SiopConfig, gamma: float = 1.0
+) -> dict[str, float]:
+    """Metrics of a batch; a key whose mean would run over nothing is left out.
+
+    Args:
+        rewards: result of :func:`~verl.utils.siop.siop_process_reward.compute_group_rewards`.
+        rollouts: the rollouts it was computed for, in the same order.
+        config: the configuration it was computed with.
+        gamma: discount of the return-to-go.
+
+    Returns:
+        - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
+        - ``siop/no_answer``: share of rollouts without an answer
+        - ``siop/zero_variance_groups``: share of questions whose advantages are all 0, so that they give no update
+        - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
+          mean over questions with an answer (both only where the method clusters)
+        - ``siop/target_mass``: target of the rollout's cluster (of the gold answer), mean over the rollouts that have
+          one
+        - ``siop/evidence``: rho of the rollout's cluster, where it was computed
+        - ``siop/support_first``, ``siop/support_last``: support at boundary 0 and at the last
+        - ``siop/turn_reward/mean``, ``/std``: over all turn rewards, and by turn ``siop/turn_reward/turn_1/mean`` …;
+          rollouts without turn rewards (in most modes those without an answer) count in none
+        - ``siop/return_to_go/turn_1/mean``, ``/std`` …: what a turn is worth (``siop_return``), over the same rollouts
+    """
+    groups: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.uid, []).append(index)
+    num_turns = [len(get_assistant_turn_ranges(rollout.response_mask)) for rollout in rollouts]
+    updated = _rows_with_an_update(rewards.turn_rewards, num_turns, groups.values(), config, gamma)
+    values: dict[str, list[float]] = {
+        "turns/mean": list(map(float, num_turns)),
+        "no_answer": [not answer for answer in rewards.answers],
+        "zero_variance_groups": [not updated & set(members) for members in groups.values()],
+        "target_mass": [
+            mass
+            for mass, cluster_id, turns in zip(
+                rewards.target_mass, rewards.cluster_ids, rewards.turn_rewards, strict=True
+            )
+            if (turns if config.siop_use_gold_ref else cluster_id is not None)
+        ],
+        "evidence": [rho for rho in rewards.evidence if rho is not None],
+        "support_first": [support[0] for support in rewards.support if support],
+        "support_last": [support[-1] for support in rewards.support if support],
+    }
+    if not config.siop_use_gold_ref:
+        clusters = [[rewards.cluster_ids[index] for index in members] for members in groups.values()]
+        counts = [Counter(cluster_id for cluster_id in ids if cluster_id is not None) for ids in clusters]
+        if any(counts) or not any(rewards.answers):
+            values["clusters_per_group"] = [len(count) for count in counts]
+            values["cluster_entropy"] = [_entropy(list(count.values())) for count in counts if count]
+    metrics = {f"siop/{name}": math.fsum(items) / len(items) for name, items in values.items() if items}
+    metrics["siop/groups"] = float(len(groups))
+    metrics.update(_mean_and_std("siop/turn_reward", [reward for turns in rewards.turn_rewards for reward in turns]))
+    for turn in range(max(map(len, rewards.turn_rewards), default=0)):
+        at_turn = [turns[turn] for turns in rewards.turn_rewards if len(turns) > turn]
+        metrics.update(_mean_and_std(f"siop/turn_reward/turn_{turn + 1}", at_turn))
+    for turn, at_turn in enumerate(_returns_by_turn(rewards.turn_rewards, config, gamma)):
+        metrics.update(_mean_and_std(f"siop/return_to_go/turn_{turn + 1}", at_turn))
+    return metrics
+
+
+def _turns(rows: Sequence[Sequence[float]], group_B: np.ndarray, config: SiopConfig, gamma: float) -> Turns:
+    """Rows of turn rewards, each of one turn or more, as the baselines take them; advantages are not scaled."""
+    turns_B = np.array([len(row) for row in rows])
+    reached_BT = np.arange(turns_B.max())[None, :] < turns_B[:, None]
+    rewards_BT = np.zeros(reached_BT.shape)
+    rewards_BT[reached_BT] = [reward for row in rows for reward in row]
+    return Turns(rewards_BT, reached_BT, group_B, gamma, scale=False, config=config)
+
+
+def _rows_with_an_update(
+    turn_rewards: Sequence[Sequence[float]],
+    num_turns: Sequence[int],
+    groups: Collection[Sequence[int]],
+    config: SiopConfig,
+    gamma: float,
+) -> set[int]:
+    """The rollouts of which some turn has an advantage other than 0."""
+    if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
+        sums = [math.fsum(row) for row in turn_rewards]
+        return {row for members in groups if len({sums[row] for row in members}) > 1 for row in members}
+    group_of = {row: number for number, members in enumerate(groups) for row in members}
+    kept = [row for row, number in enumerate(num_turns) if number]
+    if not kept:
+        return set()
+    rows = [turn_rewards[row] or [0.0] * num_turns[row] for row in kept]
+    turns = _turns(rows, np.unique([group_of[row] for row in kept], return_inverse=True)[1], config, gamma)
+    return {row for row, values_T in zip(kept, BASELINES[config.siop_baseline](turns), strict=True) if values_T.any()}
+
+
+def _returns_by_turn(turn_rewards: Sequence[Sequence[float]], config: SiopConfig, gamma: float) -> list[list[float]]:
+    """The returns of all rollouts that have rewards and reach a turn, for each turn."""
+    rows = [row for row in turn_rewards if row]
+    if not rows:
+        return []
+    turns = _turns(rows, np.zeros(len(rows), dtype=int), config, gamma)
+    returns_BT = turns.returns()
+    return [returns_BT[turns.reached_BT[:, turn], turn].tolist() for turn in range(returns_BT.shape[1])]
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    """−Σ m·log m of the masses, in nats; 0 (not −0) for one cluster."""
+    total = sum(counts)
+    return math.fsum(count / total * math.log(total / count) for count in counts)
+
+
+def _mean_and_std(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean, and sample standard deviation if there are two values or more."""
+    found = {}
+    if values:
+        found[f"{name}/mean"] = math.fsum(values) / len(values)
+    if len(values) > 1:
+        found[f"{name}/std"] = statistics.stdev(values)
+    return found
