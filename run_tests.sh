@@ -23,6 +23,8 @@ ruff check .
 ruff format --check .
 say "mypy"
 mypy
+say "import-linter"
+python scripts/lint_imports.py
 say "shellcheck"
 shellcheck -x ./*.sh scripts/*.sh
 say "pytest"

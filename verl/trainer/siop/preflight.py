@@ -16,7 +16,6 @@ from tqdm import tqdm
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.siop import cpu
 from verl.utils.siop.errors import SiopConfigError
-from verl.utils.siop.scorer.engines.base import NO_MODEL
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig
 
@@ -224,7 +223,7 @@ async def _check_scorer(siop: SiopConfig) -> None:
     async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
         health = await client.wait_ready(timeout_s=min(60.0, siop.siop_scorer_timeout_s))
         await client.check_token()
-    if siop.siop_scorer == "server" and health.get("engine") == NO_MODEL:
+    if siop.siop_scorer == "server" and health.get("engine") == "none":
         raise SiopConfigError(
             f"algorithm.siop_scorer=server, but the scorer at {siop.siop_scorer_url} has no language model: start it "
             "with one (SIOP_MODEL), or set algorithm.siop_scorer=policy"

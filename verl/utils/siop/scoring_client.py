@@ -24,7 +24,7 @@ from verl.utils.siop.http.content_digest import content_digest, is_intact
 from verl.utils.siop.http.content_encoding import MIN_COMPRESSED_BYTES, compress, offers_gzip
 
 if TYPE_CHECKING:
-    from verl.utils.siop.siop_process_reward import SupportRequest
+    from verl.utils.siop.credit.rollouts import SupportRequest
 
 logger = logging.getLogger(__name__)
 

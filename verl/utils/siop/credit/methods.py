@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl.utils.reward_score.siop_reward import f1_score
+from verl.utils.siop.credit.answers import f1_score
 from verl.utils.siop.credit.batch import Cluster, CreditBatch
 from verl.utils.siop.credit.registry import register_credit
 from verl.utils.siop.credit.rollouts import GroupRewards

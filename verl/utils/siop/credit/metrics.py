@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
-from verl.utils.siop.siop_process_reward import GroupRewards, Rollout, SiopConfig
+from verl.utils.siop.credit.rollouts import GroupRewards, Rollout
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 
