@@ -20,7 +20,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
 from verl.utils.siop.nli_clustering import identity_key, strict_equivalent
-from verl.utils.siop.scorer.engines.nli import AnswerGroup, TransformersNli
+from verl.utils.siop.scorer.engines.nli import AnswerGroup
+from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 
 WORDS = [a + b + c for a in "bdklmnprst" for b in ("a", "e", "i", "o", "u", "ai") for c in ("", "n", "rd", "to")]
 LABELS = ("contradiction", "entailment", "neutral")

@@ -344,7 +344,8 @@ def peak_memory(name: str, path: str) -> dict[str, int]:
 def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
     """Tree and full sequences with Qwen3-4B's shape, against the rate of a large matrix product."""
     import torch
-    from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree, encode_path
+    from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree
+    from verl.utils.siop.scorer.engines.token_paths import encode_path
     from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 
     device, dtype = ("cpu", "float32") if dry_run else ("cuda", "bfloat16")

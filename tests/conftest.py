@@ -1,4 +1,4 @@
-"""What several tests share: a tiny model, made here because nothing is downloaded."""
+"""For all tests: their environment, the order of their files, and a tiny model with a chat template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from scorer_process import BYTE_TOKENIZER
+from tiny_models import BYTE_TOKENIZER, tiny_causal_lm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +15,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
 
 # Files that mostly wait or take long come first, so that the short ones fill up the time beside them.
 LONG = ("test_end_to_end", "test_load", "test_faults", "test_api_fuzz", "test_scorer_service", "test_policy_scorer")
@@ -29,28 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of two layers with the byte tokenizer (259 tokens) and a chat template."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer
 
     path = tmp_path_factory.mktemp("tiny_model")
     tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    model = tiny_causal_lm(
         vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        initializer_range=0.5,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    model.save_pretrained(path)
     return path

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 import verl  # noqa: F401  (loads the plugin that registers the estimator)
+from golden_cases import GoldenScorer, golden, golden_rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_helpers import golden, run
+from method_helpers import mixed_batch, run
 from omegaconf import OmegaConf
-from test_process_reward import GoldenScorer, golden_rollouts, mixed_batch
+from turn_tensors import batch_of, by_turn
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 from verl.trainer.siop import advantage as module
 from verl.trainer.siop.advantage import AdvantageInputError, compute_siop_advantage
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
@@ -29,37 +31,6 @@ from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 from benchmarks.credit_bias import EXAMPLE, Chain
 
 TOLERANCE = 1e-5
-
-
-def batch_of(
-    turn_rewards: list[list[float]], uids: list[str], width: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Rewards, mask and uids of rollouts whose turns are 1, 2, 3, … tokens long, one observation token between them."""
-    rows, masks = [], []
-    for rewards in turn_rewards:
-        row: list[float] = []
-        mask: list[int] = []
-        for number, reward in enumerate(rewards):
-            row += [0.0] * number + [reward, 0.0]
-            mask += [1] * (number + 1) + [0]
-        rows.append(torch.tensor(row, dtype=torch.float64))
-        masks.append(torch.tensor(mask, dtype=torch.int64))
-    pad = torch.nn.utils.rnn.pad_sequence
-    rewards_BL, mask_BL = pad(rows, batch_first=True), pad(masks, batch_first=True)
-    extra = max(width - rewards_BL.shape[1], 0)
-    rewards_BL, mask_BL = (torch.nn.functional.pad(x, (0, extra)) for x in (rewards_BL, mask_BL))
-    return rewards_BL, mask_BL, np.array(uids, dtype=object)
-
-
-def by_turn(values_BL: torch.Tensor, mask_BL: torch.Tensor) -> list[list[float]]:
-    """The value of each turn; fails unless it is the same on all its tokens and 0 outside the mask."""
-    assert torch.equal(values_BL * mask_BL, values_BL)
-    found = []
-    for values, mask in zip(values_BL, mask_BL, strict=True):
-        turns = get_assistant_turn_ranges(mask)
-        assert all(len(set(values[start:end].tolist())) == 1 for start, end in turns)
-        found.append([values[start].item() for start, _ in turns])
-    return found
 
 
 # --- golden numbers ---------------------------------------------------------------------------------------------------
@@ -180,7 +151,7 @@ PLAIN = {
     "turn_index": plain_turn_index,
     "turn_group": plain_turn_group,
 }
-BASELINE_NAMES = [*PLAIN]
+BASELINE_NAMES = BASELINES.names()
 
 # Rewards of a coarse grid, so that no standard deviation is a rounding error of one.
 batches = st.lists(

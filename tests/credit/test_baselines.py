@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_advantage import batch_of, by_turn
+from turn_tensors import batch_of, by_turn
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.trainer.siop.turn_clip import clip_scale, turn_clip_loss

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from method_helpers import run, search_rollout
-from test_advantage import batch_of, by_turn
+from turn_tensors import batch_of, by_turn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.utils.siop.credit.registry import BASELINES, CREDIT_METHODS, register_baseline, register_credit
 from verl.utils.siop.errors import SiopConfigError

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_helpers import byte_tokenizer, run
-from test_process_reward import mixed_batch, query_batch
-from test_trainer import FailingScorer
+from method_helpers import FailingScorer, byte_tokenizer, mixed_batch, query_batch, run
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.siop import trainer as module
 from verl.trainer.siop.advantage import compute_siop_advantage

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_helpers import run, search_rollout
-from test_advantage import BASELINE_NAMES, by_turn
-from test_process_reward import query_rollout
+from method_helpers import query_rollout, run, search_rollout
+from turn_tensors import by_turn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
+from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.siop_process_reward import GroupRewards, Rollout, SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "igpo": {"siop_use_gold_ref": True},
 }
 ADVANTAGES: list[dict[str, Any]] = [
-    *({"siop_baseline": name} for name in BASELINE_NAMES),
+    *({"siop_baseline": name} for name in BASELINES.names()),
     {"siop_return": "min"},
     {"siop_advantage_mode": "broadcast"},
 ]

@@ -10,9 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from golden_cases import GoldenScorer, golden, golden_rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_helpers import Scorer, byte_tokenizer, golden, rollout, run, search_rollout, tool_result
+from method_helpers import (
+    Scorer,
+    byte_tokenizer,
+    mixed_batch,
+    query_batch,
+    query_rollout,
+    rollout,
+    run,
+    search_rollout,
+    tool_result,
+)
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.credit.batch import CreditBatch
 from verl.utils.siop.credit.metrics import group_metrics
@@ -30,47 +41,6 @@ from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
 TOLERANCE = 1e-5
 
 
-class GoldenScorer:
-    """Answers from the golden tables; anything else that is asked is a KeyError."""
-
-    def __init__(self, case: dict[str, Any]) -> None:
-        self.ids = {tuple(entry["answers"]): entry["semantic_ids"] for entry in case["clusters"].values()}
-        self.scores = {(entry["premise"], entry["hypothesis"]): entry["score"] for entry in case["nli"]}
-        self.log_probs = {(e["sample"], e["turn"], e["ref"]): e["mean_logprob"] for e in case["scores"]}
-        self.samples = {tuple(s["prompt_ids"] + s["response_ids"]): n for n, s in enumerate(case["samples"])}
-
-    async def cluster(self, question: str, answers: list[str]) -> list[int]:
-        return list(self.ids[tuple(answers)])
-
-    async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
-        return [self.scores[pair] for pair in pairs]
-
-    async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
-        return [
-            [
-                [
-                    self.log_probs[self.samples[tuple(r.prompt_ids + r.response_ids)], turn - 1, reference.text]
-                    for reference in r.references
-                ]
-                for turn in range(len(r.boundaries))
-            ]
-            for r in rollouts
-        ]
-
-
-def golden_rollouts(case: dict[str, Any]) -> list[Rollout]:
-    return [
-        Rollout(
-            sample["uid"],
-            byte_tokenizer().decode(sample["prompt_ids"]),
-            sample["prompt_ids"],
-            sample["response_ids"],
-            sample["response_mask"],
-        )
-        for sample in case["samples"]
-    ]
-
-
 @pytest.mark.parametrize("number", range(len(golden("pipeline.json"))))
 def test_golden_pipeline(number: int) -> None:
     case = golden("pipeline.json")[number]
@@ -84,19 +54,6 @@ def test_golden_pipeline(number: int) -> None:
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------
-
-
-def mixed_batch() -> list[Rollout]:
-    """Two questions, interleaved: clusters of several spellings, a rollout of one turn, one without an answer."""
-    return [
-        search_rollout("a", "Paris", ["Doc 1", "Doc 2"]),
-        search_rollout("b", "blue", ["Doc 9"]),
-        search_rollout("a", "Lyon", ["Doc 3"]),
-        search_rollout("a", "paris", ["Doc 1", "Doc 4", "Doc 5"]),
-        search_rollout("b", None, ["Doc 8"]),
-        search_rollout("a", "Nice"),
-        search_rollout("b", "Blue", ["Doc 7", "Doc 6"]),
-    ]
 
 
 PARIS, LYON, NICE, BLUE, NOBODY = (0, 3), (2,), (5,), (1, 6), (4,)
@@ -304,30 +261,6 @@ def test_ttrl_and_empo_pay_the_last_turn_and_ask_for_clusters_only() -> None:
 def test_ttrl_tie_goes_to_the_cluster_that_opened_first() -> None:
     batch = [search_rollout("a", answer) for answer in ("x", "y", "z", "z", "y")]
     assert run(batch, siop_reward_mode="majority_binary").target_mass == [0.0, 1.0, 0.0, 0.0, 1.0]
-
-
-def query_rollout(uid: str, answer: str | None, *turns: str | list[str]) -> Rollout:
-    """One turn per query or list of queries, then an answer turn (empty if it is None)."""
-    calls = [
-        "".join(
-            f'<tool_call>\n{{"name": "search", "arguments": {{"query": "{query}"}}}}\n</tool_call>'
-            for query in ([turn] if isinstance(turn, str) else turn)
-        )
-        for turn in turns
-    ]
-    last = "done<|im_end|>" if answer is None else f"<answer>{answer}</answer><|im_end|>"
-    return rollout(uid, [*calls, last], [tool_result("Doc")] * len(turns))
-
-
-def query_batch() -> list[Rollout]:
-    return [
-        query_rollout("a", "Paris", "the capital!", "Capital", "river"),
-        query_rollout("a", "paris", "CAPITAL", "mayor"),
-        query_rollout("a", "Lyon", ["capital", "river"]),
-        query_rollout("a", None, "river", "capital"),
-        query_rollout("b", "blue", "capital"),
-        query_rollout("a", "Nice"),
-    ]
 
 
 def test_query_consensus_with_frequency_by_hand() -> None:

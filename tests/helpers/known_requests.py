@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scorer_process import VOCAB_SIZE
+from tiny_models import VOCAB_SIZE
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
-from verl.utils.siop.scorer.engines.nli import AnswerGroup, TransformersNli
+from verl.utils.siop.scorer.engines.nli import AnswerGroup
+from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import Reference, SupportRequest

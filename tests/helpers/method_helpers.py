@@ -1,16 +1,16 @@
-"""What the tests of the method share: rollouts written as text, and a deterministic scorer that records its calls."""
+"""What the tests of the method share: rollouts written as text, scorers without a model, a run of the method."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from tiny_models import BYTE_TOKENIZER
 from transformers import AutoTokenizer
+from verl.utils.siop.errors import ScorerError
 from verl.utils.siop.nli_clustering import greedy_clusters
 from verl.utils.siop.siop_process_reward import (
     GroupRewards,
@@ -20,20 +20,15 @@ from verl.utils.siop.siop_process_reward import (
     compute_group_rewards,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
 
 @cache
 def byte_tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(GOLDEN / "byte_tokenizer")
-
-
-@cache
-def golden(name: str) -> Any:
-    return json.loads((GOLDEN / name).read_text())
+    """One token per byte; the tokenizer of the golden files."""
+    return AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
 
 
 def tool_result(text: str) -> str:
+    """What the chat template puts between two assistant turns for a result of a tool."""
     return f"\n<|im_start|>user\n<tool_response>\n{text}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -68,6 +63,44 @@ def search_rollout(uid: str, answer: str | None, results: Sequence[str] = (), go
     return rollout(uid, turns, [tool_result(text) for text in results], gold=gold)
 
 
+def query_rollout(uid: str, answer: str | None, *turns: str | list[str]) -> Rollout:
+    """One turn per query or list of queries, then an answer turn (empty if it is None)."""
+    calls = [
+        "".join(
+            f'<tool_call>\n{{"name": "search", "arguments": {{"query": "{query}"}}}}\n</tool_call>'
+            for query in ([turn] if isinstance(turn, str) else turn)
+        )
+        for turn in turns
+    ]
+    last = "done<|im_end|>" if answer is None else f"<answer>{answer}</answer><|im_end|>"
+    return rollout(uid, [*calls, last], [tool_result("Doc")] * len(turns))
+
+
+def mixed_batch() -> list[Rollout]:
+    """Two questions, interleaved: clusters of several spellings, a rollout of one turn, one without an answer."""
+    return [
+        search_rollout("a", "Paris", ["Doc 1", "Doc 2"]),
+        search_rollout("b", "blue", ["Doc 9"]),
+        search_rollout("a", "Lyon", ["Doc 3"]),
+        search_rollout("a", "paris", ["Doc 1", "Doc 4", "Doc 5"]),
+        search_rollout("b", None, ["Doc 8"]),
+        search_rollout("a", "Nice"),
+        search_rollout("b", "Blue", ["Doc 7", "Doc 6"]),
+    ]
+
+
+def query_batch() -> list[Rollout]:
+    """Two questions whose rollouts share queries in several spellings."""
+    return [
+        query_rollout("a", "Paris", "the capital!", "Capital", "river"),
+        query_rollout("a", "paris", "CAPITAL", "mayor"),
+        query_rollout("a", "Lyon", ["capital", "river"]),
+        query_rollout("a", None, "river", "capital"),
+        query_rollout("b", "blue", "capital"),
+        query_rollout("a", "Nice"),
+    ]
+
+
 def _pseudo_random(*parts: object) -> float:
     """A number in (0, 1) that depends on the parts only."""
     return (zlib.crc32(repr(parts).encode()) + 0.5) / 2**32
@@ -76,18 +109,17 @@ def _pseudo_random(*parts: object) -> float:
 class Scorer:
     """Answers from the content of the request alone and records every call.
 
-    Answers are equivalent if they are identical once normalised, or if ``same_meaning`` says so.
+    Answers are equivalent if they are identical once normalised.
     """
 
-    def __init__(self, same_meaning: Callable[[str, str], bool] = lambda a, b: False) -> None:
-        self.same_meaning = same_meaning
+    def __init__(self) -> None:
         self.cluster_calls: list[tuple[str, list[str]]] = []
         self.entailment_calls: list[list[tuple[str, str]]] = []
         self.support_calls: list[list[SupportRequest]] = []
 
     async def cluster(self, question: str, answers: list[str]) -> list[int]:
         self.cluster_calls.append((question, answers))
-        return greedy_clusters(answers, lambda i, j: self.same_meaning(answers[i], answers[j]))
+        return greedy_clusters(answers, lambda i, j: False)
 
     async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
         self.entailment_calls.append(pairs)
@@ -107,6 +139,27 @@ class Scorer:
     @staticmethod
     def log_prob(request: SupportRequest, boundary: int, reference: str) -> float:
         return -3 * _pseudo_random(request.prompt_ids, request.response_ids[:boundary], reference)
+
+
+class FailingScorer(Scorer):
+    """Stands in for the scoring client; refuses ``bad`` questions, as a scorer does that runs out of length for one."""
+
+    bad: tuple[str, ...] = ()
+    computed_tokens = requested_tokens = 7
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    async def __aenter__(self) -> FailingScorer:
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        return None
+
+    async def cluster(self, question: str, answers: list[str]) -> list[int]:
+        if question in self.bad:
+            raise ScorerError(f"cannot score {question}")
+        return await super().cluster(question, answers)
 
 
 def run(rollouts: Sequence[Rollout], scorer: Any = None, tokenizer: Any = None, **keys: Any) -> GroupRewards:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from scorer_process import tiny_causal_lm
+from tiny_models import tiny_causal_lm
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 

@@ -44,18 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".venv", ".git", "runs", "logs", "*.egg-info", "build", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        ".",
-    ]
+    command = f"{sys.executable} -m pip wheel --quiet --no-deps --no-build-isolation -w {out} .".split()
     subprocess.run(command, cwd=source, check=True, timeout=300)
     return next(out.glob("*.whl"))
 
@@ -85,22 +74,38 @@ def wheel_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def _env(**extra: str) -> dict[str, str]:
+    """The environment without PYTHONPATH, which would stand before the installed packages."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | extra
+
+
 def _look(python: str | Path, folder: Path) -> list[dict]:
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", PROBE], cwd=folder, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([python, "-c", PROBE], cwd=folder, env=_env(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_the_wheel_shadows_nothing_of_upstream(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "verl/utils/siop/turn_utils.py" in names
-    assert "verl/trainer/siop/config/siop_trainer.yaml" in names
-    assert "verl/trainer/siop/config/hardware/cpu.yaml" in names
+def test_the_wheel_has_every_file_and_shadows_nothing_of_upstream(wheel: Path) -> None:
+    """A folder that is missing from ``packages`` in pyproject.toml is missing here."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("verl/")}
+    files = [path for path in (ROOT / "verl").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    assert names == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {path.suffix for path in files} == {".py", ".yaml"}
     upstream = {str(file) for file in importlib.metadata.files("verl") or ()}
-    assert [name for name in names if name in upstream] == []
-    source = {str(path.relative_to(ROOT)) for path in (ROOT / "verl").rglob("*.py")}
-    assert source - set(names) == set()
+    assert names & upstream == set()
+
+
+def test_every_module_of_the_wheel_can_be_imported(wheel: Path, wheel_python: Path, tmp_path: Path) -> None:
+    """With the packages that the tests have: what needs a GPU or vLLM imports it when it is used."""
+    paths = [Path(name).with_suffix("") for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")]
+    modules = sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
+    code = "import importlib, sys\nfor name in sys.argv[1:]: print(importlib.import_module(name).__file__)"
+    done = subprocess.run(
+        [wheel_python, "-c", code, *modules], cwd=tmp_path, env=_env(), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = done.stdout.splitlines()[-len(modules) :]
+    assert all(file.startswith(str(wheel_python.parent.parent)) for file in files)
 
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])
@@ -120,7 +125,7 @@ def test_editable(place: str, tmp_path: Path) -> None:
 
 def test_without_the_plugin_verl_refuses_the_estimator(tmp_path: Path) -> None:
     code = "from verl.trainer.ppo.core_algos import get_adv_estimator_fn; get_adv_estimator_fn('siop')"
-    env = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    env = _env(VERL_USE_EXTERNAL_PLUGINS="none")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )

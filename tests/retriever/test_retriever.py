@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from verl.utils.siop.retriever.bm25 import Bm25Index, CorpusError, Hits
+from verl.utils.siop.retriever.bm25 import Bm25Index, Hits
+from verl.utils.siop.retriever.corpus import CorpusError
 from verl.utils.siop.retriever.server import create_app, main
 
 PASSAGES = [
@@ -282,7 +283,7 @@ def test_the_head_of_a_request_is_bounded_in_size(process: tuple[str, int]) -> N
 
 def test_the_head_of_a_request_is_bounded_in_time(tmp_path: Path) -> None:
     code = (
-        "import logging, sys; from verl.utils.siop.http.limits import TimedHttpProtocol; "
+        "import logging, sys; from verl.utils.siop.http.server import TimedHttpProtocol; "
         "from verl.utils.siop.retriever.server import main; TimedHttpProtocol.head_timeout_s = 0.5; "
         "logging.basicConfig(level=logging.INFO, force=True); sys.exit(main())"
     )

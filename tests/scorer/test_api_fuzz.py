@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from known_requests import KnownRequests
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from scorer_process import VOCAB_SIZE, ScorerProcess, save_causal_lm, save_classifier
+from scorer_process import ScorerProcess
+from tiny_models import VOCAB_SIZE, save_causal_lm, save_classifier
 from verl.utils.siop.scoring_client import ScoringClient
 
 JSON = {"Content-Type": "application/json"}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
-from scorer_process import save_causal_lm
 from scoring_cases import CASES, MAX_MODEL_LEN, assert_agrees, case_model, plain_support, save_case_model
+from tiny_models import save_causal_lm
 from verl.utils.siop import scoring_server
 from verl.utils.siop.errors import EngineFailed, SiopConfigError
 from verl.utils.siop.scorer.engines.base import EngineInfo, SupportResult
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 from verl.utils.siop.scorer.pool import check_gpus
+from verl.utils.siop.scorer.settings import parser, worker_settings
 from verl.utils.siop.scorer.workers import ScoringWorker, WorkerSettings
 
 
@@ -30,13 +32,13 @@ def machine(monkeypatch):
     def set_up(gpus=0, vllm=False):
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(scoring_server.importlib.util, "find_spec", lambda name: object() if vllm else None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if vllm else None)
 
     return set_up
 
 
 def settings(*arguments):
-    return scoring_server._settings(scoring_server._parser().parse_args(arguments))
+    return worker_settings(parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_options_reach_the_engine(monkeypatch, engine, module, name):
             given.update(options, path=path)
             return cls()
 
-    monkeypatch.setattr(f"verl.utils.siop.engines.{module}.{name}", Engine)
+    monkeypatch.setattr(f"verl.utils.siop.scorer.engines.{module}.{name}", Engine)
     chosen = WorkerSettings(
         "m",
         engine,

@@ -26,15 +26,15 @@ import pytest
 from faulty_proxy import EDITS, STATUS, TRANSPORT, FaultyProxy
 from known_requests import Known, KnownRequests
 from ray.exceptions import RayActorError
-from scorer_process import ScorerProcess, eventually, free_port, save_causal_lm, save_classifier
-from test_scorer_service import launcher
+from scorer_process import ScorerProcess, eventually, free_port, launcher
+from tiny_models import save_causal_lm, save_classifier
 from verl.utils.siop import scoring_client
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
+from verl.utils.siop.scorer.guard import Guard
 from verl.utils.siop.scorer.pool import NoWorker, WorkerPool, _Worker
 from verl.utils.siop.scorer.ray_dir import RayDir
 from verl.utils.siop.scorer.workers import WorkerSettings
 from verl.utils.siop.scoring_client import ScoringClient
-from verl.utils.siop.scoring_server import Guard
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +465,7 @@ def test_a_body_that_does_not_arrive_frees_its_place():
         asyncio.run(guard(scope, receive, send))
     assert [message["status"] for message in sent if "status" in message] == [408, 408]
     assert b"did not arrive within 0.05 s" in sent[1]["body"]
-    assert guard._in_flight == 0
+    assert guard._app.pending == 0
 
 
 # ------------------------------------------------------------------ the launcher

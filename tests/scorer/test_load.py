@@ -9,7 +9,8 @@ import time
 
 import psutil
 from known_requests import KnownRequests
-from scorer_process import ScorerProcess, save_causal_lm, save_classifier
+from scorer_process import ScorerProcess
+from tiny_models import save_causal_lm, save_classifier
 from verl.utils.siop.scoring_client import ScoringClient
 
 CLIENTS = 64

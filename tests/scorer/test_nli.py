@@ -7,19 +7,13 @@ import random
 
 import pytest
 import torch
-from scorer_process import pair_tokenizer, save_classifier, teach_self_test, tiny_classifier
+from tiny_models import pair_tokenizer, save_classifier, teach_self_test, tiny_classifier
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError
 from verl.utils.siop.nli_clustering import greedy_clusters, normalize_answer
-from verl.utils.siop.scorer.engines.nli import (
-    AnswerGroup,
-    LexicalNli,
-    TransformersNli,
-    _answers_input,
-    _evidence_input,
-    cluster_in_rounds,
-)
+from verl.utils.siop.scorer.engines.nli import AnswerGroup, LexicalNli, cluster_in_rounds
+from verl.utils.siop.scorer.engines.nli_model import TransformersNli, _answers_input, _evidence_input
+from verl.utils.siop.scorer.settings import parser, worker_settings
 from verl.utils.siop.scorer.workers import NliWorker
-from verl.utils.siop.scoring_server import _parser, _settings
 
 LABELS = ("contradiction", "neutral", "entailment")
 MAX_LEN = 96
@@ -253,7 +247,7 @@ def test_the_self_test_refuses_a_model_that_is_not_trained_for_nli(tmp_path):
         TransformersNli.from_pretrained(str(tmp_path))
     arguments = ["--model", "none", "--num-gpus", "0", "--nli-model", str(tmp_path)]
     for options, taken in ((arguments, False), ([*arguments, "--no-nli-self-test"], True)):
-        worker = NliWorker(_settings(_parser().parse_args(options))[0])
+        worker = NliWorker(worker_settings(parser().parse_args(options))[0])
         with contextlib.nullcontext() if taken else pytest.raises(SiopConfigError, match="self-test"):
             assert worker.load() == str(tmp_path)
     result = worker.entailment([("a", "b"), ("a", "b"), ("c", "d")])

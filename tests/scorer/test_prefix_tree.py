@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scorer_process import MAX_MODEL_LEN, VOCAB_SIZE, tiny_causal_lm
 from scoring_cases import TOKEN, flat, plain_support, prefixes, query
+from tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, tiny_causal_lm
 from transformers import AutoConfig
 from verl.utils.siop.errors import InvalidRequest, SiopConfigError
-from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree, encode_path
+from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree
+from verl.utils.siop.scorer.engines.token_paths import encode_path
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine, check_architecture
 
 

@@ -14,14 +14,16 @@ from fastapi.exceptions import RequestValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
-from verl.utils.siop import scoring_server
 from verl.utils.siop.errors import SequenceTooLong
+from verl.utils.siop.http import json_body
 from verl.utils.siop.http.json_body import MAX_ERRORS, parse_body
+from verl.utils.siop.scorer import app as scorer_app
+from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.engines.base import EngineInfo, SupportResult
 from verl.utils.siop.scorer.pool import NoWorker
+from verl.utils.siop.scorer.settings import parser
 from verl.utils.siop.scorer.wire import ClusterBody, NliBody, ScoreBody, SupportBody
 from verl.utils.siop.scorer.workers import NliResult, WorkerInfo
-from verl.utils.siop.scoring_server import _parser, create_app
 
 ROLLOUT = {
     "prompt_ids": [1, 2],
@@ -102,7 +104,7 @@ def test_parts_are_what_the_whole_is(model, indent):
             body = json.dumps(content, indent=indent, ensure_ascii=ascii_only).encode()
             assert in_parts(body, model) == as_whole(body, model) is not None
     (field,) = BODIES[model]
-    values = getattr(parse_body(body, model, 100), field)
+    values = getattr(parse_body(body, model, 100, 100), field)
     assert all(type(value) is type(values[0]) for value in values)
 
 
@@ -205,7 +207,7 @@ def test_items_and_tokens_of_a_request_are_limited():
     group = {**GROUP, "answers": [text]}
     assert call(("/cluster", json.dumps({"groups": [group]}).encode()), max_item_tokens=5)[0].status_code == 200
     with pytest.raises(SequenceTooLong, match=r"rollouts\[0\]"):
-        parse_body(json.dumps({"rollouts": [many]}).encode(), SupportBody, 9, max_item_tokens=10)
+        parse_body(json.dumps({"rollouts": [many]}).encode(), SupportBody, 9, 10)
 
 
 def test_a_large_body_is_parsed_in_small_pieces(monkeypatch):
@@ -217,21 +219,21 @@ def test_a_large_body_is_parsed_in_small_pieces(monkeypatch):
             model, "model_validate_json", lambda data, parse=parse: sizes.append(len(data)) or parse(data)
         )
     body = json.dumps({"rollouts": [{**ROLLOUT, "prompt_ids": list(range(1000))}] * 50}).encode()
-    assert len(parse_body(body, SupportBody, 100).rollouts) == 50
+    assert len(parse_body(body, SupportBody, 100, 2000).rollouts) == 50
     assert len(sizes) == 51 and max(sizes) < len(body) / 49
 
 
-@pytest.mark.parametrize("held", ["parse_body", "check_rollouts"])
-def test_health_is_answered_while_a_body_is_parsed_and_checked(monkeypatch, held):
+@pytest.mark.parametrize(("module", "held"), [(json_body, "parse_body"), (scorer_app, "check_rollouts")])
+def test_health_is_answered_while_a_body_is_parsed_and_checked(monkeypatch, module, held):
     entered, go_on = threading.Event(), threading.Event()
-    original = getattr(scoring_server, held)
+    original = getattr(module, held)
 
     def wait(*args, **options):
         entered.set()
         assert go_on.wait(30), "the event loop was waiting for this"
         return original(*args, **options)
 
-    monkeypatch.setattr(scoring_server, held, wait)
+    monkeypatch.setattr(module, held, wait)
 
     async def run():
         transport = httpx.ASGITransport(create_app(Pool())[0])
@@ -322,7 +324,7 @@ def test_openapi_describes_bodies_answers_and_refusals():
 
 
 def test_limits_and_their_defaults_are_in_the_help():
-    text = " ".join(_parser().format_help().split())
+    text = " ".join(parser().format_help().split())
     for option, default in [
         ("--max-body-mb", "64"),
         ("--max-items", "65536"),

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -20,27 +19,21 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import byte_tokenizer, rollout
-from scorer_process import (
-    MAX_MODEL_LEN,
-    ROOT,
-    VOCAB_SIZE,
-    ScorerProcess,
-    eventually,
-    free_port,
-    save_causal_lm,
-    save_classifier,
-    scorer_env,
-)
+from scorer_process import ScorerProcess, eventually, free_port, launcher
+from tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, save_causal_lm, save_classifier
 from verl.trainer.siop.trainer import SiopTrainer
 from verl.utils.siop import scoring_client
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
-from verl.utils.siop.scorer.engines.nli import AnswerGroup, TransformersNli
+from verl.utils.siop.scorer.engines.nli import AnswerGroup
+from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 from verl.utils.siop.scorer.pool import WorkerPool, _Worker, partition
+from verl.utils.siop.scorer.settings import parser, worker_settings
 from verl.utils.siop.scorer.workers import ScoringWorker, WorkerInfo, WorkerSettings
 from verl.utils.siop.scoring_client import ScoringClient
-from verl.utils.siop.scoring_server import _parser, _settings, create_app, main
+from verl.utils.siop.scoring_server import main
 from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
 
 TOKEN = "secret"
@@ -555,21 +548,6 @@ def test_sigterm_finishes_what_is_in_flight_and_ends_everything(scorer, engine):
     assert scorer.stop() == 0
 
 
-def launcher(tmp_path, port, *arguments, **env):
-    full = scorer_env(LOG_DIR=str(tmp_path), SIOP_PORT=str(port), SIOP_NUM_GPUS="0", **env)
-    full["PATH"] = f"{Path(sys.executable).parent}:{full['PATH']}"
-    full.pop("CONDA_ENV", None)
-    full["VIRTUAL_ENV"] = str(Path(sys.executable).parent.parent)
-    return subprocess.run(
-        ["bash", str(ROOT / "launch_siop_scorer.sh"), *arguments],
-        env=full,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-
-
 def test_launcher_starts_reports_and_stops(models, tmp_path, capsys, logging_as_before):
     port = free_port()
     started = launcher(tmp_path, port, "start", "--", "--threads", "1", SIOP_MODEL=str(models[0]))
@@ -623,7 +601,7 @@ def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys,
 
 
 def test_without_a_language_model_only_clusters_and_entailment_are_answered():
-    settings, workers, _ = _settings(_parser().parse_args(["--model", "none", "--num-gpus", "0"]))
+    settings, workers, _ = worker_settings(parser().parse_args(["--model", "none", "--num-gpus", "0"]))
     assert (settings.model, settings.engine, workers) == ("none", "none", 1)
     pool = WorkerPool(settings, num_workers=1)
     pool.info = WorkerInfo(ScoringWorker(settings).load(), "lexical")

@@ -1,6 +1,6 @@
-"""The vLLM engine with vLLM itself on CPU; tests/test_vllm_fake.py has what needs no real one.
+"""The vLLM engine with vLLM itself on CPU; tests/scorer/test_vllm_fake.py has what needs no real one.
 
-bash scripts/setup_env.sh --vllm && .venv/vllm/bin/python -m pytest tests/test_vllm_engine.py
+bash scripts/setup_env.sh --vllm && .venv/vllm/bin/python -m pytest tests/scorer/test_vllm_engine.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from hypothesis import given, settings
-from scorer_process import ROOT, free_port, save_causal_lm, scorer_env
+from scorer_process import ROOT, free_port, scorer_env
 from scoring_cases import (
     CASES,
     MAX_MODEL_LEN,
@@ -32,6 +32,7 @@ from scoring_cases import (
     save_case_model,
     trie_nodes,
 )
+from tiny_models import save_causal_lm
 from verl.utils.siop.errors import EngineFailed, ScorerError, SiopConfigError
 from verl.utils.siop.scorer.engines.base import EngineInfo
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine

@@ -21,7 +21,7 @@ from scoring_cases import (
     trie_nodes,
 )
 from verl.utils.siop.errors import EngineFailed, InvalidRequest, ScorerError, SiopConfigError
-from verl.utils.siop.scorer.engines import vllm_engine
+from verl.utils.siop.scorer.engines import vllm_waves
 from verl.utils.siop.scorer.engines.lora import read_adapter
 from verl.utils.siop.scorer.engines.vllm_engine import VllmEngine
 
@@ -153,7 +153,7 @@ def test_many_references_that_part_at_one_token(model):
     rollouts = [query([1, 2], [3, 4, 5], [0, 3], *[([7, 8, token], 1, 3) for token in range(40)])]
     engine = build(model)
     assert_agrees(engine.support(rollouts), plain_support(model, rollouts))
-    assert engine.last_call.single_tokens == 2 * (40 - vllm_engine.MAX_CANDIDATES)
+    assert engine.last_call.single_tokens == 2 * (40 - vllm_waves.MAX_CANDIDATES)
 
 
 def _rows(change):

@@ -476,7 +476,6 @@ def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     _toy(tmp_path, TWO_HOP)
     _fake_run(tmp_path / "run", TWO_HOP, 3)
     run = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from method_helpers import Scorer, run, search_rollout
 from omegaconf import DictConfig, OmegaConf
-from scorer_process import VOCAB_SIZE, tiny_causal_lm
 from tensordict import TensorDict
+from tiny_models import VOCAB_SIZE, tiny_causal_lm
 from verl.protocol import BatchData
 from verl.trainer.siop import policy_scorer as module
 from verl.trainer.siop.policy_scorer import PolicyScorer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_helpers import Scorer, byte_tokenizer, run, search_rollout
+from method_helpers import FailingScorer, byte_tokenizer, run, search_rollout
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.siop import trainer as module
@@ -19,27 +19,6 @@ from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
 
 ROLLOUTS = [search_rollout(uid, answer, ["x is here"]) for uid in ("a", "b", "c") for answer in ("x", "y")]
-
-
-class FailingScorer(Scorer):
-    """Refuses to cluster the answers of some questions, as a scorer does that runs out of length for one of them."""
-
-    bad: tuple[str, ...] = ()
-    computed_tokens = requested_tokens = 7
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    async def __aenter__(self) -> FailingScorer:
-        return self
-
-    async def __aexit__(self, *exception: Any) -> None:
-        return None
-
-    async def cluster(self, question: str, answers: list[str]) -> list[int]:
-        if question in self.bad:
-            raise ScorerError(f"cannot score {question}")
-        return await super().cluster(question, answers)
 
 
 def _trainer(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], **keys: Any) -> SiopTrainer:

@@ -1,16 +1,16 @@
 """JSON request bodies, checked in a thread and in small steps, so that the event loop goes on meanwhile.
 
 Python's JSON and pydantic parsers do not let other threads run while they work: a body of 30 MB would stop the event
-loop for a second, in a thread as well. All bodies of the service are an object with one list of objects, so they are
-cut into the elements of this list, and each is parsed by itself.
+loop for a second, in a thread as well. All bodies of the scorer are an object with one list of objects, so they are cut
+into the elements of this list, and each is parsed by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request, Response
@@ -25,20 +25,40 @@ MAX_ERRORS = 20
 MAX_NESTING = 16  # no valid body is nested as deep
 SPARE_COMMAS = 4096  # no valid element has as many beside those between its tokens
 
-_MARK = re.compile(rb'["\[\]{}]')
-_AFTER_ELEMENT = re.compile(rb"\s*([,\]])\s*")
+_BETWEEN_ELEMENTS, _IN_ELEMENT = re.compile(rb'["\[\]{},]'), re.compile(rb'["\[\]{}]')
 _BACKSLASH = ord("\\")
 
 
-def parse_body(body: bytes, model: type[Model], max_items: int, max_item_tokens: int | None = None) -> Model:
+class JsonRoute(APIRoute):
+    """Route whose body, a model, is made by :func:`parse_body` in a thread; all else is as FastAPI does it.
+
+    ``app.state.max_items`` and ``app.state.max_item_tokens`` are the limits.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, which finds the JSON of the request parsed."""
+        handler = super().get_route_handler()
+        if self.body_field is None:
+            return handler
+        model: Any = self.body_field.field_info.annotation
+
+        async def handle(request: Request) -> Response:
+            limits = request.app.state.max_items, request.app.state.max_item_tokens
+            request._json = await asyncio.to_thread(parse_body, await request.body(), model, *limits)
+            return await handler(request)
+
+        return handle
+
+
+def parse_body(body: bytes, model: type[Model], max_items: int, max_item_tokens: int) -> Model:
     """The body as a ``model``, whose only field is a list of models.
 
     Args:
         body: JSON.
         model: what it should be.
         max_items: longest list.
-        max_item_tokens: an element with so many commas that it has more tokens than this is not parsed; its exact
-            number is for the caller to check. None where elements are texts.
+        max_item_tokens: most tokens of an element, where elements have ``num_tokens``. Those with far more commas than
+            that are not even parsed.
 
     Raises:
         RequestValidationError: it is not a ``model``; with about ``MAX_ERRORS`` errors, without the input.
@@ -50,76 +70,67 @@ def parse_body(body: bytes, model: type[Model], max_items: int, max_item_tokens:
     found = _elements(body, start.end(), max_items) if start else None
     if start is None or found is None:
         # Not the expected JSON: what is wrong with it is for the parser to say.
-        with _errors_at("body"):
-            model.model_validate_json(body)
-        raise _invalid(("body",), f'must begin with {{"{field}": [', "unexpected_layout")
+        _parse(model, body)
+        raise _invalid(f'must begin with {{"{field}": [', "unexpected_layout")
 
     spans, end = found
     if len(spans) > max_items:
-        raise _invalid(("body", field), f"more than {max_items} items (--max-items)", "too_long")
+        raise _invalid(f"more than {max_items} items (--max-items)", "too_long", field)
     values: list[BaseModel] = []
     errors: list[Any] = []
     for index, (first, last) in enumerate(spans):
-        if max_item_tokens is not None and body.count(b",", first, last) > max_item_tokens + SPARE_COMMAS:
+        if hasattr(element, "num_tokens") and body.count(b",", first, last) > max_item_tokens + SPARE_COMMAS:
             raise SequenceTooLong(f"{field}[{index}] has more than {max_item_tokens} tokens (--max-item-tokens)")
         try:
-            with _errors_at("body", field, index):
-                values.append(element.model_validate_json(body[first:last]))
+            values.append(_parse(element, body[first:last], field, index))
         except RequestValidationError as error:
             errors += error.errors()
             if len(errors) >= MAX_ERRORS:
                 break
+            continue
+        if (tokens := getattr(values[-1], "num_tokens", 0)) > max_item_tokens:
+            raise SequenceTooLong(
+                f"{field}[{index}] has {tokens} tokens, the limit is {max_item_tokens} (--max-item-tokens)"
+            )
     if errors:
         raise RequestValidationError(errors)
     # What is around the elements must be an empty request.
-    with _errors_at("body"):
-        rest = model.model_validate_json(body[: start.end()] + body[end:])
+    rest = _parse(model, body[: start.end()] + body[end:])
     if getattr(rest, field):
-        raise _invalid(("body", field), "is there twice", "repeated_key")
+        raise _invalid("is there twice", "repeated_key", field)
     setattr(rest, field, values)
     return rest
 
 
 def _elements(body: bytes, at: int, max_items: int) -> tuple[list[tuple[int, int]], int] | None:
-    """Start and end of each object in the list that begins at ``at``, and where the list ends; None if it is no list of
-    objects. Gives up after ``max_items`` + 1 objects."""
+    """Start and end of each element in the list that begins at ``at``, and where the list ends; None if it has no end.
+
+    By hand, because a parser would make a million elements before it counts them. It gives up after ``max_items`` + 1.
+    What it takes for elements may be none: that is for the parser of each to say.
+    """
     spans: list[tuple[int, int]] = []
-    if body[at : at + 1] == b"]":
-        return spans, at
-    while len(spans) <= max_items:
-        end = _object_end(body, at)
-        after = _AFTER_ELEMENT.match(body, end) if end is not None else None
-        if end is None or after is None:
-            return None
-        spans.append((at, end))
-        if after[1] == b"]":
-            return spans, after.start(1)
-        at = after.end()
-    return spans, at
-
-
-def _object_end(body: bytes, at: int) -> int | None:
-    if body[at : at + 1] != b"{":
-        return None
-    depth = 0
-    while (mark := _MARK.search(body, at)) is not None:
+    first, depth = at, 0
+    while (mark := (_IN_ELEMENT if depth else _BETWEEN_ELEMENTS).search(body, at)) is not None:
         at = mark.end()
         if mark[0] == b'"':
-            if (end := _string_end(body, at)) is None:
+            if (at := _string_end(body, at)) < 0:
                 return None
-            at = end
         elif mark[0] in b"[{":
             depth += 1
             if depth > MAX_NESTING:
                 return None
-        else:
+        elif depth:
             depth -= 1
-            if depth == 0:
-                return at
+        else:
+            if mark[0] == b"," or spans or body[first : mark.start()].strip():
+                spans.append((first, mark.start()))
+            if mark[0] != b"," or len(spans) > max_items:
+                return spans, mark.start()
+            first = at
     return None
 
 
-def _string_end(body: bytes, at: int) -> int | None:
+def _string_end(body: bytes, at: int) -> int:
     # Not one regular expression: on a long string it would hold up the other threads.
     while (quote := body.find(b'"', at)) >= 0:
         before = quote
@@ -128,51 +139,28 @@ def _string_end(body: bytes, at: int) -> int | None:
         if (quote - before) % 2 == 0:
             return quote + 1
         at = quote + 1
-    return None
+    return -1
 
 
-@contextlib.contextmanager
-def _errors_at(*loc: str | int) -> Iterator[None]:
+def _parse(model: type[Model], data: bytes, *loc: str | int) -> Model:
     try:
-        yield
+        return model.model_validate_json(data)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**one, "loc": (*loc, *one["loc"])} for one in found]) from error
+        raise RequestValidationError([{**one, "loc": ("body", *loc, *one["loc"])} for one in found]) from error
 
 
-def _invalid(loc: tuple[str | int, ...], message: str, kind: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": loc, "msg": message, "type": kind}])
+def _invalid(message: str, kind: str, *loc: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", *loc), "msg": message, "type": kind}])
 
 
-class _ParsedRequest(Request):
-    """A request whose JSON is a model already; FastAPI takes it as it is."""
+async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
+    """Answer 422 with the first ``MAX_ERRORS`` errors, in bounded length.
 
-    parsed: BaseModel
-
-    async def json(self) -> Any:
-        return self.parsed
-
-
-def route_class(parse: Callable[[bytes, type[BaseModel]], BaseModel]) -> type[APIRoute]:
-    """Routes that have ``parse(body, model)`` called in a thread for JSON bodies; all else is as FastAPI does it."""
-
-    class ThreadedBodyRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handler = super().get_route_handler()
-            if self.body_field is None:
-                return handler
-            model: Any = self.body_field.field_info.annotation
-
-            async def handle(request: Request) -> Response:
-                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                body = await request.body()
-                if not body or not re.fullmatch(r"application/(.+\+)?json", kind):
-                    return await handler(request)
-                parsed = _ParsedRequest(request.scope, request.receive)
-                parsed._body = body
-                parsed.parsed = await asyncio.to_thread(parse, body, model)
-                return await handler(parsed)
-
-            return handle
-
-    return ThreadedBodyRoute
+    FastAPI's own repeats the input, which may be megabytes of token ids, or nothing that JSON can hold.
+    """
+    detail = [
+        {"type": e["type"], "loc": [p[:100] if isinstance(p, str) else p for p in e["loc"]], "msg": e["msg"][:500]}
+        for e in error.errors()[:MAX_ERRORS]
+    ]
+    return Response(json.dumps({"detail": detail}), status_code=422, media_type="application/json")

@@ -1,127 +1,113 @@
-"""Limits of both services on requests: time and size of the head, time and size of the body."""
+"""Limits on the requests of a service: how many at once, and the size and time of each body."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+logger = logging.getLogger(__name__)
 
 
-class BodyRefused(Exception):
-    """A body that is not taken; the text and ``status`` are those of the answer."""
+class Refused(Exception):
+    """A request that is not taken; status, detail and headers are those of its answer."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, detail)
-        self.status, self.detail = status, detail
+        self.answer = JSONResponse({"detail": detail}, status, headers)
 
 
-def too_large(max_bytes: int) -> str:
-    """What a body over the limit is answered."""
-    return f"the body is larger than {max_bytes} bytes (--max-body-mb)"
+class Limits:
+    """ASGI middleware: bounded bodies, and bounded numbers of POST requests that are worked on and that wait.
 
-
-async def read_body(
-    scope: MutableMapping[str, Any], receive: Receive, max_bytes: int, timeout_s: float
-) -> bytearray | None:
-    """The body of an ASGI request; None if the client went away before its end.
+    Those that wait have their bodies unread. The application gets the body whole. A request whose client has gone away
+    before is dropped.
 
     Args:
-        scope, receive: as the ASGI application gets them.
-        max_bytes: longest body.
-        timeout_s: seconds until its end has to be here.
+        app: the application.
+        max_body_bytes: larger bodies get 413, unread where their length is declared.
+        max_concurrency: requests whose bodies are read or worked on at once.
+        max_waiting: requests that wait for their turn; more get 503 with ``Retry-After``.
+        body_timeout_s: bodies that take longer to arrive get 408.
+        unpack: makes of a body and its headers the body for the application, or raises :class:`Refused`.
 
-    Raises:
-        BodyRefused: 413 for a longer body, unread where its length is declared; 408 for one that takes longer.
+    Attributes:
+        pending: requests that are worked on or wait.
     """
-    declared = dict(scope["headers"]).get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise BodyRefused(413, too_large(max_bytes))
-    body = bytearray()
-    deadline = time.monotonic() + timeout_s
-    while True:
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_concurrency: int,
+        max_waiting: int,
+        body_timeout_s: float,
+        unpack: Callable[[bytes, Headers], Awaitable[bytes]] | None = None,
+    ) -> None:
+        self._app, self._max_body_bytes, self._body_timeout_s = app, max_body_bytes, body_timeout_s
+        self._slots, self._max_pending = asyncio.Semaphore(max_concurrency), max_concurrency + max_waiting
+        self._unpack = unpack
+        self.pending = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self.pending >= self._max_pending:
+            detail = f"{self.pending} requests are worked on or wait, the limit is {self._max_pending}"
+            logger.warning("refused a request: %s (--max-concurrency)", detail)
+            await Refused(503, detail, {"Retry-After": "1"}).answer(scope, receive, send)
+            return
+        self.pending += 1
         try:
-            message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-        except asyncio.TimeoutError:
-            raise BodyRefused(408, f"the body did not arrive within {timeout_s:g} s") from None
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise BodyRefused(413, too_large(max_bytes))
-        if not message.get("more_body"):
-            return body
+            async with self._slots:
+                # No name here holds the body while the application works.
+                whole = _replayed(await self._body(scope, receive), receive)
+                await self._app(scope, whole, send)
+        except Refused as error:
+            await error.answer(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        finally:
+            self.pending -= 1
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+            raise too_large(self._max_body_bytes)
+        body, more = bytearray(), True
+        deadline = time.monotonic() + self._body_timeout_s
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Refused(408, f"the body did not arrive within {self._body_timeout_s:g} s") from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                raise too_large(self._max_body_bytes)
+            more = message.get("more_body", False)
+        return await self._unpack(bytes(body), headers) if self._unpack else bytes(body)
 
 
-def replayed(body: bytes | bytearray, receive: Receive) -> Receive:
-    """An ASGI ``receive`` that gives the whole body at first, and then what ``receive`` gives."""
-    whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+def too_large(max_bytes: int) -> Refused:
+    """The refusal of a body over the limit."""
+    return Refused(413, f"the body is larger than {max_bytes} bytes (--max-body-mb)")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        nonlocal whole
-        if whole is None:
-            return await receive()
-        message, whole = whole, None
-        return message
+        return messages.pop() if messages else await receive()
 
     return replay
-
-
-class TimedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Closes a connection whose request line and headers are not there ``head_timeout_s`` seconds after it was opened.
-
-    The same holds for a later request on the connection, from its first byte. Between requests uvicorn's own
-    ``timeout_keep_alive`` holds; the body has a limit of its own.
-
-    An unfinished head of more than about ``max_head_bytes`` gets 400, with both parsers that uvicorn may use: h11 has
-    this limit itself, httptools has none.
-    """
-
-    head_timeout_s = 30.0
-    max_head_bytes = 65_536
-    _head_timer: asyncio.TimerHandle | None = None
-    _in_head = False
-    _head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._time_head()
-
-    def data_received(self, data: bytes) -> None:
-        was_in_head = self._in_head
-        super().data_received(data)
-        if was_in_head and self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.max_head_bytes and not self.transport.is_closing():
-                self.send_400_response("The head of the request is too large.")
-        self._time_head()
-
-    def on_message_begin(self) -> None:
-        """Called by httptools."""
-        self._in_head, self._head_bytes = True, 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        """Called by httptools."""
-        self._in_head = False
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def _time_head(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_timer()
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None

@@ -1,15 +1,9 @@
-"""BM25 over a JSONL corpus: built once, saved next to the corpus, memory-mapped when loaded.
-
-The corpus has one JSON object per line, ``{"id": ..., "contents": ...}``; other keys are kept and returned. It stays
-where it is: the index holds the byte offset of each line, and passages are read from the file when they are returned,
-so a corpus larger than memory can be served.
-"""
+"""BM25 over a corpus: built once, saved next to the corpus, memory-mapped when loaded."""
 
 from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -22,24 +16,20 @@ import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 from tqdm import tqdm
-from verl.utils.siop.errors import SiopError
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, fingerprint, read_corpus
 
 logger = logging.getLogger(__name__)
 # bm25s sets its logger to DEBUG when imported.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-Document = dict[str, Any]
 Hits = list[tuple[Document, float]]
+PathLike = str | os.PathLike[str]
 
 # Lucene's parameters.
 K1, B = 1.2, 0.75
 _META, _OFFSETS, _FORMAT = "siop_index.json", "offsets.npy", 1
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(STOPWORDS_EN)
-
-
-class CorpusError(SiopError, ValueError):
-    """The corpus or its index cannot be used; the message names the file, and the line where there is one."""
 
 
 class Index(Protocol):
@@ -79,14 +69,10 @@ class Bm25Index:
         Raises:
             CorpusError: there is no document.
         """
-        if not documents:
-            raise CorpusError("the corpus is empty: an index needs at least one document")
-        return cls(_index((d["contents"] for d in documents), len(documents), show_progress), documents)
+        return cls(_index((d["contents"] for d in documents), "the corpus", show_progress), documents)
 
     @classmethod
-    def build(
-        cls, corpus_path: str | os.PathLike[str], index_dir: str | os.PathLike[str], *, show_progress: bool = True
-    ) -> Bm25Index:
+    def build(cls, corpus_path: PathLike, index_dir: PathLike, *, show_progress: bool = True) -> Bm25Index:
         """Reads the corpus, writes the index to ``index_dir`` (replacing an older one) and loads it.
 
         Raises:
@@ -99,18 +85,21 @@ class Bm25Index:
         if target.is_dir() and any(target.iterdir()) and not (target / _META).is_file():
             raise CorpusError(f"{target} is not empty and holds no retriever index; choose another index directory")
         # Taken before reading: a corpus that changes meanwhile then looks stale at the next load.
-        fingerprint = _fingerprint(corpus)
+        meta = {"format": _FORMAT, **fingerprint(corpus)}
         offsets: list[int] = []
-        contents = (document["contents"] for document in _read_corpus(corpus, offsets, show_progress))
-        scores = _index(contents, None, show_progress)
-        if not offsets:
-            raise CorpusError(f"{corpus} is empty: an index needs at least one document")
+
+        def contents() -> Iterator[str]:
+            for offset, document in read_corpus(corpus, show_progress=show_progress):
+                offsets.append(offset)
+                yield document["contents"]
+
+        scores = _index(contents(), str(corpus), show_progress)
         # Written aside and renamed, so that an interrupted build never leaves half an index.
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             scores.save(str(scratch), show_progress=show_progress)
             np.save(scratch / _OFFSETS, np.asarray(offsets, dtype=np.int64))
-            meta = {"format": _FORMAT, "corpus": str(corpus.resolve()), "documents": len(offsets), **fingerprint}
+            meta["documents"] = len(offsets)
             (scratch / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
@@ -121,7 +110,7 @@ class Bm25Index:
         return cls.load(target)
 
     @classmethod
-    def load(cls, index_dir: str | os.PathLike[str]) -> Bm25Index:
+    def load(cls, index_dir: PathLike) -> Bm25Index:
         """Memory-maps a saved index.
 
         Raises:
@@ -132,24 +121,21 @@ class Bm25Index:
         if meta is None:
             raise CorpusError(f"{directory} holds no retriever index of this version")
         corpus = Path(meta["corpus"])
-        if any(meta.get(key) != value for key, value in _fingerprint(corpus).items()):
+        if not _is_of(meta, corpus):
             raise CorpusError(f"{corpus} has changed since the index in {directory} was built; build it again")
         scores = bm25s.BM25.load(str(directory), mmap=True, load_corpus=False, show_progress=False)
-        return cls(scores, _CorpusFile(corpus, np.load(directory / _OFFSETS, mmap_mode="r")))
+        return cls(scores, CorpusFile(corpus, np.load(directory / _OFFSETS, mmap_mode="r")))
 
     @classmethod
-    def open(
-        cls, corpus_path: str | os.PathLike[str], index_dir: str | os.PathLike[str], *, show_progress: bool = True
-    ) -> Bm25Index:
+    def open(cls, corpus_path: PathLike, index_dir: PathLike, *, show_progress: bool = True) -> Bm25Index:
         """Loads the index if it was built from this corpus as it is now, and builds it otherwise.
 
         Raises:
             CorpusError: as ``build``.
         """
         corpus, directory = Path(corpus_path), Path(index_dir)
-        fingerprint = _fingerprint(corpus) | {"corpus": str(corpus.resolve())}
         meta = _read_meta(directory)
-        if meta is not None and all(meta.get(key) == value for key, value in fingerprint.items()):
+        if _is_of(meta or {}, corpus):
             logger.info("using the index in %s", directory)
             return cls.load(directory)
         logger.info(
@@ -182,80 +168,18 @@ class Bm25Index:
         return [(self._documents[int(i)], float(scores[i])) for i in best]
 
 
-class _CorpusFile(Sequence[Document]):
-    """The documents of a corpus file, read by byte offset through a memory map."""
-
-    def __init__(self, path: Path, offsets: np.ndarray) -> None:
-        self._offsets = offsets
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, i: Any) -> Any:
-        start = int(self._offsets[i])
-        end = self._bytes.find(b"\n", start)
-        return json.loads(self._bytes[start : end if end >= 0 else len(self._bytes)])
-
-
-def _index(contents: Iterable[str], total: int | None, show_progress: bool) -> bm25s.BM25:
-    """BM25 scores of all (word, document) pairs; leaves an empty object for an empty corpus."""
+def _index(contents: Iterable[str], corpus: str, show_progress: bool) -> bm25s.BM25:
+    """BM25 scores of all (word, document) pairs."""
     vocabulary: dict[str, int] = {}
     rows = []
-    for text in tqdm(contents, desc="tokenize", unit=" documents", total=total, disable=not show_progress):
+    for text in tqdm(contents, desc="tokenize", unit=" documents", disable=not show_progress):
         rows.append(np.asarray([vocabulary.setdefault(w, len(vocabulary)) for w in tokenize(text)], dtype=np.int32))
+    if not rows:
+        raise CorpusError(f"{corpus} is empty: an index needs at least one document")
+    vocabulary.setdefault("", len(vocabulary))  # bm25s needs a word even when no document has one
     scores = bm25s.BM25(k1=K1, b=B, method="lucene", backend="numpy")
-    if rows:
-        vocabulary.setdefault("", len(vocabulary))  # bm25s needs a word even when no document has one
-        scores.index((rows, vocabulary), create_empty_token=False, show_progress=show_progress)
+    scores.index((rows, vocabulary), create_empty_token=False, show_progress=show_progress)
     return scores
-
-
-def _read_corpus(path: Path, offsets: list[int], show_progress: bool) -> Iterator[Document]:
-    """Documents of the file; appends each one's byte offset to ``offsets``. Blank lines are skipped."""
-    size = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        tqdm(desc=f"read {path.name}", total=size, unit="B", unit_scale=True, disable=not show_progress) as bar,
-    ):
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _parse_line(path, number, line)
-                offsets.append(offset)
-            offset += len(line)
-            bar.update(len(line))
-
-
-def _parse_line(path: Path, number: int, line: bytes) -> Document:
-    where = f"{path}, line {number}"
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where}: not valid JSON ({error})") from error
-    if b"\\u" in line:
-        try:
-            json.dumps(document, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise CorpusError(f"{where}: half a surrogate pair, which no answer could hold ({error.reason})") from error
-    if not isinstance(document, dict):
-        raise CorpusError(f"{where}: expected an object with 'id' and 'contents', got {type(document).__name__}")
-    if not isinstance(document.get("id"), str | int):
-        raise CorpusError(f"{where}: 'id' must be a string or an integer, got {document.get('id')!r}")
-    if not isinstance(document.get("contents"), str):
-        raise CorpusError(f"{where}: 'contents' must be a string, got {document.get('contents')!r}")
-    return document
-
-
-def _fingerprint(corpus: Path) -> dict[str, int]:
-    try:
-        stat = corpus.stat()
-    except OSError as error:
-        raise CorpusError(f"cannot read the corpus {corpus}: {error.strerror}") from error
-    if not corpus.is_file():
-        raise CorpusError(f"the corpus {corpus} is not a file")
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _read_meta(directory: Path) -> dict[str, Any] | None:
@@ -265,3 +189,7 @@ def _read_meta(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return meta if isinstance(meta, dict) and meta.get("format") == _FORMAT else None
+
+
+def _is_of(meta: dict[str, Any], corpus: Path) -> bool:
+    return fingerprint(corpus).items() <= meta.items()

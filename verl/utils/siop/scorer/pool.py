@@ -1,4 +1,8 @@
-"""The scorer's Ray workers: started on a cluster or on a private local Ray, watched, and called by least load."""
+"""The scorer's Ray workers: started on a cluster or on a private local Ray, watched, and called by least load.
+
+By hand, because ``ray.util.ActorPool`` knows neither actors that die and come back nor how much each has to do, and Ray
+Serve brings a front and a controller of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,21 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.scorer.engines.base import RolloutQuery, SupportResult
+from verl.utils.siop.scorer.engines.loading import as_config_error, one_line
 from verl.utils.siop.scorer.engines.nli import AnswerGroup, LexicalNli
 from verl.utils.siop.scorer.ray_dir import RayDir
 from verl.utils.siop.scorer.workers import NliResult, NliWorker, ScoringWorker, WorkerInfo, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "siop-scorer"
+RAY_OPTIONS: dict[str, Any] = {"namespace": "siop-scorer", "logging_level": logging.WARNING, "log_to_driver": True}
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 MAX_RESTARTS = 100
 WATCH_INTERVAL_S = 2.0
@@ -59,23 +65,23 @@ class WorkerPool:
         num_workers: how many scoring workers.
         gpus_per_worker: GPUs of each, 0 on CPU.
         restart_wait_s: how long a request waits for a worker when all have died.
+
+    Attributes:
+        info: limits and identity of the models, None until :meth:`load` has returned.
+        num_workers: scoring workers that were asked for.
     """
 
     def __init__(
         self, settings: WorkerSettings, num_workers: int, gpus_per_worker: float = 0, restart_wait_s: float = 120.0
     ) -> None:
         self.info: WorkerInfo | None = None
-        self._settings, self._num_workers, self._gpus = settings, num_workers, gpus_per_worker
+        self.num_workers = num_workers
+        self._settings, self._gpus = settings, gpus_per_worker
         self._restart_wait_s = restart_wait_s
         self._workers: list[_Worker] = []
         self._nli_workers: list[_Worker] = []
         self._lexical = LexicalNli() if settings.nli_backend == "lexical" else None
         self._ray_dir: RayDir | None = None
-
-    @property
-    def num_workers(self) -> int:
-        """Scoring workers that were asked for."""
-        return self._num_workers
 
     @property
     def num_up(self) -> int:
@@ -85,7 +91,7 @@ class WorkerPool:
     @property
     def num_nli_workers(self) -> int:
         """NLI workers that were asked for."""
-        return 0 if self._lexical else self._num_workers if self._gpus else 1
+        return 0 if self._lexical else self.num_workers if self._gpus else 1
 
     @property
     def num_nli_up(self) -> int:
@@ -106,64 +112,25 @@ class WorkerPool:
             SiopConfigError: the cluster cannot be joined or has too few GPUs.
         """
         address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.WARNING, "log_to_driver": True}
         if address and address != "local":
-            logger.info("joining the Ray cluster at %s", address)
-            try:
-                # Ray itself tries for minutes before it says that nobody is there.
-                if match := re.fullmatch(r"(?:ray://)?([^:]+):(\d+)", address):
-                    socket.create_connection((match[1], int(match[2])), timeout=10).close()
-                ray.init(address=address, **options)
-            except (OSError, ValueError, RuntimeError, RayError) as error:
-                raise SiopConfigError(
-                    f"cannot join the Ray cluster at RAY_ADDRESS={address} (one with token authentication needs "
-                    f"RAY_AUTH_MODE=token and its token): {' '.join(str(error).split())[:300]}"
-                ) from error
+            _join_cluster(address)
         else:
             self._ray_dir = RayDir()
-            for attempt in range(RAY_STARTS):
-                try:
-                    ray.init(
-                        address="local",
-                        include_dashboard=False,
-                        num_cpus=0,  # no idle workers; ours ask for no CPU share
-                        num_gpus=int(self._num_workers * self._gpus),
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        _temp_dir=str(self._ray_dir.path),
-                        **options,
-                    )
-                    break
-                except Exception as error:  # that is what Ray raises
-                    message = f"a private Ray could not be started: {' '.join(str(error).split())[:300]}"
-                    if attempt == RAY_STARTS - 1:
-                        raise SiopConfigError(message) from error
-                    logger.warning("%s; trying again", message)
-                    ray.shutdown()
+            _start_private_ray(self._ray_dir.path, int(self.num_workers * self._gpus))
         if self._gpus:
             by_node = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-            check_gpus(self._num_workers, self._gpus, by_node)
+            check_gpus(self.num_workers, self._gpus, by_node)
         nli_share = NLI_GPU_SHARE if self._gpus == 1 and self.num_nli_workers else 0.0
         nli_settings = self._settings if nli_share else replace(self._settings, device="cpu")
         # The scoring workers first: each takes the most of a GPU, and the NLI workers then fit beside them only.
         self._workers = [
-            _Worker(self._create(ScoringWorker, self._settings, self._gpus - nli_share), index)
+            _Worker(_create(ScoringWorker, self._settings, self._gpus - nli_share), index)
             for index in range(self.num_workers)
         ]
         self._nli_workers = [
-            _Worker(self._create(NliWorker, nli_settings, nli_share), index, "NLI worker")
+            _Worker(_create(NliWorker, nli_settings, nli_share), index, "NLI worker")
             for index in range(self.num_nli_workers)
         ]
-
-    @staticmethod
-    def _create(kind: type, settings: WorkerSettings, num_gpus: float) -> Any:
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            "num_gpus": num_gpus,
-            "max_restarts": MAX_RESTARTS,
-            "concurrency_groups": {"health": 1},
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
-        }
-        return ray.remote(**options)(kind).remote(settings)
 
     async def load(self) -> None:
         """Wait until every worker has loaded its models.
@@ -173,23 +140,20 @@ class WorkerPool:
             NoWorker: a worker died while it was loading.
         """
 
-        async def load_all(workers: list[_Worker]) -> list[Any]:
-            return await asyncio.gather(*(load_one(worker) for worker in workers))
-
-        async def load_one(worker: _Worker) -> Any:
+        async def load(worker: _Worker) -> Any:
             loaded = await worker.handle.load.remote()
             worker.up = True
             return loaded
 
         try:
             # On a shared GPU the NLI model first: an engine that reserves memory counts what is free.
-            names = await load_all(self._nli_workers if self._gpus else [])
-            names += await load_all([*self._nli_workers, *self._workers])
-            self.info = WorkerInfo(engine=names[-1], nli=self._lexical.name if self._lexical else names[0])
+            names = await asyncio.gather(*map(load, self._nli_workers if self._gpus else []))
+            names += await asyncio.gather(*map(load, [*self._nli_workers, *self._workers]))
         except RayTaskError as error:
             raise _own_error(error) from error
         except RayActorError as error:
             raise NoWorker(f"a scoring worker died while loading its models (out of memory?): {error}") from error
+        self.info = WorkerInfo(engine=names[-1], nli=self._lexical.name if self._lexical else names[0])
 
     async def watch(self) -> None:
         """Notice dead workers while there are no requests; runs until cancelled."""
@@ -198,7 +162,7 @@ class WorkerPool:
             for worker in self._workers + self._nli_workers:
                 if worker.up:
                     try:
-                        await asyncio.wait_for(_as_future(worker.handle.ping.remote()), timeout=10)
+                        await asyncio.wait_for(worker.handle.ping.remote(), timeout=10)
                     except RayActorError as error:
                         self._lost(worker, error)
                     except asyncio.TimeoutError:
@@ -207,7 +171,7 @@ class WorkerPool:
     def _lost(self, worker: _Worker, error: RayActorError) -> None:
         worker.up = False
         if worker.recovery is None or worker.recovery.done():
-            logger.error("%s died, Ray restarts it: %s", worker, " ".join(str(error).split())[:300])
+            logger.error("%s died, Ray restarts it: %s", worker, one_line(error))
             worker.recovery = asyncio.create_task(self._recover(worker))
 
     async def _recover(self, worker: _Worker) -> None:
@@ -237,6 +201,8 @@ class WorkerPool:
 
     async def _call(self, method: str, payload: Any, cost: int) -> Any:
         """Call the least loaded worker; if it dies, once more on another one or on the restarted one."""
+        if self._lexical and method != "support":
+            return NliResult(await asyncio.to_thread(getattr(self._lexical, method), payload))
         workers = self._workers if method == "support" else self._nli_workers
         for attempt in range(2):
             worker = await self._pick(workers, self._restart_wait_s if attempt else 0.0)
@@ -281,15 +247,11 @@ class WorkerPool:
 
     async def cluster(self, groups: Sequence[AnswerGroup]) -> NliResult[list[int]]:
         """Cluster ids of each group; errors as :meth:`support`."""
-        if self._lexical:
-            return NliResult(await asyncio.to_thread(self._lexical.cluster, groups))
         cost = sum(len(group.question) + len(answer) for group in groups for answer in group.answers)
         return await self._call("cluster", list(groups), cost)
 
     async def entailment(self, pairs: Sequence[tuple[str, str]]) -> NliResult[float]:
         """P(premise entails hypothesis); errors as :meth:`support`."""
-        if self._lexical:
-            return NliResult(await asyncio.to_thread(self._lexical.entailment, pairs))
         return await self._call("entailment", list(pairs), sum(len(p) + len(h) for p, h in pairs))
 
     def close(self) -> None:
@@ -304,6 +266,51 @@ class WorkerPool:
         if self._ray_dir is not None:
             self._ray_dir.remove()
             self._ray_dir = None
+
+
+def _join_cluster(address: str) -> None:
+    what = (
+        f"cannot join the Ray cluster at RAY_ADDRESS={address} (one with token authentication needs "
+        "RAY_AUTH_MODE=token and its token)"
+    )
+    logger.info("joining the Ray cluster at %s", address)
+    with as_config_error(what, (OSError, ValueError, RuntimeError, RayError)):
+        # Ray itself tries for minutes before it says that nobody is there.
+        if match := re.fullmatch(r"(?:ray://)?([^:]+):(\d+)", address):
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        ray.init(address=address, **RAY_OPTIONS)
+
+
+def _start_private_ray(directory: Path, num_gpus: int) -> None:
+    for attempts_left in reversed(range(RAY_STARTS)):
+        try:
+            with as_config_error("a private Ray could not be started", Exception):  # that is what Ray raises
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=0,  # no idle workers; ours ask for no CPU share
+                    num_gpus=num_gpus,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(directory),
+                    **RAY_OPTIONS,
+                )
+            return
+        except SiopConfigError as error:
+            if not attempts_left:
+                raise
+            logger.warning("%s; trying again", error)
+            ray.shutdown()
+
+
+def _create(kind: type, settings: WorkerSettings, num_gpus: float) -> Any:
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": num_gpus,
+        "max_restarts": MAX_RESTARTS,
+        "concurrency_groups": {"health": 1},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
+    }
+    return ray.remote(**options)(kind).remote(settings)
 
 
 def check_gpus(num_workers: int, gpus_per_worker: float, gpus_by_node: Sequence[float]) -> None:
@@ -349,7 +356,3 @@ def partition(rollouts: Sequence[RolloutQuery], num_parts: int) -> list[list[int
 def _own_error(error: RayTaskError) -> Exception:
     """The exception that the worker raised, without Ray's wrapping."""
     return error.cause if isinstance(error.cause, Exception) else error
-
-
-async def _as_future(reference: Any) -> Any:
-    return await reference

@@ -1,11 +1,12 @@
-"""Bodies and answers of the scoring service's endpoints, and their limits that do not depend on its options."""
+"""Bodies and answers of the scoring service's endpoints, and their limits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo
+from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 
 if TYPE_CHECKING:
     from verl.utils.siop.scorer.engines.base import TokenArray as TokenIds
@@ -19,6 +20,8 @@ else:
     ]
 
 MAX_TEXT = 200_000  # characters
+MAX_ITEMS = 65_536  # of a request, by default
+MAX_ITEM_TOKENS = 262_144  # of an item with its references, by default
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
@@ -27,11 +30,25 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _check_range(start: int | None, end: int, size: int | None) -> int:
-    # None: the field itself was not valid and has its own error.
-    if start is not None and size is not None and not start < end <= size:
-        raise ValueError(f"{start}..{end} is not a non-empty range of {size} tokens")
-    return end
+class _Scored(_Model):
+    def query(self) -> RolloutQuery:
+        raise NotImplementedError
+
+    @property
+    def num_tokens(self) -> int:
+        """Its token ids, those of its references too."""
+        return self.query().num_tokens
+
+
+def _end_of_range(start: str, token_ids: str) -> AfterValidator:
+    def check(end: int, info: ValidationInfo) -> int:
+        # A field that is missing here was not valid and has its own error.
+        first, ids = info.data.get(start), info.data.get(token_ids)
+        if first is not None and ids is not None and not first < end <= len(ids):
+            raise ValueError(f"{first}..{end} is not a non-empty range of {len(ids)} tokens")
+        return end
+
+    return AfterValidator(check)
 
 
 class SupportReference(_Model):
@@ -39,34 +56,30 @@ class SupportReference(_Model):
 
     token_ids: TokenIds = Field(min_length=1)
     start: int = Field(ge=0)
-    end: int
-
-    @field_validator("end")
-    @classmethod
-    def _range(cls, end: int, info: ValidationInfo) -> int:
-        token_ids = info.data.get("token_ids")
-        return _check_range(info.data.get("start"), end, None if token_ids is None else len(token_ids))
+    end: Annotated[int, _end_of_range("start", "token_ids")]
 
 
-class SupportRollout(_Model):
+def _inside(boundaries: list[int], info: ValidationInfo) -> list[int]:
+    response_ids: Any = info.data.get("response_ids")
+    if response_ids is not None:
+        for index, boundary in enumerate(boundaries):
+            if not 0 <= boundary <= len(response_ids):
+                raise ValueError(f"boundaries[{index}] = {boundary} is outside the response (0..{len(response_ids)})")
+    return boundaries
+
+
+class SupportRollout(_Scored):
     """Rollout with the boundaries (exclusive ends into ``response_ids``, 0 is the prompt alone) and references."""
 
     prompt_ids: TokenIds
     response_ids: TokenIds
-    boundaries: Annotated[list[int], FailFast()] = Field(min_length=1, max_length=1024)
+    boundaries: Annotated[list[int], FailFast(), Field(min_length=1, max_length=1024), AfterValidator(_inside)]
     references: list[SupportReference] = Field(min_length=1, max_length=256)
 
-    @field_validator("boundaries")
-    @classmethod
-    def _inside(cls, boundaries: list[int], info: ValidationInfo) -> list[int]:
-        response_ids = info.data.get("response_ids")
-        if response_ids is not None:
-            for index, boundary in enumerate(boundaries):
-                if not 0 <= boundary <= len(response_ids):
-                    raise ValueError(
-                        f"boundaries[{index}] = {boundary} is outside the response (0..{len(response_ids)})"
-                    )
-        return boundaries
+    def query(self) -> RolloutQuery:
+        """The rollout for an engine."""
+        probes = [Probe(reference.token_ids, reference.start, reference.end) for reference in self.references]
+        return RolloutQuery(self.prompt_ids, self.response_ids, self.boundaries, probes)
 
 
 class SupportBody(_Model):
@@ -95,19 +108,18 @@ class SupportAnswer(BaseModel):
     errors: list[RolloutFailure] | None = None
 
 
-class ScoreItem(_Model):
+class ScoreItem(_Scored):
     """One full sequence; scored: the mean log-probability of ``response_ids[ref_start:ref_end]``."""
 
     prompt_ids: TokenIds
     response_ids: TokenIds = Field(min_length=1)
     ref_start: int = Field(ge=0)
-    ref_end: int
+    ref_end: Annotated[int, _end_of_range("ref_start", "response_ids")]
 
-    @field_validator("ref_end")
-    @classmethod
-    def _range(cls, ref_end: int, info: ValidationInfo) -> int:
-        response_ids = info.data.get("response_ids")
-        return _check_range(info.data.get("ref_start"), ref_end, None if response_ids is None else len(response_ids))
+    def query(self) -> RolloutQuery:
+        """The item for an engine: a rollout of its prompt alone, with its response as the only reference."""
+        probe = Probe(self.response_ids, self.ref_start, self.ref_end)
+        return RolloutQuery(self.prompt_ids, np.empty(0, dtype=np.int64), [0], [probe])
 
 
 class ScoreBody(_Model):

@@ -17,7 +17,8 @@ from verl.utils.siop.scorer.engines.base import NO_MODEL, EngineInfo, NoEngine, 
 
 if TYPE_CHECKING:
     from verl.utils.siop.scorer.engines.base import ScoringEngine
-    from verl.utils.siop.scorer.engines.nli import AnswerGroup, TransformersNli
+    from verl.utils.siop.scorer.engines.nli import AnswerGroup
+    from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +116,8 @@ class ScoringWorker(_Worker):
         settings = self._settings
         if settings.engine == NO_MODEL:
             return NoEngine()
-        options: dict[str, Any] = {
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "max_model_len": settings.max_model_len,
-            "trust_remote_code": settings.trust_remote_code,
-            "gpu_memory": settings.gpu_memory,
-            "lora_path": settings.lora_path,
-        }
+        names = ("device", "dtype", "max_model_len", "trust_remote_code", "gpu_memory", "lora_path")
+        options = {name: getattr(settings, name) for name in names}
         if settings.engine == "vllm":
             from verl.utils.siop.scorer.engines.vllm_engine import VllmEngine
 
@@ -139,24 +134,22 @@ class ScoringWorker(_Worker):
         Raises:
             SiopConfigError: it cannot be loaded or used.
         """
-        info: EngineInfo = self._loaded().info
-        return info
+        return self._loaded().info
 
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """See :class:`ScoringEngine`."""
         try:
-            result: SupportResult = self._loaded().support(rollouts)
+            return self._loaded().support(rollouts)
         except EngineFailed:
             logger.exception("the engine failed; this worker ends so that Ray starts another")
             os._exit(1)
-        return result
 
 
 class NliWorker(_Worker):
     """Holds the NLI model."""
 
     def _create(self) -> TransformersNli:
-        from verl.utils.siop.scorer.engines.nli import TransformersNli
+        from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 
         settings = self._settings
         assert settings.nli_model is not None
@@ -173,8 +166,7 @@ class NliWorker(_Worker):
         Raises:
             SiopConfigError: it cannot be loaded or used.
         """
-        name: str = self._loaded().name
-        return name
+        return self._loaded().name
 
     def cluster(self, groups: Sequence[AnswerGroup]) -> NliResult[list[int]]:
         """See :class:`NliBackend`."""

@@ -1,12 +1,19 @@
-"""What the folder of a LoRA adapter says about it. No torch here: the HTTP front checks adapters too."""
+"""LoRA adapters: what the folder of one says about it, and which an engine can apply. No torch here: the HTTP front
+checks adapters too."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.scorer.engines.loading import as_config_error
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_EMBEDDINGS = {"lm_head", "embed_tokens"}
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,40 @@ def read_adapter(path: str) -> Adapter:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SiopConfigError(f"lora_path: {path} holds no LoRA adapter ({type(error).__name__}: {error})") from error
+
+
+def read_vllm_adapter(path: str) -> Adapter:
+    """The adapter, if vLLM applies all of it.
+
+    Raises:
+        SiopConfigError: the folder holds no adapter, or one that vLLM would apply in part.
+    """
+    adapter = read_adapter(path)
+    bad = [*adapter.extras, *sorted(adapter.modules & _EMBEDDINGS)]
+    if adapter.rank > VLLM_RANKS[-1]:
+        bad.append(f"rank {adapter.rank} (at most {VLLM_RANKS[-1]})")
+    if bad:
+        raise SiopConfigError(
+            f"lora_path: engine vllm cannot apply {', '.join(bad)} of {path}; merge it into the model, or use the "
+            "transformers engine"
+        )
+    return adapter
+
+
+def merge_adapter(model: Any, path: str) -> Any:
+    """The transformers model with an adapter merged into its weights.
+
+    Raises:
+        SiopConfigError: the folder holds no adapter, or not one that can be merged into this model.
+    """
+    tied = read_adapter(path).modules & _EMBEDDINGS
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        raise SiopConfigError(
+            f"LoRA adapter {path} changes {', '.join(sorted(tied))}, whose weights the model uses in two places"
+        )
+    from peft import PeftModel
+
+    with as_config_error(f"cannot load the LoRA adapter {path}"), warnings.catch_warnings():
+        # peft would go on without them, as if there were no adapter.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, path).merge_and_unload()

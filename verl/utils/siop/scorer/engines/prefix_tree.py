@@ -16,18 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-# Paths are `bytes`, which hash and sort (memcmp) fast. Any order that is lexicographic over whole tokens will do.
-TOKEN_DTYPE = np.dtype(np.uint32)
-TOKEN_BYTES = TOKEN_DTYPE.itemsize
+from verl.utils.siop.scorer.engines.token_paths import TOKEN_BYTES, TOKEN_DTYPE, common_prefix, decode_path
 
 IntArray = NDArray[np.int64]
-
-
-def encode_path(token_ids: Sequence[int] | NDArray[np.integer]) -> bytes:
-    """Token ids as the bytes that :func:`build_prefix_tree` takes; slices and sums of them at ``TOKEN_BYTES`` steps
-    are paths again."""
-    return np.asarray(token_ids, dtype=TOKEN_DTYPE).tobytes()
 
 
 @dataclass(frozen=True)
@@ -50,15 +41,6 @@ class PrefixTree:
         return len(self.tokens)
 
 
-def _common_prefix(a: NDArray, b: NDArray) -> int:
-    size = min(len(a), len(b))
-    if size == 0:
-        return 0
-    different = a[:size] != b[:size]
-    first = int(different.argmax())
-    return first if different[first] else size
-
-
 def build_prefix_tree(paths: Sequence[bytes], depths: Sequence[IntArray]) -> PrefixTree:
     """Pack token paths into a prefix tree.
 
@@ -79,33 +61,27 @@ def build_prefix_tree(paths: Sequence[bytes], depths: Sequence[IntArray]) -> Pre
 
     longest = max((len(path) for path in order), default=0) // TOKEN_BYTES
     on_path = np.zeros(longest, dtype=np.int64)  # node index at each depth of the current path
-    starts: list[NDArray] = []  # the new tokens that each path adds
-    first_depth: list[int] = []
+    tokens: list[NDArray] = [np.empty(0, dtype=np.int64)]  # the nodes that each path adds, and their depths
+    depth: list[IntArray] = [np.empty(0, dtype=np.int64)]
     ends: list[tuple[IntArray, int]] = []  # (nodes, index at which their subtrees ended)
     rows: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(paths)
 
     size = 0
     previous = np.empty(0, dtype=TOKEN_DTYPE)
     for path in order:
-        tokens = np.frombuffer(path, dtype=TOKEN_DTYPE)
-        shared = _common_prefix(previous, tokens)
-        if shared < len(previous):
-            ends.append((on_path[shared : len(previous)].copy(), size))
-        added = len(tokens) - shared
-        on_path[shared : len(tokens)] = np.arange(size, size + added)
-        starts.append(tokens[shared:])
-        first_depth.append(shared)
-        size += added
+        new = decode_path(path)
+        shared = common_prefix(previous, new)
+        ends.append((on_path[shared : len(previous)].copy(), size))
+        tokens.append(new[shared:])
+        depth.append(np.arange(shared, len(new)))
+        on_path[shared : len(new)] = size - shared + depth[-1]
+        size += len(new) - shared
         for index in users[path]:
             rows[index] = on_path[depths[index]]
-        previous = tokens
+        previous = new
     ends.append((on_path[: len(previous)].copy(), size))
 
     end = np.empty(size, dtype=np.int64)
     for nodes, stop in ends:
         end[nodes] = stop
-    lengths = np.array([len(part) for part in starts], dtype=np.int64)
-    block_start = np.cumsum(lengths) - lengths
-    depth = np.arange(size, dtype=np.int64) + np.repeat(np.array(first_depth, dtype=np.int64) - block_start, lengths)
-    token_array = np.concatenate(starts).astype(np.int64) if starts else np.empty(0, dtype=np.int64)
-    return PrefixTree(tokens=token_array, depth=depth, end=end, rows=rows)
+    return PrefixTree(tokens=np.concatenate(tokens), depth=np.concatenate(depth), end=end, rows=rows)

@@ -8,26 +8,28 @@ columns of finished subtrees are dropped; the language-model head sees only the 
 from __future__ import annotations
 
 import inspect
-import logging
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from verl.utils.siop.errors import ScorerError, SiopConfigError
-from verl.utils.siop.scorer.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts, too_long
-from verl.utils.siop.scorer.engines.lora import read_adapter
-from verl.utils.siop.scorer.engines.prefix_tree import TOKEN_BYTES, IntArray, build_prefix_tree, encode_path
-
-logger = logging.getLogger(__name__)
+from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.scorer.engines.base import EngineInfo, RolloutQuery, SupportResult, TokenArray
+from verl.utils.siop.scorer.engines.loading import as_config_error, dtype_on, is_cpu, log_loaded
+from verl.utils.siop.scorer.engines.lora import merge_adapter
+from verl.utils.siop.scorer.engines.prefix_tree import IntArray, PrefixTree, build_prefix_tree
+from verl.utils.siop.scorer.engines.token_paths import (
+    TOKEN_BYTES,
+    ScoredPath,
+    decode_path,
+    run_self_test,
+    score_request,
+)
 
 DEFAULT_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 # Bound on the elements of one [rows, vocabulary] block of logits (fp32: 256 MiB).
 MAX_LOGITS_ELEMENTS = 1 << 26
-# A wrongly packed model is off by far more than rounding is.
-SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 def check_architecture(config: Any, max_model_len: int | None = None) -> None:
@@ -42,21 +44,17 @@ def check_architecture(config: Any, max_model_len: int | None = None) -> None:
     """
     text = config.get_text_config()
     name = f"{getattr(config, '_name_or_path', '') or 'the model'} ({config.model_type})"
-    advice = "use a scorer model whose layers are all full attention"
     layer_types: Any = None
     for key in ("layer_types", "layers_block_type", "attention_layers"):
         layer_types = layer_types or getattr(text, key, None)
-    if layer_types:
-        other = sorted({str(kind) for kind in layer_types if kind not in ("full_attention", "attention", "global")})
-        if other:
-            raise SiopConfigError(
-                f"{name} has layers of type {', '.join(other)}; the transformers engine scores a packed prefix tree, "
-                f"which only full_attention layers score exactly: {advice}"
-            )
-    elif getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+    other = {str(kind) for kind in layer_types or () if kind not in ("full_attention", "attention", "global")}
+    refused = f"has layers of type {', '.join(sorted(other))}" if other else ""
+    if not layer_types and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        refused = f"uses sliding-window attention (sliding_window={text.sliding_window})"
+    if refused:
         raise SiopConfigError(
-            f"{name} uses sliding-window attention (sliding_window={text.sliding_window}); the transformers engine "
-            f"scores a packed prefix tree, which only full attention scores exactly: {advice}"
+            f"{name} {refused}; the transformers engine scores a packed prefix tree, which only full attention scores "
+            "exactly: use a scorer model whose layers are all full attention"
         )
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
@@ -116,6 +114,7 @@ class TransformersEngine:
             raise SiopConfigError(f"max_model_len = {max_model_len} is outside what {name} takes (1..{limit})")
 
         self._model = model
+        self._dtype = str(model.dtype).removeprefix("torch.")
         self._chunk_tokens = chunk_tokens or DEFAULT_CHUNK_TOKENS.get(model.device.type, 2048)
         vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._max_rows = max(16, MAX_LOGITS_ELEMENTS // vocab_size)
@@ -150,101 +149,58 @@ class TransformersEngine:
         Raises:
             SiopConfigError: the model cannot be loaded or cannot be scored by this engine.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
+        import transformers
 
-        transformers_logging.disable_progress_bar()
         started = time.monotonic()
-        torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-        if dtype == "auto" and torch.device(device).type == "cpu":
-            torch_dtype = torch.float32
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        transformers.utils.logging.disable_progress_bar()
+        with as_config_error(f"cannot load the scorer model {path}"):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             check_architecture(config, max_model_len)  # before the weights: they may take minutes
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=torch_dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype_on(device, dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            if isinstance(error, SiopConfigError):
-                raise
-            raise SiopConfigError(f"cannot load the scorer model {path}: {_one_line(error)}") from error
-        if gpu_memory is not None and torch.device(device).type == "cuda":
+        if gpu_memory is not None and not is_cpu(device):
             torch.cuda.set_per_process_memory_fraction(gpu_memory)
         model = model.to(device)
         if lora_path is not None:
-            model = _with_adapter(model, lora_path)
+            model = merge_adapter(model, lora_path)
         engine = cls(model.eval(), path, max_model_len, chunk_tokens)
-        logger.info(
-            "scorer model %s: %.1fM parameters, %s on %s, max_model_len %d, loaded in %.1f s",
-            path,
-            sum(p.numel() for p in model.parameters()) / 1e6,
-            str(model.dtype).removeprefix("torch."),
-            device,
-            engine.info.max_model_len,
-            time.monotonic() - started,
+        log_loaded(
+            f"scorer model {path}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+            f"{engine._dtype} on {device}, max_model_len {engine.info.max_model_len}",
+            started,
         )
         return engine
 
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """Mean log-probability of every reference at every boundary; see :class:`ScoringEngine`."""
-        check_rollouts(rollouts, self.info)
-        errors = too_long(rollouts, self.info)
-        paths: list[bytes] = []
-        depths: list[IntArray] = []
-        targets: list[IntArray] = []
-        requested = 0
-        for index, rollout in enumerate(rollouts):
-            if index in errors:
-                continue
-            num_prompt = len(rollout.prompt_ids)
-            context = encode_path(rollout.prompt_ids) + encode_path(rollout.response_ids)
-            # The last reference token is only predicted, never read.
-            branches = [encode_path(probe.token_ids[: probe.end - 1]) for probe in rollout.probes]
-            for boundary in rollout.boundaries:
-                length = num_prompt + boundary
-                prefix = context[: TOKEN_BYTES * length]
-                for probe, branch in zip(rollout.probes, branches, strict=True):
-                    paths.append(prefix + branch)
-                    depths.append(np.arange(length + probe.start - 1, length + probe.end - 1))
-                    targets.append(np.asarray(probe.token_ids[probe.start : probe.end], dtype=np.int64))
-                    requested += length + len(probe.token_ids)
+        return score_request(rollouts, self.info, self._score)
+
+    def _score(self, paths: list[ScoredPath]) -> tuple[np.ndarray, int]:
         if not paths:
-            empty: list[list[list[float]]] = [
-                [] if index in errors else [[] for _ in r.boundaries] for index, r in enumerate(rollouts)
-            ]
-            return SupportResult(empty, 0, requested, errors)
-
-        tree = build_prefix_tree(paths, depths)
+            return np.empty(0), 0
+        # The last reference token is only predicted, never read.
+        tree = build_prefix_tree(
+            [path.tokens[:-TOKEN_BYTES] for path in paths],
+            [np.arange(path.first - 1, len(path) - 1) for path in paths],
+        )
         # Duplicate rollouts and nested references ask for the same (row, token) pair: look it up once.
-        keys = np.concatenate(tree.rows) * self.info.vocab_size + np.concatenate(targets)
-        distinct, inverse = np.unique(keys, return_inverse=True)
-        rows, tokens = np.divmod(distinct, self.info.vocab_size)
-        logprobs = self._forward(tree.tokens, tree.depth, tree.end, rows, tokens)[inverse]
-        counts = np.array([len(target) for target in targets])
-        means = np.add.reduceat(logprobs, np.cumsum(counts) - counts) / counts
-
-        support: list[list[list[float]]] = []
-        offset = 0
-        for index, rollout in enumerate(rollouts):
-            if index in errors:
-                support.append([])
-                continue
-            shape = (len(rollout.boundaries), len(rollout.probes))
-            block = means[offset : offset + shape[0] * shape[1]]
-            offset += len(block)
-            if not np.isfinite(block).all():
-                raise ScorerError(f"{self.info.model} gave a log-probability that is not finite for rollouts[{index}]")
-            support.append(block.reshape(shape).tolist())
-        return SupportResult(support=support, computed_tokens=len(tree), requested_tokens=requested, errors=errors)
+        targets = np.concatenate([decode_path(path.tokens)[path.first :] for path in paths])
+        distinct, inverse = np.unique(np.concatenate(tree.rows) * self.info.vocab_size + targets, return_inverse=True)
+        logprobs = self._forward(tree, *np.divmod(distinct, self.info.vocab_size))[inverse]
+        counts = np.array([len(rows) for rows in tree.rows])
+        return np.add.reduceat(logprobs, np.cumsum(counts) - counts) / counts, len(tree)
 
     @torch.inference_mode()
-    def _forward(
-        self, tokens: IntArray, depth: IntArray, end: IntArray, rows: IntArray, targets: IntArray
-    ) -> np.ndarray:
+    def _forward(self, tree: PrefixTree, rows: IntArray, targets: IntArray) -> np.ndarray:
         """Log-probability of ``targets[m]`` after node ``rows[m]``.
 
         Args:
-            tokens, depth, end: [N] the packed tree.
+            tree: the packed tree of N nodes.
             rows: [M] node indices, ascending.
             targets: [M] token ids.
 
@@ -254,33 +210,21 @@ class TransformersEngine:
         from transformers import DynamicCache
 
         device, dtype = self._model.device, self._model.dtype
-        num_nodes = len(tokens)
-        tokens_N, depth_N, end_N, rows_M, targets_M = (
-            torch.from_numpy(array).to(device) for array in (tokens, depth, end, rows, targets)
+        tokens_N, depth_N, end_N, targets_M = (
+            torch.from_numpy(array).to(device) for array in (tree.tokens, tree.depth, tree.end, targets)
         )
-        row_list = np.unique(rows)
         cache: Any = DynamicCache()  # without a config every layer keeps all its columns
         columns = torch.empty(0, dtype=torch.long, device=device)  # node of each cached column
         results: list[torch.Tensor] = []
-        masked = torch.finfo(dtype).min
-        start, next_row, next_pair = 0, 0, 0
-        while start < num_nodes:
-            stop = min(start + self._chunk_tokens, num_nodes)
-            if next_row + self._max_rows < len(row_list):
-                stop = min(stop, int(row_list[next_row + self._max_rows]))
-            live = end_N[columns] > start
-            if len(columns) and not bool(live.all()):
-                keep = live.nonzero().flatten()
-                for layer in cache.layers:
-                    layer.keys = layer.keys.index_select(2, keep)
-                    layer.values = layer.values.index_select(2, keep)
-                columns = columns[keep]
+        for start, stop in self._chunks(len(tree), rows):
+            columns = _drop_columns(cache, columns, end_N[columns] > start)
             queries = torch.arange(start, stop, device=device)
             columns = torch.cat([columns, queries])
             visible = (columns[None] <= queries[:, None]) & (queries[:, None] < end_N[columns][None])
-            mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, masked)
-            row_stop = int(np.searchsorted(row_list, stop))
-            chunk_rows = torch.from_numpy(row_list[next_row:row_stop]).to(device)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+            mask.masked_fill_(~visible, torch.finfo(dtype).min)
+            pairs = slice(*np.searchsorted(rows, [start, stop]))
+            chunk_rows, at = (torch.from_numpy(a).to(device) for a in np.unique(rows[pairs], return_inverse=True))
             logits = self._model(
                 input_ids=tokens_N[None, start:stop],
                 position_ids=depth_N[None, start:stop],
@@ -290,69 +234,44 @@ class TransformersEngine:
                 logits_to_keep=chunk_rows - start,
             ).logits[0]
             if len(chunk_rows):
-                pair_stop = int(np.searchsorted(rows, stop))
-                at = torch.searchsorted(chunk_rows, rows_M[next_pair:pair_stop])
                 logits = logits.float()
-                chosen = logits[at, targets_M[next_pair:pair_stop]]
-                results.append((chosen - logits.logsumexp(-1)[at]).double())
-                next_pair = pair_stop
-            start, next_row = stop, row_stop
+                results.append((logits[at, targets_M[pairs]] - logits.logsumexp(-1)[at]).double())
         return torch.cat(results).cpu().numpy()
+
+    def _chunks(self, num_nodes: int, rows: IntArray) -> Iterator[tuple[int, int]]:
+        """Bounds of the nodes of each forward pass, with no more rows of logits than fit."""
+        distinct = np.unique(rows)
+        start = 0
+        while start < num_nodes:
+            stop = min(start + self._chunk_tokens, num_nodes)
+            full = int(np.searchsorted(distinct, start)) + self._max_rows
+            if full < len(distinct):
+                stop = min(stop, int(distinct[full]))
+            yield start, stop
+            start = stop
 
     @torch.inference_mode()
     def _self_test(self) -> None:
         """Score a small tree with branches and dead columns, packed and plainly, and compare."""
-        rng = np.random.default_rng(0)
-        length = min(12, self.info.max_model_len - 4)
-        if length < 4:
-            raise SiopConfigError(f"max_model_len = {self.info.max_model_len} is too short to score anything")
 
-        def draw(size: int) -> IntArray:
-            return rng.integers(0, self.info.vocab_size, size=size, dtype=np.int64)
+        def plain(tokens: TokenArray, first: int) -> float:
+            ids = torch.from_numpy(tokens).to(self._model.device)
+            logprobs = self._model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            return float(logprobs[first - 1 : -1].gather(1, ids[first:, None]).mean())
 
-        prompt, probes = draw(length // 2), [Probe(draw(4), 1, 4), Probe(draw(3), 0, 3)]
-        rollouts = [RolloutQuery(prompt, draw(length - len(prompt)), [0, 2], probes) for _ in range(2)]
         chunk, self._chunk_tokens = self._chunk_tokens, 5
         try:
-            packed = self.support(rollouts).support
+            run_self_test(self, 12, self._dtype, plain, "the transformers engine cannot score this model")
         finally:
             self._chunk_tokens = chunk
-        for rollout, scores in zip(rollouts, packed, strict=True):
-            for boundary, row in zip(rollout.boundaries, scores, strict=True):
-                for probe, score in zip(rollout.probes, row, strict=True):
-                    context = np.concatenate([rollout.prompt_ids, rollout.response_ids[:boundary]])
-                    ids = torch.from_numpy(np.concatenate([context, probe.token_ids]))[None].to(self._model.device)
-                    logprobs = self._model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-                    at = torch.arange(len(context) + probe.start, len(context) + probe.end, device=ids.device)
-                    plain = float(logprobs[at - 1, ids[0, at]].mean())
-                    if not abs(plain - score) <= SELF_TEST_TOLERANCE[self._model.dtype]:
-                        raise SiopConfigError(
-                            f"{self.info.model} ({self._model.config.model_type}) fails the self-test of packed "
-                            f"scoring: {score:.4f} packed, {plain:.4f} plain; the transformers engine cannot score it"
-                        )
 
 
-def _with_adapter(model: Any, path: str) -> Any:
-    """The model with a LoRA adapter merged into its weights.
-
-    Raises:
-        SiopConfigError: the folder holds no LoRA adapter, or not one that can be merged into this model.
-    """
-    tied = read_adapter(path).modules & {"lm_head", "embed_tokens"}
-    if tied and model.config.get_text_config().tie_word_embeddings:
-        raise SiopConfigError(
-            f"LoRA adapter {path} changes {', '.join(sorted(tied))}, whose weights the model uses in two places"
-        )
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            # peft would go on without them, as if there were no adapter.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
-        raise SiopConfigError(f"cannot load the LoRA adapter {path}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _drop_columns(cache: Any, columns: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Keep the columns of the cache that are live; returns their nodes."""
+    if bool(live.all()):
+        return columns
+    keep = live.nonzero().flatten()
+    for layer in cache.layers:
+        layer.keys = layer.keys.index_select(2, keep)
+        layer.values = layer.values.index_select(2, keep)
+    return columns[keep]

@@ -14,41 +14,44 @@ worker processes watch this one.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
 import uuid
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from verl.utils.siop.errors import EngineFailed, ScorerError, SiopConfigError
-from verl.utils.siop.scorer.engines.base import EngineInfo, Probe, RolloutQuery, SupportResult, check_rollouts, too_long
-from verl.utils.siop.scorer.engines.lora import Adapter, read_adapter
-from verl.utils.siop.scorer.engines.prefix_tree import (
-    TOKEN_BYTES,
-    TOKEN_DTYPE,
-    IntArray,
-    build_prefix_tree,
+from verl.utils.siop.scorer.engines.base import EngineInfo, RolloutQuery, SupportResult, TokenArray
+from verl.utils.siop.scorer.engines.loading import as_config_error, dtype_on, is_cpu, log_loaded, one_line
+from verl.utils.siop.scorer.engines.lora import VLLM_RANKS, Adapter, read_vllm_adapter
+from verl.utils.siop.scorer.engines.token_paths import (
+    ScoredPath,
+    decode_path,
     encode_path,
+    run_self_test,
+    score_request,
 )
+from verl.utils.siop.scorer.engines.vllm_logprobs import VllmLogprobs, num_cached
+from verl.utils.siop.scorer.engines.vllm_waves import Branch, plan_branches, plan_single_tokens, plan_waves
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_GPU_MEMORY = 0.85
 CPU_BLOCK_SIZE = 16  # vLLM's default there, 128, would share too little
 CPU_KV_CACHE_BYTES = 2 << 30
-# Logits are computed for at most this many tokens at a time, also if the cache fails and a context is computed again.
-MAX_BATCHED_TOKENS = 4096
-MAX_SEQUENCES = 256
-# Candidate tokens of one request; vLLM's own bound is 20 unless it is raised.
-MAX_CANDIDATES = 16
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-SELF_TEST_TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+ENGINE_OPTIONS = {
+    "enable_prefix_caching": True,
+    "enforce_eager": True,  # compiled graphs help decoding; this only reads prompts
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",
+    # Logits are computed for at most so many tokens at a time, also if the cache fails and contexts are computed again.
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 256,
+}
 
 
 @dataclass
@@ -57,53 +60,15 @@ class CallStatistics:
 
     Attributes:
         waves: parts of the call that fit the KV cache.
-        contexts: contexts run to fill the cache.
-        branches: branches run after them.
         from_siblings: reference tokens inside a cached block whose value another branch had.
         single_tokens: reference tokens inside a cached block that were asked one by one.
+        computed_tokens: tokens that went through the model.
     """
 
     waves: int = 0
-    contexts: int = 0
-    branches: int = 0
     from_siblings: int = 0
     single_tokens: int = 0
-
-
-@dataclass
-class _Item:
-    """One (boundary, reference): ``path`` is context + reference up to its last token that counts."""
-
-    path: bytes
-    context: bytes
-    first: int  # position of the first token that counts
-
-    @property
-    def length(self) -> int:
-        return len(self.path) // TOKEN_BYTES
-
-
-@dataclass
-class _Branch:
-    """A path without its last token, with what is to be predicted on and after it.
-
-    Attributes:
-        prompt: the path.
-        context: the longest context that it continues.
-        nodes: position in the path -> node of the token there, from the first that counts or may be another branch's.
-        wanted: positions in the path whose tokens count.
-        last: tokens to predict after the path -> their node.
-    """
-
-    prompt: bytes
-    context: bytes
-    nodes: dict[int, int] = field(default_factory=dict)
-    wanted: set[int] = field(default_factory=set)
-    last: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) // TOKEN_BYTES
+    computed_tokens: int = 0
 
 
 class VllmEngine:
@@ -125,26 +90,25 @@ class VllmEngine:
     def __init__(
         self, llm: Any, sampling_params: Any, lora_request: Any = None, name: str | None = None, self_test: bool = True
     ) -> None:
-        self._llm, self._sampling_params, self._lora_request = llm, sampling_params, lora_request
+        self._llm, self._lora_request = llm, lora_request
+        self._logprobs = VllmLogprobs(sampling_params)
         self._build: Callable[[str], Any] | None = None
         self._lora: Any = None
         self._lora_count = 0
         self._lock = threading.Lock()
         self._failed: str | None = None
         self.last_call = CallStatistics()
-        # From vLLM 0.32: the log-probabilities of given tokens from a given position on.
-        self._rows_from = {"prompt_logprob_start", "prompt_logprob_token_ids"} <= _fields(sampling_params)
         self._read_config(name)
         if not self_test:
             return
-        if self._rows_from:
-            try:
-                self._self_test()
-                return
-            except (ScorerError, SiopConfigError) as error:  # it needs vLLM's V2 model runner
-                logger.warning("scoring without prompt_logprob_start: %s", error)
-                self._rows_from, self._failed = False, None
-        self._self_test()
+        try:
+            self._self_test()
+        except (ScorerError, SiopConfigError) as error:  # from_position needs vLLM's V2 model runner
+            if not self._logprobs.from_position:
+                raise
+            logger.warning("scoring without prompt_logprob_start: %s", error)
+            self._logprobs.from_position, self._failed = False, None
+            self._self_test()
 
     def _read_config(self, name: str | None) -> None:
         config = self._llm.llm_engine.vllm_config
@@ -178,11 +142,8 @@ class VllmEngine:
         """Load a model directory or hub id.
 
         Args:
-            path: model directory or hub id.
+            path, dtype, max_model_len, trust_remote_code: see :meth:`TransformersEngine.from_pretrained`.
             device: ``cpu`` or ``cuda``; must be the one that the installed vLLM was built for.
-            dtype: ``auto`` (float32 on CPU, the checkpoint's own type on GPU), ``float32``, ``bfloat16``, ``float16``.
-            max_model_len: longest sequence (prompt + response + reference) taken; None for the model's own limit.
-            trust_remote_code: run Python code that comes with the model.
             tensor_parallel_size: GPUs that share the model.
             gpu_memory: share of each GPU's memory for weights and KV cache; None for ``DEFAULT_GPU_MEMORY``.
             lora_path: LoRA adapter on top of the model; None: the engine takes no adapters, see :meth:`load_lora`.
@@ -195,69 +156,41 @@ class VllmEngine:
             SiopConfigError: the model cannot be loaded or scored.
         """
         started = time.monotonic()
-        on_cpu = device == "cpu"
         if gpu_memory is not None and not 0 < gpu_memory <= 1:
             raise SiopConfigError(
                 f"gpu_memory = {gpu_memory} is not a share of a GPU's memory (more than 0, at most 1)"
             )
-        adapter = None if lora_path is None else _check_adapter(lora_path)
-        _set_environment(on_cpu)
-        try:
-            from vllm import LLM, SamplingParams
-            from vllm.lora.request import LoRARequest
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise SiopConfigError(f"engine vllm cannot be used: {_one_line(error)}") from error
-        if on_cpu != current_platform.is_cpu():
-            built = "CPU" if current_platform.is_cpu() else "GPU"
-            raise SiopConfigError(f"the installed vLLM is a {built} build, which cannot run on device {device}")
         options: dict[str, Any] = {
-            "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+            "dtype": dtype_on(device, dtype),
             "max_model_len": max_model_len,
             "trust_remote_code": trust_remote_code,
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": DEFAULT_GPU_MEMORY if gpu_memory is None else gpu_memory,
-            "enable_prefix_caching": True,
-            "enforce_eager": True,  # compiled graphs help decoding; this only reads prompts
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-            "max_num_seqs": MAX_SEQUENCES,
+            **ENGINE_OPTIONS,
         }
         if tensor_parallel_size > 1:
             options["distributed_executor_backend"] = "mp"  # in a Ray actor vLLM would ask Ray for more actors
-        if block_size or on_cpu:
+        if block_size or is_cpu(device):
             options["block_size"] = block_size or CPU_BLOCK_SIZE
-        if kv_cache_bytes or (on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ):
+        if kv_cache_bytes or (is_cpu(device) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ):
             options["kv_cache_memory_bytes"] = kv_cache_bytes or CPU_KV_CACHE_BYTES
-        if adapter is not None:
-            options |= {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= adapter.rank),
-                # Not the head: vLLM applies an adapter there to sampled tokens only, not to those of a prompt.
-                "lora_target_modules": sorted(adapter.modules),
-            }
+        if lora_path is not None:
+            options |= _lora_options(read_vllm_adapter(lora_path))
+        llm, sampling_params, lora_request = _import_vllm(device)
 
         def build(model: str) -> Any:
-            try:
-                return LLM(model=model, **options)
-            except Exception as error:
-                raise SiopConfigError(f"vLLM cannot load the scorer model {model}: {_one_line(error)}") from error
+            with as_config_error(f"vLLM cannot load the scorer model {model}", Exception):
+                return llm(model=model, **options)
 
-        engine = cls(build(path), SamplingParams, LoRARequest, path)
+        engine = cls(build(path), sampling_params, lora_request, path)
         engine._build = build
         if lora_path is not None:
             engine.load_lora(lora_path)
-        logger.info(
-            "scorer model %s: vLLM, %s on %s, %d GPU(s), max_model_len %d, KV cache of %d tokens, loaded in %.1f s",
-            path,
-            engine._dtype,
-            device,
-            0 if on_cpu else tensor_parallel_size,
-            engine.info.max_model_len,
-            engine._num_blocks * engine._block_size,
-            time.monotonic() - started,
+        log_loaded(
+            f"scorer model {path}: vLLM, {engine._dtype} on {device}, "
+            f"{0 if is_cpu(device) else tensor_parallel_size} GPU(s), max_model_len {engine.info.max_model_len}, "
+            f"KV cache of {engine._num_blocks * engine._block_size} tokens",
+            started,
         )
         return engine
 
@@ -273,22 +206,21 @@ class VllmEngine:
             self._check_usable()
             request = None
             if path is not None:
-                adapter, config = _check_adapter(path), self._llm.llm_engine.vllm_config.lora_config
+                adapter, config = read_vllm_adapter(path), self._llm.llm_engine.vllm_config.lora_config
                 if config is None:
                     raise SiopConfigError(f"LoRA adapter {path}: the engine was built without an adapter")
                 other = adapter.modules - set(config.target_modules)
                 if adapter.rank > config.max_lora_rank or other:
                     raise SiopConfigError(
-                        f"LoRA adapter {path} has rank {adapter.rank} and changes {_names(adapter.modules)}; the "
-                        f"engine was built for rank {config.max_lora_rank} and {_names(config.target_modules)}"
+                        f"LoRA adapter {path} has rank {adapter.rank} and changes {', '.join(sorted(adapter.modules))};"
+                        f" the engine was built for rank {config.max_lora_rank} and "
+                        f"{', '.join(sorted(config.target_modules))}"
                     )
                 # A new number each time: vLLM keeps adapters by number, and the same folder may hold new weights.
                 self._lora_count += 1
                 request = self._lora_request(f"adapter-{self._lora_count}", self._lora_count, path)
-                try:
+                with as_config_error(f"vLLM cannot load the LoRA adapter {path}", Exception):
                     self._llm.llm_engine.add_lora(request)
-                except Exception as error:
-                    raise SiopConfigError(f"vLLM cannot load the LoRA adapter {path}: {_one_line(error)}") from error
             if self._lora is not None:
                 self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
             self._lora = request
@@ -324,216 +256,61 @@ class VllmEngine:
             ScorerError: vLLM gave no value, or one that is not finite, for a token.
             EngineFailed: vLLM failed, now or before; the engine has to be built anew.
         """
-        check_rollouts(rollouts, self.info)
-        errors = too_long(rollouts, self.info)
-        items, requested = _items(rollouts, errors)
-        shapes = [(len(r.boundaries), len(r.probes)) for r in rollouts]
+        return score_request(rollouts, self.info, self._score)
+
+    def _score(self, paths: list[ScoredPath]) -> tuple[np.ndarray, int]:
         with self._lock:
             self._check_usable()
-            means, computed = self._score(items)
-        support: list[list[list[float]]] = []
-        offset = 0
-        for index, (rows, columns) in enumerate(shapes):
-            if index in errors:
-                support.append([])
-                continue
-            block = means[offset : offset + rows * columns]
-            offset += rows * columns
-            if not np.isfinite(block).all():
-                raise ScorerError(f"vLLM gave no finite log-probability of {self.info.model} for rollouts[{index}]")
-            support.append(block.reshape(rows, columns).tolist())
-        return SupportResult(support=support, computed_tokens=computed, requested_tokens=requested, errors=errors)
+            self.last_call = CallStatistics()
+            if not paths:
+                return np.empty(0), 0
+            branches, counted, num_nodes = plan_branches(paths, self._block_size)
+            values = np.full(num_nodes, np.nan)  # log-probability of each node
+            salt = uuid.uuid4().hex
+            for contexts, wave in plan_waves(branches, self._block_size, self._num_blocks):
+                self._run_wave(contexts, wave, values, salt)
+            return np.array([values[nodes].mean() for nodes in counted]), self.last_call.computed_tokens
 
-    def _score(self, items: Sequence[_Item]) -> tuple[np.ndarray, int]:
-        """Mean log-probability of each item (NaN where a value is missing) and the tokens computed for all."""
-        self.last_call = CallStatistics()
-        if not items:
-            return np.empty(0), 0
-        # Also the nodes that end the context: a reference may begin like the rollout goes on.
-        starts = [max(0, len(item.context) // TOKEN_BYTES - self._block_size) for item in items]
-        depths = [np.arange(start, item.length) for start, item in zip(starts, items, strict=True)]
-        tree = build_prefix_tree([item.path for item in items], depths)
-        branches: dict[bytes, _Branch] = {}
-        for item, start, nodes in zip(items, starts, tree.rows, strict=True):
-            prompt = item.path[:-TOKEN_BYTES]
-            branch = branches.setdefault(prompt, _Branch(prompt, item.context))
-            branch.context = max(branch.context, item.context, key=len)
-            branch.nodes.update(zip(range(start, item.length - 1), nodes[:-1].tolist(), strict=True))
-            branch.wanted.update(range(item.first, item.length - 1))
-            branch.last[_token(item.path, item.length - 1)] = int(nodes[-1])
-        values = np.full(len(tree), np.nan)
-        salt = uuid.uuid4().hex
-        computed = 0
-        for contexts, wave in self._waves(list(branches.values())):
-            computed += self._run_wave(contexts, wave, values, salt)
-        return np.array(
-            [values[nodes[i.first - s :]].mean() for i, s, nodes in zip(items, starts, tree.rows, strict=True)]
-        ), computed
-
-    def _waves(self, branches: Sequence[_Branch]) -> Iterator[tuple[list[bytes], list[_Branch]]]:
-        """Parts of a call, each with the contexts to run first, that fit the KV cache: within one, no context is
-        dropped before its branches have been scored."""
-        size = self._block_size
-        maximal = _maximal({branch.context for branch in branches})
-        by_context: list[list[_Branch]] = [[] for _ in maximal]
-        for branch in branches:
-            by_context[bisect_left(maximal, branch.context)].append(branch)
-        contexts: list[bytes] = []
-        wave: list[_Branch] = []
-        used = 0
-        for context, group in zip(maximal, by_context, strict=True):
-            blocks = len(context) // TOKEN_BYTES // size
-            shared = _common_tokens(contexts[-1], context) // size if contexts else 0
-            for branch in sorted(group, key=lambda branch: branch.prompt):
-                new = 0 if contexts and contexts[-1] == context else blocks - shared
-                # One more, for a branch that has to be run again for a single token.
-                own = -(-branch.length // size) - len(branch.context) // TOKEN_BYTES // size + 1
-                if wave and used + new + own > self._num_blocks:
-                    self.last_call.waves += 1
-                    yield contexts, wave
-                    contexts, wave, used, new = [], [], 0, blocks
-                if not contexts or contexts[-1] != context:
-                    contexts.append(context)
-                wave.append(branch)
-                used += new + own
-        self.last_call.waves += 1
-        yield contexts, wave
-
-    def _run_wave(self, contexts: Sequence[bytes], branches: Sequence[_Branch], values: np.ndarray, salt: str) -> int:
-        """Fill ``values`` at all nodes that the branches want; returns the tokens computed."""
-        # Only whole blocks are cached, so nothing is gained by running the rest of a context.
-        whole = TOKEN_BYTES * self._block_size
-        prompts = _maximal({context[: len(context) // whole * whole] for context in contexts} - {b""})
-        computed = 0
+    def _run_wave(self, contexts: list[Branch], branches: list[Branch], values: np.ndarray, salt: str) -> None:
+        """Fill ``values`` at all nodes that the branches want."""
         # Contexts and branches in one call could run in one step, before the context is in the cache.
-        outputs = self._generate(prompts, [self._params() for _ in prompts], salt)
-        computed += sum(_computed(output) for output in outputs)
-        outputs = self._generate([b.prompt for b in branches], [self._branch_params(b) for b in branches], salt)
-        own: list[int] = []
-        for branch, output in zip(branches, outputs, strict=True):
-            computed += _computed(output)
-            first = (output.num_cached_tokens or 0) + 1
-            own.append(first)
-            for position, value in self._prompt_values(branch, output, first):
-                if position in branch.nodes:
-                    values[branch.nodes[position]] = value
-            for token, value in self._sampled_values(output, list(branch.last)[:MAX_CANDIDATES]):
-                values[branch.last[token]] = value
-        missing: dict[bytes, dict[int, int]] = {}
-        for branch, first in zip(branches, own, strict=True):
-            for position in branch.wanted:
-                node = branch.nodes[position]
-                if not np.isnan(values[node]):
-                    self.last_call.from_siblings += position < first
-                else:
-                    parent = branch.prompt[: TOKEN_BYTES * position]
-                    missing.setdefault(parent, {})[_token(branch.prompt, position)] = node
-            for token, node in branch.last.items():
-                if np.isnan(values[node]):
-                    missing.setdefault(branch.prompt, {})[token] = node
-        asked = [(parent, chunk) for parent, tokens in missing.items() for chunk in _chunks(tokens, MAX_CANDIDATES)]
-        outputs = self._generate([p for p, _ in asked], [self._params(candidates=list(c)) for _, c in asked], salt)
-        for (_, chunk), output in zip(asked, outputs, strict=True):
-            computed += _computed(output)
-            for token, value in self._sampled_values(output, list(chunk)):
-                values[chunk[token]] = value
-        self.last_call.contexts += len(prompts)
-        self.last_call.branches += len(branches)
-        self.last_call.single_tokens += sum(len(tokens) for tokens in missing.values())
-        return computed
-
-    def _params(self, candidates: Sequence[int] = (), **options: Any) -> Any:
-        """Sampling parameters that ask for the log-probabilities of ``candidates`` as next token."""
-        if candidates:
-            options |= {"logprobs": len(candidates), "logprob_token_ids": list(candidates), "flat_logprobs": True}
-        return self._sampling_params(
-            # detokenize: vLLM would look up the text of uninitialised rows.
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            skip_reading_prefix_cache=False,
-            **options,
+        self._run(contexts, values, salt)
+        cached = self._run(branches, values, salt)
+        single = plan_single_tokens(branches, values)
+        self.last_call.waves += 1
+        self.last_call.single_tokens += sum(len(branch.last) for branch in single)
+        self.last_call.from_siblings += sum(
+            position <= count and not np.isnan(values[branch.nodes[position]])
+            for branch, count in zip(branches, cached, strict=True)
+            for position in branch.wanted
         )
+        self._run(single, values, salt)
 
-    def _branch_params(self, branch: _Branch) -> Any:
-        options: dict[str, Any] = {}
-        if branch.wanted and self._rows_from:
-            first = min(branch.wanted)
-            rows = [[_token(branch.prompt, position)] for position in range(first, branch.length)]
-            options = {"prompt_logprob_start": first - 1, "prompt_logprob_token_ids": rows}
-        elif branch.wanted:
-            options = {"prompt_logprobs": 0}
-        return self._params(list(branch.last)[:MAX_CANDIDATES], **options)
-
-    def _prompt_values(self, branch: _Branch, output: Any, first: int) -> Iterator[tuple[int, float]]:
-        """(position, log-probability of the token there) for the branch's tokens that were computed.
-
-        Args:
-            branch: what was asked.
-            output: vLLM's answer.
-            first: first position whose predecessor was computed and not cached.
-        """
-        if not branch.wanted:
-            return
-        if self._rows_from:
-            rows = output.prompt_token_id_logprobs
-            start = min(branch.wanted)
-            if rows is None:  # the cache went past the first row, and vLLM gives all rows or none
-                return
-            if len(rows) != branch.length - start:
-                raise ScorerError(f"vLLM gave {len(rows)} rows of log-probabilities, not {branch.length - start}")
-            for position, row in zip(range(start, branch.length), rows, strict=True):
-                yield position, self._finite(float(row[0]))
-            return
-        rows = output.prompt_logprobs
-        for position in range(max(first, min(branch.nodes)), branch.length):
-            # From the end: depending on its model runner, vLLM gives rows for the cached tokens (not set) or none.
-            at = position - branch.length
-            if -at > len(rows):
-                raise ScorerError(f"vLLM gave {len(rows)} rows of log-probabilities, {-at} were computed")
-            entry = rows.start_indices[at]
-            expected = _token(branch.prompt, position)
-            if rows.end_indices[at] <= entry or rows.token_ids[entry] != expected:
-                raise ScorerError(f"vLLM gave no log-probability of token {expected} at position {position}")
-            yield position, self._finite(rows.logprobs[entry])
-
-    def _sampled_values(self, output: Any, tokens: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """(token, its log-probability as next token) for each of ``tokens``."""
-        rows = output.outputs[0].logprobs
-        entries = range(rows.start_indices[0], rows.end_indices[0]) if rows is not None and len(rows) else ()
-        given = {rows.token_ids[entry]: rows.logprobs[entry] for entry in reversed(entries)} if entries else {}
-        for token in tokens:
-            if token not in given:
-                raise ScorerError(f"vLLM gave no log-probability of token {token} as next token")
-            yield token, self._finite(given[token])
-
-    def _finite(self, value: float) -> float:
-        if not np.isfinite(value):
-            raise ScorerError(f"vLLM gave a log-probability of {self.info.model} that is not finite: {value}")
-        return float(value)
+    def _run(self, branches: list[Branch], values: np.ndarray, salt: str) -> list[int]:
+        """Fill ``values`` with what vLLM computes for the branches; returns how many tokens of each were cached."""
+        params = [self._logprobs.params(branch) for branch in branches]
+        outputs = self._generate([branch.prompt for branch in branches], params, salt)
+        for branch, output in zip(branches, outputs, strict=True):
+            self.last_call.computed_tokens += len(branch) - num_cached(output)
+            for node, value in self._logprobs.values(branch, output):
+                if not np.isfinite(value):
+                    raise ScorerError(f"vLLM gave a log-probability of {self.info.model} that is not finite: {value}")
+                values[node] = value
+        return [num_cached(output) for output in outputs]
 
     def _generate(self, prompts: Sequence[bytes], params: Sequence[Any], salt: str) -> list[Any]:
         if not prompts:
             return []
-        requests = [
-            {"prompt_token_ids": np.frombuffer(prompt, dtype=TOKEN_DTYPE).tolist(), "cache_salt": salt}
-            for prompt in prompts
-        ]
+        requests = [{"prompt_token_ids": decode_path(prompt).tolist(), "cache_salt": salt} for prompt in prompts]
         try:
-            outputs = self._llm.generate(requests, list(params), use_tqdm=False, lora_request=self._lora)
+            outputs: list[Any] = self._llm.generate(requests, list(params), use_tqdm=False, lora_request=self._lora)
+            if [len(output.prompt_token_ids) for output in outputs] != [len(r["prompt_token_ids"]) for r in requests]:
+                raise RuntimeError(f"{len(outputs)} answers to {len(requests)} requests")
         except Exception as error:
             # Its scheduler may still hold requests of this call, whose answers would come with those of the next one.
-            raise self._fail("vLLM failed", error) from error
-        if len(outputs) != len(requests) or any(
-            len(output.prompt_token_ids) != len(request["prompt_token_ids"])
-            for output, request in zip(outputs, requests, strict=False)
-        ):
-            raise self._fail("vLLM failed", RuntimeError(f"{len(outputs)} answers to {len(requests)} requests"))
+            self._failed = f"vLLM failed: {one_line(error)}"
+            raise EngineFailed(f"{self._failed} (model {self.info.model})") from error
         return outputs
-
-    def _fail(self, what: str, error: BaseException) -> EngineFailed:
-        self._failed = f"{what}: {_one_line(error)}"
-        return EngineFailed(f"{self._failed} (model {self.info.model})")
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -541,120 +318,43 @@ class VllmEngine:
 
     def _self_test(self) -> None:
         """Score branches that share cached blocks, and the same as plain full sequences, and compare."""
-        rng = np.random.default_rng(0)
-        length = min(max(8, 3 * self._block_size), self.info.max_model_len - 8)
-        if length < 4:
-            raise SiopConfigError(f"max_model_len = {self.info.max_model_len} is too short to score anything")
 
-        def draw(size: int) -> IntArray:
-            return rng.integers(0, self.info.vocab_size, size=size, dtype=np.int64)
-
-        probes = [Probe(draw(6), 1, 6), Probe(draw(3), 0, 3)]
-        rollout = RolloutQuery(draw(length // 2), draw(length - length // 2), [0, 2, length - length // 2], probes)
-        items, _ = _items([rollout], {})
-        scores, _ = self._score(items)
-        params = [
-            self._sampling_params(
-                max_tokens=1,
-                temperature=0.0,
-                detokenize=False,
-                prompt_logprobs=0,
-                flat_logprobs=True,
-                skip_reading_prefix_cache=True,
-            )
-            for _ in items
-        ]
-        outputs = self._generate([item.path for item in items], params, uuid.uuid4().hex)
-        for item, score, output in zip(items, scores, outputs, strict=True):
+        def plain(tokens: TokenArray, first: int) -> float:
+            (output,) = self._generate([encode_path(tokens)], [self._logprobs.plain_params()], uuid.uuid4().hex)
             rows = output.prompt_logprobs
-            plain = np.mean([rows.logprobs[rows.start_indices[p]] for p in range(item.first, item.length)])
-            if not abs(plain - score) <= SELF_TEST_TOLERANCE[self._dtype]:
-                raise SiopConfigError(
-                    f"{self.info.model} fails the self-test of scoring through vLLM's prefix cache: {score:.4f} with "
-                    f"it, {plain:.4f} without; use the transformers engine or another version of vLLM"
-                )
+            return float(np.mean([rows.logprobs[rows.start_indices[p]] for p in range(first, len(tokens))]))
+
+        advice = "use the transformers engine or another version of vLLM"
+        run_self_test(self, max(8, 3 * self._block_size), self._dtype, plain, advice)
 
 
-def _items(rollouts: Sequence[RolloutQuery], skip: dict[int, str]) -> tuple[list[_Item], int]:
-    """All (boundary, reference) pairs but those of the rollouts in ``skip``, and their tokens as full sequences."""
-    items: list[_Item] = []
-    requested = 0
-    for index, rollout in enumerate(rollouts):
-        if index in skip:
-            continue
-        tokens = encode_path(rollout.prompt_ids) + encode_path(rollout.response_ids)
-        for boundary in rollout.boundaries:
-            length = len(rollout.prompt_ids) + boundary
-            context = tokens[: TOKEN_BYTES * length]
-            for probe in rollout.probes:
-                items.append(_Item(context + encode_path(probe.token_ids[: probe.end]), context, length + probe.start))
-                requested += length + len(probe.token_ids)
-    return items, requested
-
-
-def _maximal(paths: set[bytes]) -> list[bytes]:
-    """The paths that begin no other one, in order."""
-    ordered = sorted(paths)
-    return [a for a, b in itertools.zip_longest(ordered, ordered[1:]) if b is None or not b.startswith(a)]
-
-
-def _common_tokens(a: bytes, b: bytes) -> int:
-    """Length of the longest common prefix."""
-    size = min(len(a), len(b))
-    different = np.frombuffer(a[:size], TOKEN_DTYPE) != np.frombuffer(b[:size], TOKEN_DTYPE)
-    return int(different.argmax()) if different.any() else size // TOKEN_BYTES
-
-
-def _token(path: bytes, position: int) -> int:
-    return int.from_bytes(path[TOKEN_BYTES * position : TOKEN_BYTES * (position + 1)], "little")
-
-
-def _chunks(tokens: dict[int, int], size: int) -> Iterator[dict[int, int]]:
-    entries = iter(tokens.items())
-    while chunk := dict(itertools.islice(entries, size)):
-        yield chunk
-
-
-def _computed(output: Any) -> int:
-    return len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
-
-
-def _fields(sampling_params: Any) -> frozenset[str]:
-    return frozenset(
-        getattr(sampling_params, "__struct_fields__", ()) or getattr(sampling_params, "__annotations__", ())
-    )
-
-
-def _check_adapter(path: str) -> Adapter:
-    """The adapter, if vLLM applies all of it.
+def _import_vllm(device: str) -> tuple[Any, Any, Any]:
+    """``LLM``, ``SamplingParams`` and ``LoRARequest`` of a vLLM that was built for the device.
 
     Raises:
-        SiopConfigError: the folder holds no adapter, or one that vLLM would apply in part.
+        SiopConfigError: there is none.
     """
-    adapter = read_adapter(path)
-    bad = [*adapter.extras, *sorted(adapter.modules & {"lm_head", "embed_tokens"})]
-    if adapter.rank > LORA_RANKS[-1]:
-        bad.append(f"rank {adapter.rank} (at most {LORA_RANKS[-1]})")
-    if bad:
-        raise SiopConfigError(
-            f"lora_path: engine vllm cannot apply {', '.join(bad)} of {path}; merge it into the model, or use the "
-            "transformers engine"
-        )
-    return adapter
-
-
-def _names(modules: Iterable[str]) -> str:
-    return ", ".join(sorted(modules))
-
-
-def _set_environment(on_cpu: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine process of its own could outlive this one
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    if on_cpu:
+    if is_cpu(device):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with as_config_error("engine vllm cannot be used", ImportError):
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+    if is_cpu(device) != current_platform.is_cpu():
+        built = "CPU" if current_platform.is_cpu() else "GPU"
+        raise SiopConfigError(f"the installed vLLM is a {built} build, which cannot run on device {device}")
+    return LLM, SamplingParams, LoRARequest
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def _lora_options(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(rank for rank in VLLM_RANKS if rank >= adapter.rank),
+        # Not the head: vLLM applies an adapter there to sampled tokens only, not to those of a prompt.
+        "lora_target_modules": sorted(adapter.modules),
+    }

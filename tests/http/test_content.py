@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
-from verl.utils.siop.http.content_digest import content_digest
-from verl.utils.siop.http.content_encoding import compress, decompress, offers_gzip
+from verl.utils.siop.http.content import compress, content_digest, decompress, offers_gzip
+from verl.utils.siop.scorer.guard import Guard
+from verl.utils.siop.scorer.metrics import Metrics
 from verl.utils.siop.scoring_client import ScoringClient
-from verl.utils.siop.scoring_server import Guard, _Metrics
 
 MAX_BODY_BYTES = 1000
 
@@ -33,7 +33,7 @@ async def echo(scope, receive, send):
 
 def post(content: bytes, **headers: str) -> httpx.Response:
     async def ask():
-        guard = Guard(echo, _Metrics(Pool()), MAX_BODY_BYTES, 1)
+        guard = Guard(echo, Metrics(Pool()), MAX_BODY_BYTES, 1)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://scorer") as http:
             return await http.post("/support", content=content, headers=headers)
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import uvicorn
-from verl.utils.siop.http.limits import TimedHttpProtocol
+from verl.utils.siop.http.server import TimedHttpProtocol
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
