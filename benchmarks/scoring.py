@@ -280,7 +280,7 @@ def print_times(threads: int, found: dict[str, Any]) -> None:
 
 def print_bytes(batch: Sequence[Any]) -> None:
     """Request bodies: /support against /score with one item per (boundary, reference)."""
-    from verl.utils.siop.http.content_encoding import compress
+    from verl.utils.siop.http.content import compress
 
     rollouts, items = [], []
     for rollout in batch:

@@ -163,4 +163,6 @@ async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
         {"type": e["type"], "loc": [p[:100] if isinstance(p, str) else p for p in e["loc"]], "msg": e["msg"][:500]}
         for e in error.errors()[:MAX_ERRORS]
     ]
+    if (more := len(error.errors()) - MAX_ERRORS) > 0:
+        detail.append({"type": "truncated", "loc": ["body"], "msg": f"and {more} more errors"})
     return Response(json.dumps({"detail": detail}), status_code=422, media_type="application/json")
