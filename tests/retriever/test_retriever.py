@@ -241,7 +241,8 @@ def test_input_is_not_repeated_in_the_answer(service: str, body: bytes, loc: lis
     response = httpx.post(service + "/retrieve", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 422 and len(response.content) < 5000
     (first, *others) = response.json()["detail"]
-    assert first["loc"] == loc and first["msg"] and len(others) < 20
+    assert first["loc"] == loc and first["msg"]
+    assert len(others) < 20 or [error["msg"] for error in others[19:]] == ["and 480 more errors"]
 
 
 def test_a_body_is_bounded_by_a_limit_that_the_answer_names(process: tuple[str, int]) -> None:
