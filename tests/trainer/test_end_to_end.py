@@ -150,6 +150,7 @@ def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) ->
         assert row["answer"] in row["output"]
         assert len(row["support"]) in (0, len(row["turn_rewards"]) + 1)
         assert all(0 <= p <= 1 for p in row["support"])
+        assert row["siop_tools"]["executed"] == row["output"].count("<tool_response>")
         by_question.setdefault(row["uid"].split("_")[0], []).append(row)
     for group in by_question.values():
         targets = {row["cluster"]: row["target"] for row in group}

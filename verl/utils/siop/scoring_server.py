@@ -238,6 +238,8 @@ def create_app(
                 "engine": info.engine.engine,
                 "model": info.engine.model,
                 "max_model_len": info.engine.max_model_len,
+                "vocab_size": info.engine.vocab_size,
+                "tokenizer": info.engine.tokenizer,
                 "nli": info.nli,
             }
         )
