@@ -1,31 +1,12 @@
 #!/usr/bin/env bash
 # Starts the scoring service in the background and waits until it is healthy.
 #
-#   SIOP_MODEL=Qwen/Qwen3-4B bash launch_siop_scorer.sh [start] [-- SERVER_OPTION ...]
+#   SIOP_MODEL=Qwen/Qwen3-4B bash launch_siop_scorer.sh [start] [--dry-run] [-- SERVER_OPTION ...]
 #   bash launch_siop_scorer.sh stop
 #   bash launch_siop_scorer.sh status          exit status 0 if it is healthy
 #
-# Environment:
-#   SIOP_MODEL           scorer language model, a directory or a hub id (required); none: clusters and entailment only,
-#                        for training with algorithm.siop_scorer=policy
-#   SIOP_NLI_MODEL       NLI classifier, as cross-encoder/nli-deberta-v3-base (none: answers are compared by words)
-#   SIOP_PORT            port (8390)
-#   SIOP_HOST            address to listen on (127.0.0.1, this machine only)
-#   SIOP_NUM_GPUS        GPUs (those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists; 0 means CPU)
-#   SIOP_ENGINE          engine: auto, transformers, vllm (auto: vllm on GPUs where it is installed)
-#   SIOP_TP_SIZE         GPUs that share one model, with vllm (1: one worker for each GPU)
-#   SIOP_GPU_MEM         share of each GPU's memory that the scorer model may take (0.85 with vllm, else no limit)
-#   SIOP_DTYPE           weights: auto, float32, bfloat16, float16 (auto: float32 on CPU, the checkpoint's type on GPU)
-#   SIOP_LORA_PATH       LoRA adapter on top of the scorer model (none)
-#   SIOP_MAX_MODEL_LEN   longest prompt + response + reference in tokens (the model's limit)
-#   SIOP_START_TIMEOUT   seconds to wait for it (600)
-#   SIOP_API_TOKEN       bearer token that clients must bring (none)
-#   LOG_DIR              place of siop_scorer.log and siop_scorer.pid (logs)
-#   VLLM_CPU_KVCACHE_SPACE   GiB of cache, with vllm on a CPU (2)
-#   RAY_ADDRESS          Ray cluster to join (none: a private Ray of its own)
-#   CONDA_ENV            conda environment to run in (default: active Python, or .venv)
-#
-# Options after -- go to the server as they are; bash launch_siop_scorer.sh start -- --help lists them.
+# --dry-run prints the command and starts nothing. Options after -- go to the server as they are;
+# bash launch_siop_scorer.sh start -- --help lists them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
@@ -33,45 +14,53 @@ source scripts/common.sh
 # shellcheck source=scripts/service.sh
 source scripts/service.sh
 
+help_if_asked "${BASH_SOURCE[0]}" "${1:-}" scorer
+service_arguments "${BASH_SOURCE[0]}" "$@"
+variables check scorer || exit 1
+
 name=siop_scorer
 host=${SIOP_HOST:-127.0.0.1}
 port=${SIOP_PORT:-8390}
 url=http://$(service_address "$host"):$port
+[[ -z ${SIOP_CUDA_DEVICES:-} ]] || export CUDA_VISIBLE_DEVICES=$SIOP_CUDA_DEVICES
 
-service_arguments "${BASH_SOURCE[0]}" "$@"
 case $ACTION in
     start)
         pick_python
         server=("$PYTHON" -m verl.utils.siop.scoring_server)
         [[ " ${OPTIONS[*]-} " != *" --help "* ]] || exec "${server[@]}" --help
-        check_number SIOP_PORT 1 65535
-        check_number SIOP_START_TIMEOUT 1 "$MAX_INT"
-        check_number SIOP_NUM_GPUS 0 65536
-        check_number SIOP_TP_SIZE 1 1024
-        check_number SIOP_MAX_MODEL_LEN 1 "$MAX_INT"
-        [[ ${SIOP_GPU_MEM:-1} =~ ^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)$ ]] ||
-            die "SIOP_GPU_MEM=$SIOP_GPU_MEM is not allowed: a share above 0 and at most 1, as 0.85"
         [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model: a directory, a hub id, or none"
-        gpus=${SIOP_NUM_GPUS:-$(count_gpus)}
-        options=(--model "$SIOP_MODEL" --host "$host" --port "$port" --engine "${SIOP_ENGINE:-auto}" --num-gpus "$gpus")
-        [[ -z ${SIOP_NLI_MODEL:-} ]] || options+=(--nli-model "$SIOP_NLI_MODEL")
-        [[ -z ${SIOP_TP_SIZE:-} ]] || options+=(--tensor-parallel-size "$SIOP_TP_SIZE")
-        [[ -z ${SIOP_GPU_MEM:-} ]] || options+=(--gpu-memory "$SIOP_GPU_MEM")
-        [[ -z ${SIOP_DTYPE:-} ]] || options+=(--dtype "$SIOP_DTYPE")
-        [[ -z ${SIOP_LORA_PATH:-} ]] || options+=(--lora-path "$SIOP_LORA_PATH")
-        [[ -z ${SIOP_MAX_MODEL_LEN:-} ]] || options+=(--max-model-len "$SIOP_MAX_MODEL_LEN")
+        seen=$(count_gpus)
+        gpus=${SIOP_NUM_GPUS:-$seen}
+        [[ $gpus -le $seen || -n ${RAY_ADDRESS:-} ]] ||
+            die "SIOP_NUM_GPUS=$gpus is not allowed: $seen GPU(s) can be seen here"
         device=CPU
-        [[ $gpus == 0 ]] || device="$gpus GPU(s)"
-        say "scorer model $SIOP_MODEL, NLI ${SIOP_NLI_MODEL:-lexical}, $device"
-        service_start "$name" "$host" "$port" "$url/health" "${SIOP_START_TIMEOUT:-600}" \
-            "${server[@]}" "${options[@]}" ${OPTIONS[@]+"${OPTIONS[@]}"} || exit 1
+        if [[ $gpus -gt 0 ]]; then
+            device="$gpus GPU(s)"
+            check_torch "$gpus" SIOP_NUM_GPUS
+            export SIOP_MAX_MODEL_LEN=${SIOP_MAX_MODEL_LEN:-8192} \
+                SIOP_NLI_MODEL=${SIOP_NLI_MODEL:-microsoft/deberta-v2-xlarge-mnli}
+            [[ $SIOP_MODEL == none ]] || check_gpu_memory "${SIOP_GPU_MEM:-0.15}" SIOP_GPU_MEM
+        elif [[ -z ${SIOP_NLI_MODEL:-} ]]; then
+            say "warning: no SIOP_NLI_MODEL: answers are one cluster only if their words are the same, and evidence" \
+                "counts only if it repeats them (SIOP_NLI_MODEL=none says so without this warning)"
+        fi
+        nli=${SIOP_NLI_MODEL:-none}
+        [[ $nli != none ]] || unset SIOP_NLI_MODEL
+        # What the first release's variables say, in the order of the table.
+        options=$(variables overrides scorer)
+        mapfile -t options <<<"$options"
+        command=("${server[@]}" --host "$host" --port "$port" --num-gpus "$gpus" "${options[@]}"
+            ${OPTIONS[@]+"${OPTIONS[@]}"})
+        if [[ -n $DRY_RUN ]]; then
+            dry_run scorer "${command[@]}"
+            exit
+        fi
+        say "scorer model $SIOP_MODEL, NLI ${nli/#none/lexical}, $device"
+        service_start "$name" "$host" "$port" "$url/health" "${SIOP_START_TIMEOUT:-600}" "${command[@]}" || exit 1
         say "check it: curl -f $url/health   stop it: bash launch_siop_scorer.sh stop"
         ;;
     stop) service_stop "$name" ;;
-    status)
-        check_number SIOP_PORT 1 65535
-        service_status "$name" "$url/health"
-        ;;
-    -h | --help | help) print_help "${BASH_SOURCE[0]}" ;;
+    status) service_status "$name" "$url/health" ;;
     *) die "unknown action '$ACTION'; choose start, stop, status or --help" ;;
 esac

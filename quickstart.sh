@@ -8,16 +8,6 @@
 #              rewards from cluster sizes alone; grpo, igpo: use labels, the others do not; and every other
 #              config/ablation/METHOD.yaml
 #   --seed     seed of data order and sampling (1)
-#
-# Environment:
-#   QUICKSTART_STEPS   training steps (60)
-#   TOY_DIR            the toy world and its warm-start model (runs/toy); a world of any kind that is there is used
-#   OUT_DIR            results (runs/quickstart/METHOD-seedN-STEPS; NAME-METHOD-seedN-STEPS for another TOY_DIR)
-#   CONDA_ENV          conda environment to use in place of .venv; it must hold the project
-#   PYTHON             interpreter for the creation of .venv, 3.10 to 3.12 (found on PATH)
-#   OMP_NUM_THREADS    threads of each training process (1)
-#   SIOP_API_TOKEN     bearer token between trainer and scorer (none)
-#   RETRIEVER_START_TIMEOUT, SIOP_START_TIMEOUT   seconds to wait for the services (1800, 600)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/common.sh
@@ -26,10 +16,7 @@ source scripts/common.sh
 method=siop seed=1
 while [[ $# -gt 0 ]]; do
     case $1 in
-        -h | --help)
-            print_help "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
+        -h | --help) help_if_asked "${BASH_SOURCE[0]}" "$1" quickstart ;;
         --method) method=${2:?--method needs a name} && shift 2 ;;
         --seed) seed=${2:?--seed needs a number} && shift 2 ;;
         *) die "unknown argument '$1'; see bash quickstart.sh --help" ;;
@@ -41,20 +28,16 @@ if [[ ! $method =~ ^[a-z0-9_]+$ || ! -f config/ablation/$method.yaml ]]; then
     die "--method $method: choose one of ${methods[*]%.yaml}"
 fi
 check_number seed 0 "$MAX_INT" "--seed "
-check_number QUICKSTART_STEPS 1 "$MAX_INT"
-check_number RETRIEVER_START_TIMEOUT 1 "$MAX_INT"
-check_number SIOP_START_TIMEOUT 1 "$MAX_INT"
+variables check quickstart || exit 1
 steps=${QUICKSTART_STEPS:-60}
 TOY_DIR=${TOY_DIR:-runs/toy}
 export TOY_DIR=${TOY_DIR%/}
 world=${TOY_DIR##*/}-
 [[ $TOY_DIR != runs/toy ]] || world=
-out=${OUT_DIR:-runs/quickstart/$world$method-seed$seed-$steps}
+out=${OUTPUT_DIR:-runs/quickstart/$world$method-seed$seed-$steps}
 # What is set for other runs is not for these services and this training.
-forget_retriever
-unset OUT_DIR MODEL_PATH TRAIN_FILES VAL_FILES TOOL_CONFIG NNODES RAY_ADDRESS SIOP_HOST SIOP_PORT SIOP_NLI_MODEL \
-    SIOP_ENGINE SIOP_TP_SIZE SIOP_GPU_MEM SIOP_DTYPE SIOP_LORA_PATH SIOP_MAX_MODEL_LEN
-export LOG_DIR=$out/logs SEED=$seed N_GPUS=0
+for name in OUTPUT_DIR $(variables foreign quickstart); do unset "$name"; done
+export LOG_DIR=$out/logs SEED=$seed N_GPUS_PER_NODE=0 SIOP_NLI_MODEL=none EVAL_TEMPERATURE=1
 
 # Job control gives each phase a process group of its own, which is stopped as a whole.
 set -m
@@ -110,8 +93,8 @@ run "$PYTHON" -m examples.toy_world.build --keep --out "$TOY_DIR" --threads "$(g
 if [[ ! -f $out/world.json ]]; then
     cp "$TOY_DIR/meta.json" "$out/world.json"
 elif ! cmp -s "$TOY_DIR/meta.json" "$out/world.json"; then
-    die "OUT_DIR=$out holds results of another toy world than $TOY_DIR (its meta.json then: $out/world.json);" \
-        "choose another OUT_DIR, or remove that folder"
+    die "OUTPUT_DIR=$out holds results of another toy world than $TOY_DIR (its meta.json then: $out/world.json);" \
+        "choose another OUTPUT_DIR, or remove that folder"
 fi
 finished
 
@@ -132,7 +115,7 @@ evaluate() {
     if [[ -f $out/$1/validation/metrics.json && $out/$1/validation/metrics.json -nt $2 ]]; then
         say "      reusing $out/$1"
     else
-        EXPERIMENT=$1 OUT_DIR=$out/$1 run bash eval_siop.sh "$2"
+        EXPERIMENT_NAME=$1 OUTPUT_DIR=$out/$1 run bash eval_siop.sh "$2"
     fi
 }
 
@@ -143,16 +126,15 @@ finished
 labels=", no labels"
 [[ ! $method =~ ^(grpo|igpo)$ ]] || labels=
 phase "training: $method, $steps steps of 8 questions x 8 rollouts$labels"
-checkpoint=$out/checkpoints/global_step_$steps
+checkpoint=$out/global_step_$steps
 train_start=$SECONDS
 if [[ -d $checkpoint/actor && $checkpoint -nt $TOY_DIR/meta.json ]]; then
     say "      reusing $checkpoint"
 else
-    log=$LOG_DIR/train-$method.log
+    log=$LOG_DIR/siop_train-$method.log
     log_start=$(log_length "$log")
-    EXPERIMENT=$method OUT_DIR=$out TENSORBOARD_DIR=$out/tensorboard bash train_siop.sh -- \
-        "ablation=$method" "trainer.total_training_steps=$steps" trainer.save_freq=20 \
-        trainer.max_actor_ckpt_to_keep=1 >/dev/null 2>&1 &
+    EXPERIMENT_NAME=$method OUTPUT_DIR=$out SAVE_FREQ=20 bash train_siop.sh \
+        "ablation=$method" "trainer.total_training_steps=$steps" trainer.max_actor_ckpt_to_keep=1 >/dev/null 2>&1 &
     child=$!
     say "      log: $log"
     run_watch "$log" "$log_start" "$child" "$steps"

@@ -69,9 +69,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="siop-step-") as folder:
         logs = Path(folder) / "logs"
-        with toy_services(toy, logs, SIOP_BENCHMARK=folder, OUT_DIR=folder) as env:
+        with toy_services(toy, logs, SIOP_BENCHMARK=folder, OUTPUT_DIR=folder) as env:
             overrides = [f"trainer.total_training_steps={args.steps}", "trainer.save_freq=-1", *args.overrides]
-            log_file = logs / "train-siop.log"
+            log_file = logs / "siop_train.log"
             start, first, peak = time.monotonic(), 0.0, 0.0
             run = subprocess.Popen(
                 ["bash", "train_siop.sh", "--", *overrides], cwd=ROOT, env=env, stdout=subprocess.DEVNULL

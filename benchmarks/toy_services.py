@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from launch_variables import TABLE  # noqa: E402
+
 _LAUNCHERS = ("launch_retriever.sh", "launch_siop_scorer.sh")
-_NOT_INHERITED = (
-    *("CONDA_ENV", "MODEL_PATH", "TRAIN_FILES", "VAL_FILES", "TOOL_CONFIG", "EXPERIMENT", "OUT_DIR", "RAY_ADDRESS"),
-    *("RETRIEVAL_SERVER_SCRIPT", "RETRIEVER_INDEX_DIR", "RETRIEVER_HOST", "RETRIEVER_TOPK"),
-    *("SIOP_HOST", "SIOP_NLI_MODEL", "SIOP_ENGINE", "SIOP_LORA_PATH", "SIOP_MAX_MODEL_LEN"),
-)
 
 
 def _free_port() -> int:
@@ -33,24 +32,25 @@ def toy_services(toy: Path, logs: Path, **extra: str) -> Iterator[dict[str, str]
         subprocess.CalledProcessError: a service did not start; its launcher has said why.
     """
     retriever, scorer = _free_port(), _free_port()
+    # What is set for other runs would win over the toy world's.
+    known = {row.name for row in TABLE} - {"OMP_NUM_THREADS", "SIOP_API_TOKEN", "SIOP_START_TIMEOUT"}
     env = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in known},
         "VIRTUAL_ENV": sys.prefix,
         "LOG_DIR": str(logs.resolve()),
         "TOY_DIR": str(toy),
-        "N_GPUS": "0",
+        "N_GPUS_PER_NODE": "0",
         "RETRIEVER_CORPUS_FILE": str(toy / "corpus.jsonl"),
         "RETRIEVER_PORT": str(retriever),
         "RETRIEVER_URL": f"http://127.0.0.1:{retriever}/retrieve",
         "SIOP_MODEL": str(toy / "model"),
+        "SIOP_NLI_MODEL": "none",
         "SIOP_NUM_GPUS": "0",
         "SIOP_PORT": str(scorer),
         "SIOP_SCORER_URL": f"http://127.0.0.1:{scorer}",
+        "EVAL_TEMPERATURE": "1",
+        **extra,
     }
-    # These would win over the toy world's.
-    for name in _NOT_INHERITED:
-        env.pop(name, None)
-    env.update(extra)
     started: list[str] = []
     try:
         for launcher in _LAUNCHERS:

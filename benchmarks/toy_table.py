@@ -134,7 +134,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        return self.folder / "logs" / f"train-{self.method}.log"
+        return self.folder / "logs" / f"siop_train-{self.method}.log"
 
     @property
     def state(self) -> str:
@@ -152,9 +152,9 @@ class Run:
             "trainer.max_actor_ckpt_to_keep=1",
         ]
         script = (
-            "set -e; checkpoint=$OUT_DIR/checkpoints/global_step_$1; shift; "
+            "set -e; checkpoint=$OUTPUT_DIR/global_step_$1; shift; "
             '[ -d "$checkpoint/actor/huggingface" ] || bash train_siop.sh -- "$@"; '
-            'EXPERIMENT=after OUT_DIR=$OUT_DIR/after exec bash eval_siop.sh "$checkpoint"'
+            'EXPERIMENT_NAME=after OUTPUT_DIR=$OUTPUT_DIR/after exec bash eval_siop.sh "$checkpoint"'
         )
         return ["bash", "-c", script, "toy_table", str(steps), *overrides]
 
@@ -236,7 +236,7 @@ def evaluate_start(world: str) -> None:
     if (folder / "validation" / METRICS_FILE).is_file():
         return
     with toy_services(entry.toy, RUNS / world / "logs") as env:
-        run_env = {**env, "EXPERIMENT": "start", "OUT_DIR": str(folder), "LOG_DIR": str(folder / "logs")}
+        run_env = {**env, "EXPERIMENT_NAME": "start", "OUTPUT_DIR": str(folder), "LOG_DIR": str(folder / "logs")}
         command = ["bash", "eval_siop.sh", str(entry.toy / "model")]
         subprocess.run(command, cwd=ROOT, env=run_env, check=True, stdout=subprocess.DEVNULL)
 
@@ -257,8 +257,8 @@ def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
                     run_env = {
                         **env,
                         "SEED": str(run.seed),
-                        "EXPERIMENT": run.method,
-                        "OUT_DIR": str(run.folder),
+                        "EXPERIMENT_NAME": run.method,
+                        "OUTPUT_DIR": str(run.folder),
                         "LOG_DIR": str(run.folder / "logs"),
                         "TENSORBOARD_DIR": str(run.folder / "tensorboard"),
                     }

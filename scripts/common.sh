@@ -10,21 +10,41 @@ die() {
     exit 1
 }
 
-# Prints the header comment of a script as its help text.
-print_help() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$1"; }
+# Some Python for scripts/launch_variables.py, which needs no package.
+any_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} "$ROOT/.venv/bin/python" python3 python; do
+        if command -v "$candidate" >/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python found on PATH"
+}
 
-# help_if_asked SCRIPT ARGUMENT: prints the help of SCRIPT and ends it if ARGUMENT asks for help.
+# variables ACTION PROGRAM: see scripts/launch_variables.py, the table of all variables of the launchers.
+variables() {
+    local python
+    python=$(any_python)
+    "$python" "$ROOT/scripts/launch_variables.py" "$@"
+}
+
+# help_if_asked SCRIPT ARGUMENT [PROGRAM]: if ARGUMENT asks for help, prints the header comment of SCRIPT and the
+# variables of PROGRAM, and ends it.
 help_if_asked() {
     case ${2:-} in
-        -h | --help)
-            print_help "$1"
+        -h | --help | help)
+            sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$1"
+            if [[ -n ${3:-} ]]; then echo && variables help "$3"; fi
             exit 0
             ;;
     esac
 }
 
-# Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the active virtual environment, else .venv, else
-# python.
+has_project() { "$1" -c 'import importlib.metadata as m; m.version("siop-verl")' 2>/dev/null; }
+
+# Sets PYTHON: the interpreter of CONDA_ENV if that is set, else of the activated virtual or conda environment, else
+# .venv, else python. Conda activates its base environment by itself: it counts only if the project is in it.
 pick_python() {
     if [[ -n ${CONDA_ENV:-} ]]; then
         command -v conda >/dev/null || die "CONDA_ENV=$CONDA_ENV is set, but there is no conda on PATH"
@@ -32,15 +52,41 @@ pick_python() {
             die "CONDA_ENV=$CONDA_ENV: no such conda environment, or no Python in it"
     elif [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
         PYTHON=$VIRTUAL_ENV/bin/python
+    elif [[ -n ${CONDA_PREFIX:-} && -x $CONDA_PREFIX/bin/python ]] &&
+        { [[ ${CONDA_DEFAULT_ENV:-} != base ]] || has_project "$CONDA_PREFIX/bin/python"; }; then
+        PYTHON=$CONDA_PREFIX/bin/python
     elif [[ -x $ROOT/.venv/bin/python ]]; then
         PYTHON=$ROOT/.venv/bin/python
     else
         PYTHON=$(command -v python || command -v python3) || die "no Python found; run: bash scripts/setup_env.sh"
     fi
-    "$PYTHON" -c 'import importlib.metadata as m; m.version("siop-verl")' 2>/dev/null ||
+    has_project "$PYTHON" ||
         die "this project is not installed in $PYTHON; run: bash scripts/setup_env.sh (CPU) or" \
             "pip install -r requirements.txt (GPU)"
     export PYTHON
+    say "Python: $PYTHON"
+}
+
+# check_torch GPUS VARIABLE: refuses a CPU build of torch where GPUS are to be used; VARIABLE=0 asks for the CPU.
+check_torch() {
+    local version
+    [[ $1 -gt 0 ]] || return 0
+    version=$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))') ||
+        die "torch is not installed in $PYTHON"
+    [[ $version != *+cpu* ]] ||
+        die "torch $version in $PYTHON is a CPU build, but $1 GPU(s) are to be used: activate the environment with" \
+            "the GPU build (pip install -r requirements.txt), or set $2=0 to use the CPU"
+}
+
+# check_gpu_memory SHARE VARIABLE: refuses a share of GPU memory that is not free on one of the GPUs seen here.
+check_gpu_memory() {
+    local index free total
+    while IFS=', ' read -r index free total; do
+        awk -v free="$free" -v total="$total" -v share="$1" 'BEGIN { exit !(free < share * total) }' || continue
+        die "$2=$1 asks for $(awk -v t="$total" -v s="$1" 'BEGIN { printf "%d", t * s }') MiB of GPU $index, of which" \
+            "$free MiB are free: lower $2, stop what holds the rest, or name other GPUs (CUDA_VISIBLE_DEVICES)"
+    done < <(nvidia-smi ${CUDA_VISIBLE_DEVICES:+-i "${CUDA_VISIBLE_DEVICES// /}"} \
+        --query-gpu=index,memory.free,memory.total --format=csv,noheader,nounits 2>/dev/null | grep -E '^[0-9]+, [0-9]+, [0-9]+$')
 }
 
 # check_number NAME LEAST MOST [LABEL]: refuses a value of the variable NAME that is no whole number in this range. Unset
@@ -54,6 +100,7 @@ check_number() {
     fi
 }
 
+# shellcheck disable=SC2034  # for the scripts that source this file
 MAX_INT=2147483647
 
 # Number of GPUs that a process started here sees: those that nvidia-smi lists, or of them what CUDA_VISIBLE_DEVICES
@@ -123,53 +170,91 @@ free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0
 # The settings (config/experiment) for the toy world in a folder.
 toy_settings() { if grep -qs '"world": "chains"' "$1/meta.json"; then echo toy_chains; else echo toy; fi; }
 
-# Refuses numbers for the trainer that it could not use. In a function of its own to come before anything is started.
-check_trainer_numbers() {
-    check_number N_GPUS 0 1024
-    check_number SEED 0 "$MAX_INT"
-}
-
 # Forgets the variables that would lead the toy world's retriever to another corpus, index, server or address.
 forget_retriever() {
-    unset RETRIEVAL_SERVER_SCRIPT RETRIEVER_CORPUS_FILE RETRIEVER_INDEX_DIR RETRIEVER_INDEX_PATH RETRIEVER_NAME \
-        RETRIEVER_MODEL RETRIEVER_FAISS_GPU RETRIEVER_HOST RETRIEVER_PORT RETRIEVER_TOPK RETRIEVER_URL
+    unset RETRIEVAL_SERVER_SCRIPT RETRIEVER_CORPUS_FILE RETRIEVER_CORPUS_DIR RETRIEVER_INDEX_DIR RETRIEVER_INDEX_FILE \
+        RETRIEVER_NAME RETRIEVER_MODEL RETRIEVER_FAISS_GPU RETRIEVER_GPUS RETRIEVER_CONDA_ENV RETRIEVER_HOST \
+        RETRIEVER_PORT RETRIEVER_TOPK RETRIEVER_URL
 }
 
-# shellcheck disable=SC2034  # DEVICE is for the scripts that source this file.
-# trainer_args DATA: sets TRAINER_ARGS, MODEL_PATH and DEVICE for verl.trainer.siop.main from the environment variables
-# of train_siop.sh. Without DATA, the toy world's data, model, tool and settings are taken.
+# trainer_words ARGUMENT ...: sets OVERRIDES and DRY_RUN from the arguments of a launcher. Overrides may come with and
+# without -- before them, and our own keys with the + that the first release needed.
+# shellcheck disable=SC2034  # for the scripts that source this file
+trainer_words() {
+    local word only_words=
+    OVERRIDES=() DRY_RUN=
+    for word in "$@"; do
+        if [[ $word =~ ^\++(algorithm\.siop_[a-z_]+=.*)$ ]]; then
+            OVERRIDES+=("${BASH_REMATCH[1]}")
+        elif [[ -n $only_words || $word == [a-zA-Z_+~]*=* || $word == ~* ]]; then
+            OVERRIDES+=("$word")
+        elif [[ $word == -- ]]; then
+            only_words=1
+        elif [[ $word == --dry-run ]]; then
+            DRY_RUN=1
+        else
+            die "unknown argument '$word'; Hydra overrides have the form key=value, see --help"
+        fi
+    done
+}
+
+# trainer_args PROGRAM TOY: sets TRAINER_ARGS and DEVICE for verl.trainer.siop.main from the variables of PROGRAM (train
+# or eval). TOY is not empty if the user has named neither model nor data: then those of the toy world are taken.
+# shellcheck disable=SC2034  # for the scripts that source this file
 trainer_args() {
-    local data=$1 toy=${TOY_DIR:-runs/toy}
+    local program=$1 toy=${TOY_DIR:-runs/toy} gpus own
     TRAINER_ARGS=(--config-dir "$ROOT/config")
-    if [[ -z $data ]]; then
+    if [[ -n $2 ]]; then
         [[ -f $toy/eval.parquet ]] ||
-            die "no data named and no toy world in $toy; build it with: $PYTHON -m examples.toy_world.build --out $toy"
+            die "no model and no data named, and no toy world in $toy: set MODEL_PATH, TRAIN_FILE and VAL_FILE, or" \
+                "build it with: $PYTHON -m examples.toy_world.build --out $toy"
         MODEL_PATH=${MODEL_PATH:-$toy/model}
-        VAL_FILES=${VAL_FILES:-$toy/eval.parquet}
+        VAL_FILE=$toy/eval.parquet
         # Data without a training part (eval_siop.sh --toy-seed) is only evaluated.
-        TRAIN_FILES=$([[ -f $toy/train.parquet ]] && echo "$toy/train.parquet" || echo "$VAL_FILES")
+        TRAIN_FILE=$([[ -f $toy/train.parquet ]] && echo "$toy/train.parquet" || echo "$VAL_FILE")
         TOOL_CONFIG=${TOOL_CONFIG:-$toy/tool_config.yaml}
         TRAINER_ARGS+=("experiment=$(toy_settings "$toy")")
+        say "the toy world in $toy, because neither a model nor data is named"
     fi
-    [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the model to train"
-    [[ -n ${VAL_FILES:-} ]] || die "set VAL_FILES to the validation data (parquet)"
-    local gpus
-    gpus=${N_GPUS:-$(count_gpus)}
+    [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the policy, a transformers model (folder or hub id)"
+    [[ $program != train || -n ${TRAIN_FILE:-} ]] || die "set TRAIN_FILE to the training data (parquet)"
+    [[ -n ${VAL_FILE:-} ]] || die "set VAL_FILE to the validation data (parquet)"
+    TRAIN_FILE=${TRAIN_FILE:-$VAL_FILE}
+    export MODEL_PATH TRAIN_FILE VAL_FILE TOOL_CONFIG=${TOOL_CONFIG:-config/local_search_tool_config.yaml}
+    gpus=${N_GPUS_PER_NODE:-$(count_gpus)}
     if [[ $gpus -eq 0 ]]; then
         use_cpu
         DEVICE=CPU
         TRAINER_ARGS+=(hardware=cpu)
     else
         DEVICE="$gpus GPU(s)"
+        check_torch "$gpus" N_GPUS_PER_NODE
+        check_gpu_memory "${ROLLOUT_GPU_MEM:-0.5}" ROLLOUT_GPU_MEM
         TRAINER_ARGS+=("trainer.n_gpus_per_node=$gpus")
+        if ! "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("flash_attn"))'; then
+            say "flash-attn is not installed: attention by sdpa, slower on long rollouts" \
+                "(pip install flash-attn --no-build-isolation)"
+            TRAINER_ARGS+=(++actor_rollout_ref.model.override_config.attn_implementation=sdpa)
+        fi
     fi
     export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_DEDUP_LOGS=${RAY_DEDUP_LOGS:-0}
-    TRAINER_ARGS+=(
-        "actor_rollout_ref.model.path=$MODEL_PATH"
-        "data.train_files=${TRAIN_FILES:-$VAL_FILES}"
-        "data.val_files=$VAL_FILES"
-        "actor_rollout_ref.rollout.multi_turn.tool_config_path=${TOOL_CONFIG:-config/local_search_tool_config.yaml}"
-        "data.seed=${SEED:-1}"
-        "actor_rollout_ref.rollout.seed=${SEED:-1}"
-    )
+    export RAY_memory_monitor_refresh_ms=${RAY_memory_monitor_refresh_ms:-0}
+    export RAY_ENABLE_UV_RUN_RUNTIME_ENV=${RAY_ENABLE_UV_RUN_RUNTIME_ENV:-0}
+    own=$(variables overrides "$program")
+    mapfile -t -O "${#TRAINER_ARGS[@]}" TRAINER_ARGS <<<"$own"
+}
+
+# dry_run PROGRAM COMMAND ...: prints the variables of PROGRAM and the command, and for the trainer its configuration.
+dry_run() {
+    local program=$1
+    shift
+    echo "variables (defaults in brackets):"
+    variables show "$program"
+    echo "command:"
+    printf '  '
+    printf '%q ' "$@"
+    echo
+    [[ $program == train || $program == eval ]] || return 0
+    echo "configuration:"
+    "$@" --cfg job --resolve
 }

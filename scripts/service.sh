@@ -68,14 +68,19 @@ session_end() {
     done
 }
 
-# service_arguments SCRIPT [ACTION] [-- OPTION ...]: sets ACTION (start) and OPTIONS from the arguments of a launcher.
+# service_arguments SCRIPT [ACTION] [--dry-run] [-- OPTION ...]: sets ACTION (start), DRY_RUN and OPTIONS from the
+# arguments of a launcher.
 # shellcheck disable=SC2034  # for the scripts that source this file
 service_arguments() {
     local script=$1
     shift
-    ACTION=start
-    if [[ $# -gt 0 && $1 != -- ]]; then
+    ACTION=start DRY_RUN=
+    if [[ $# -gt 0 && $1 != -* ]]; then
         ACTION=$1
+        shift
+    fi
+    if [[ ${1:-} == --dry-run ]]; then
+        DRY_RUN=1
         shift
     fi
     if [[ ${1:-} == -- ]]; then

@@ -37,6 +37,7 @@ def test_defaults() -> None:
         "siop_scorer_url": "http://127.0.0.1:8390",
         "siop_scorer_timeout_s": 600.0,
         "siop_on_scorer_error": "raise",
+        "siop_on_nothing_learnt": "stop",
         "siop_import": "",
     }
 
@@ -54,6 +55,7 @@ def test_defaults() -> None:
         ("siop_gain", None, "peak, prob, log"),
         ("siop_scorer", "frozen", "server, policy"),
         ("siop_on_scorer_error", "zero", "raise, drop_group"),
+        ("siop_on_nothing_learnt", "ignore", "stop, warn"),
         ("siop_use_gold_ref", "true", "true or false"),
         ("siop_enable_two_pass", 1, "true or false"),
         ("siop_lambda", 1.5, "a number from 0.0 to 1.0"),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,10 +16,11 @@ from typing import Any
 import httpx
 import pytest
 from scorer_process import free_port
+from search_calls import search_all
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.local_search_tool import LocalSearchTool
-from verl.tools.search_common import MAX_QUERY_CHARS, SearchRefused, SearchTool, SearchUnavailable, format_hits
+from verl.tools.search_common import MAX_QUERY_CHARS, SearchRefused, SearchUnavailable, format_hits
 from verl.tools.serper_search_tool import SerperSearchTool
 from verl.tools.tool_registry import load_all_tools
 from verl.utils.siop.errors import SiopConfigError
@@ -48,57 +48,6 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(20)
-
-
-@pytest.fixture
-def scripted_service() -> Iterator[tuple[str, list[tuple[Any, ...]], list[dict[str, Any]]]]:
-    """A real HTTP server that gives the listed (status, JSON[, headers]) answers in turn; it records the requests."""
-    answers: list[tuple[Any, ...]] = []
-    asked: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            asked.append({"path": self.path, "headers": dict(self.headers), "body": json.loads(body)})
-            status, answer, *headers = answers.pop(0)
-            self.send_response(status)
-            for name, value in (headers[0] if headers else {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/retrieve", answers, asked
-    server.shutdown()
-    server.server_close()
-
-
-def search_all(tool: SearchTool, *parameters: Any, close: bool = True) -> list[Any]:
-    """(text, metrics) or the exception of each call, all at once on one event loop."""
-
-    async def run() -> list[Any]:
-        async def one(arguments: Any) -> Any:
-            instance, _ = await tool.create()
-            try:
-                response, reward, metrics = await tool.execute(instance, arguments)
-            except (SearchUnavailable, SearchRefused) as error:
-                with pytest.raises(type(error)):
-                    await tool.release(instance)
-                return error
-            await tool.release(instance)
-            assert reward == 0.0
-            return response.text, metrics
-
-        results = await asyncio.gather(*(one(p) for p in parameters))
-        if close:
-            await tool.aclose()
-        return results
-
-    return asyncio.run(run())
 
 
 def test_searches_a_real_retriever(retriever: str) -> None:

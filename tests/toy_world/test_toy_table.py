@@ -329,16 +329,16 @@ def test_the_standard_error_is_half_of_wilsons_interval(em: float, questions: in
 # --- the command ------------------------------------------------------------------------------------------------------
 
 _TRAIN = """\
-echo "train $OUT_DIR $SEED $*" >> {calls}
-mkdir -p "$OUT_DIR/checkpoints"
+echo "train $OUTPUT_DIR $SEED $*" >> {calls}
+mkdir -p "$OUTPUT_DIR/checkpoints"
 case $* in *pooled* | *release*) exit 3 ;; *ttrl*) sleep 300 & wait ;; esac
-echo "step:2 - x" > "$LOG_DIR/train-$EXPERIMENT.log"
-mkdir -p "$OUT_DIR/checkpoints/global_step_2/actor/huggingface"
+echo "step:2 - x" > "$LOG_DIR/siop_train-$EXPERIMENT_NAME.log"
+mkdir -p "$OUTPUT_DIR/global_step_2/actor/huggingface"
 """
 _EVAL = """\
-echo "eval $OUT_DIR $1" >> {calls}
-mkdir -p "$OUT_DIR/validation"
-echo '{{}}' > "$OUT_DIR/validation/metrics.json"
+echo "eval $OUTPUT_DIR $1" >> {calls}
+mkdir -p "$OUTPUT_DIR/validation"
+echo '{{}}' > "$OUTPUT_DIR/validation/metrics.json"
 """
 
 
@@ -392,7 +392,7 @@ def test_a_run_trains_and_evaluates_once(table: Path) -> None:
     assert [run.name for run in runs] == [f"two_hop/{m}-seed{s}" for s in (1, 2) for m in ("siop", "empo")]
     assert {run.state for run in runs} == {"to do"}
     # The first was interrupted after training, the second before its first checkpoint.
-    (runs[0].folder / "checkpoints" / "global_step_2" / "actor" / "huggingface").mkdir(parents=True)
+    (runs[0].folder / "global_step_2" / "actor" / "huggingface").mkdir(parents=True)
     (runs[1].folder / "logs").mkdir(parents=True)
     assert runs[1].state == "interrupted"
     assert toy_table.run_world("two_hop", runs, 2, _Bar()) == []

@@ -42,7 +42,7 @@ class Quickstart:
         env = {
             **os.environ,
             "QUICKSTART_STEPS": str(steps),
-            "OUT_DIR": str(self.out),
+            "OUTPUT_DIR": str(self.out),
             "SIOP_TEST_MARK": self.mark,
             "PYTHONPATH": str(ROOT / "tests" / "helpers" / "plugins"),
             "VERL_USE_EXTERNAL_MODULES": "record_rewards",
@@ -102,7 +102,7 @@ def test_prints_the_table_and_leaves_nothing_running(quickstart: tuple[Quickstar
     assert 0.2 < before["val-aux/toy_two_hop/em/mean@1"] < 0.4
     assert 1 < before["val-aux/turns/mean"] < 5
     assert list((run.out / "tensorboard").glob("events.*"))
-    assert (run.out / "checkpoints" / "global_step_2" / "actor" / "huggingface" / "config.json").is_file()
+    assert (run.out / "global_step_2" / "actor" / "huggingface" / "config.json").is_file()
 
 
 def test_the_estimator_receives_the_turn_rewards_bit_for_bit(quickstart: tuple[Quickstart, str]) -> None:
@@ -137,7 +137,7 @@ def test_the_estimator_receives_the_turn_rewards_bit_for_bit(quickstart: tuple[Q
 
 
 def test_rollout_log_probs_are_the_actors_after_every_weight_sync(quickstart: tuple[Quickstart, str]) -> None:
-    log = (quickstart[0].out / "logs" / "train-siop.log").read_text()
+    log = (quickstart[0].out / "logs" / "siop_train-siop.log").read_text()
     differences = [float(x) for x in re.findall(r"training/rollout_probs_diff_max:(\S+)", log)]
     assert len(differences) == 2 and max(differences) < 1e-4
 
@@ -150,6 +150,7 @@ def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) ->
         assert row["answer"] in row["output"]
         assert len(row["support"]) in (0, len(row["turn_rewards"]) + 1)
         assert all(0 <= p <= 1 for p in row["support"])
+        assert row["siop_tools"]["executed"] == row["output"].count("<tool_response>")
         by_question.setdefault(row["uid"].split("_")[0], []).append(row)
     for group in by_question.values():
         targets = {row["cluster"]: row["target"] for row in group}
@@ -167,14 +168,14 @@ def resumed(quickstart: tuple[Quickstart, str], tmp_path_factory: pytest.TempPat
     """A third step, in which the policy is its own scorer: what it printed, and the weights that it started from."""
     run, _ = quickstart
     weights = tmp_path_factory.mktemp("weights") / "step_2"
-    shutil.copytree(run.out / "checkpoints" / "global_step_2" / "actor" / "huggingface", weights)
+    shutil.copytree(run.out / "global_step_2" / "actor" / "huggingface", weights)
     return run.run(steps=3, method="policy"), weights
 
 
 def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]) -> None:
     run, _ = quickstart
     assert f"reusing {run.out}/before" in resumed[0]
-    log = (run.out / "logs" / "train-policy.log").read_text()
+    log = (run.out / "logs" / "siop_train-policy.log").read_text()
     assert "Resuming from" in log and "global_step_2, setting global step to 2" in log
     assert [int(x) for x in re.findall(r"\bstep:(\d+) - ", log)] == [3]
     run.wait_until_nothing_is_left()
@@ -189,7 +190,7 @@ def test_support_from_the_policy_is_that_of_the_weights_before_the_update(
     assert len(rows) > 32
     measured = np.concatenate([row["support"] for row in rows])
     np.testing.assert_allclose(measured, _support(resumed[1], rows), atol=1e-4)
-    updated = run.out / "checkpoints" / "global_step_3" / "actor" / "huggingface"
+    updated = run.out / "global_step_3" / "actor" / "huggingface"
     assert np.abs(measured - _support(updated, rows)).max() > 0.01
 
 

@@ -7,19 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_module
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from scorer_process import free_port
+from omegaconf import OmegaConf
+from preflight_world import ROW, Parts, check, config_of, health_of_scorer, right_parts, write_rows
 from verl.trainer.siop.main import main, record_config
 from verl.trainer.siop.preflight import DataError, check_before_start, check_method, check_overrides
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
@@ -29,50 +23,21 @@ from examples.toy_world.tokenizer import REFERENCE_PREFIX, REFERENCE_SUFFIX
 
 ROOT = Path(__file__).parents[2]
 CLIP = ["actor_rollout_ref.actor.policy_loss.loss_mode=turn_clip", "algorithm.siop_baseline=turn_group"]
-ROW = {
-    "data_source": "test",
-    "prompt": [{"role": "user", "content": "who?"}],
-    "reward_model": {"style": "rule", "ground_truth": {"target": ["me"]}},
-}
-
-
-def _config(*overrides: str) -> DictConfig:
-    with initialize_config_module("verl.trainer.siop.config", version_base=None):
-        return compose("siop_trainer", overrides=["hardware=cpu", *overrides])
 
 
 @pytest.fixture
-def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     """Overrides of a run in which everything is right but that there is no scorer."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
-    data = tmp_path / "data.parquet"
-    pq.write_table(pa.Table.from_pylist([ROW] * 3), data)
-    tools = tmp_path / "tools.yaml"
-    tools.write_text("tools: []\n")
-    return {
-        "actor_rollout_ref.model.path": str(tiny_model),
-        "data.train_files": str(data),
-        "data.val_files": str(data),
-        "data.max_prompt_length": "64",
-        "actor_rollout_ref.rollout.multi_turn.tool_config_path": str(tools),
-        "algorithm.siop_scorer_url": f"http://127.0.0.1:{free_port()}",
-        "algorithm.siop_scorer_timeout_s": "2",
-    }
-
-
-def _check(parts: dict[str, str], **changes: Any) -> None:
-    merged = {**parts, **{key.replace("__", "."): value for key, value in changes.items()}}
-    check_before_start(_config(*(f"{key}={value}" for key, value in merged.items())))
+    return right_parts(tmp_path, tiny_model)
 
 
 def _parquet(tmp_path: Path, row: dict[str, Any]) -> str:
-    path = tmp_path / "bad.parquet"
-    pq.write_table(pa.Table.from_pylist([row]), path)
-    return str(path)
+    return write_rows(tmp_path / "bad.parquet", [row])
 
 
 def test_yaml_and_config_class_have_the_same_defaults() -> None:
-    assert SiopConfig.from_algorithm(_config().algorithm) == SiopConfig()
+    assert SiopConfig.from_algorithm(config_of().algorithm) == SiopConfig()
 
 
 OTHER_VALUES: dict[str, Any] = {
@@ -98,6 +63,7 @@ OTHER_VALUES: dict[str, Any] = {
     "siop_scorer_url": "https://elsewhere:1",
     "siop_scorer_timeout_s": 5.0,
     "siop_on_scorer_error": "drop_group",
+    "siop_on_nothing_learnt": "warn",
     "siop_import": "json",
 }
 
@@ -111,7 +77,7 @@ def test_every_key_is_an_override_without_plus_and_is_recorded(tmp_path: Path) -
         texts = {key: f'"{value}"' if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
         folder = tmp_path / str(len(keys))
         overrides = [f"algorithm.{key}={text}" for key, text in texts.items()]
-        config = _config(*overrides, f"trainer.default_local_dir={folder}", *parts)
+        config = config_of(*overrides, f"trainer.default_local_dir={folder}", *parts)
         record_config(config)
         recorded = OmegaConf.load(folder / "config.yaml").algorithm
         for algorithm in (config.algorithm, recorded):
@@ -120,7 +86,7 @@ def test_every_key_is_an_override_without_plus_and_is_recorded(tmp_path: Path) -
 
 
 def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
-    record_config(_config("trainer.val_only=true", f"trainer.default_local_dir={tmp_path}/run"))
+    record_config(config_of("trainer.val_only=true", f"trainer.default_local_dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -146,7 +112,7 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
 )
 def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
     overrides = [f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]", f"ablation={name}"]
-    config = _config(*overrides)
+    config = config_of(*overrides)
     assert SiopConfig.from_algorithm(config.algorithm) == SiopConfig(**changes)
     check_method(config, SiopConfig(**changes))
     assert config.algorithm.adv_estimator == ("grpo" if name == "grpo" else "siop")
@@ -157,7 +123,7 @@ def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:
 def test_a_preset_that_does_not_exist_is_refused_with_those_that_do(group: str) -> None:
     searchpath = f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]"
     with pytest.raises(MissingConfigException, match=r"relase[\s\S]*(release|toy)"):
-        _config(searchpath, f"{group}=relase")
+        config_of(searchpath, f"{group}=relase")
 
 
 def test_a_misspelt_key_gets_our_message_not_hydras(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,82 +137,65 @@ def test_a_misspelt_key_gets_our_message_not_hydras(monkeypatch: pytest.MonkeyPa
 def test_workers_get_their_environment_and_ray_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RETRIEVER_URL", "http://10.0.0.7:8000/retrieve")
-    parts = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m", "trainer.experiment_name=e"]
-    ray_init = _config("hardware=gpu", *parts).ray_kwargs.ray_init
+    parts = [
+        "data.train_files=t",
+        "data.val_files=v",
+        "actor_rollout_ref.model.path=m",
+        "trainer.default_local_dir=out",
+    ]
+    ray_init = config_of("hardware=gpu", *parts).ray_kwargs.ray_init
     assert ray_init.address == "local"
     assert ray_init.runtime_env.env_vars.RETRIEVER_URL == "http://10.0.0.7:8000/retrieve"
-    assert ray_init.runtime_env.env_vars.TENSORBOARD_DIR == "runs/e/tensorboard"
+    assert ray_init.runtime_env.env_vars.TENSORBOARD_DIR == "out/tensorboard"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert _config("hardware=gpu", *parts).ray_kwargs.ray_init.address == "10.0.0.1:6379"
-    assert _config(*parts).ray_kwargs.ray_init.address == "local"  # on CPU
+    assert config_of("hardware=gpu", *parts).ray_kwargs.ray_init.address == "10.0.0.1:6379"
+    assert config_of(*parts).ray_kwargs.ray_init.address == "local"  # on CPU
 
 
-def test_one_rollout_of_a_question_is_warned_about(parts: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_one_rollout_of_a_question_is_warned_about(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ScorerUnavailable):
-        _check(parts, actor_rollout_ref__rollout__n="1")
+        check(parts, actor_rollout_ref__rollout__n="1")
     assert "rollout.n=1" in caplog.text
 
 
 def test_the_toy_experiment_and_a_preset() -> None:
     overrides = [f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]", "ablation=release"]
-    toy = _config(*overrides, "experiment=toy")
+    toy = config_of(*overrides, "experiment=toy")
     assert toy.algorithm.siop_baseline == "pooled"
     assert toy.trainer.total_training_steps == 60 and toy.actor_rollout_ref.rollout.n == 8
     assert toy.algorithm.siop_reference_prefix == REFERENCE_PREFIX
     assert toy.algorithm.siop_reference_suffix == REFERENCE_SUFFIX
 
 
-def test_a_correct_setup_passes_up_to_the_scorer(parts: dict[str, str]) -> None:
-    _check(parts, algorithm__adv_estimator="grpo")
-    _check(parts, trainer__val_only="true")
+def test_a_correct_setup_passes_up_to_the_scorer(parts: Parts) -> None:
+    check(parts, algorithm__adv_estimator="grpo")
+    check(parts, trainer__val_only="true", trainer__val_before_train="true")
     with pytest.raises(ScorerUnavailable, match=parts["algorithm.siop_scorer_url"]):
-        _check(parts)
-
-
-@pytest.fixture
-def scorer_without_model(parts: dict[str, str]) -> Iterator[None]:
-    """Something that answers /health as a scorer does that was started with ``--model none``."""
-
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.dumps({"status": "healthy", "num_workers": 1, "engine": "none", "model": "none"}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: Any) -> None:
-            return None
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Health)
-    parts["algorithm.siop_scorer_url"] = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield
-    server.shutdown()
-    server.server_close()
+        check(parts)
 
 
 def test_a_scorer_without_a_language_model_is_enough_for_the_policy_alone(
-    parts: dict[str, str], scorer_without_model: None
+    parts: Parts,
 ) -> None:
-    _check(parts, algorithm__siop_scorer="policy")
-    with pytest.raises(SiopConfigError, match=r"siop_scorer=server, but the scorer at http.* has no language model"):
-        _check(parts)
+    with health_of_scorer(engine="none", model="none") as url:
+        check(parts, algorithm__siop_scorer="policy", algorithm__siop_scorer_url=url)
+        with pytest.raises(SiopConfigError, match=r"siop_scorer=server, but the scorer at http.* has no language mod"):
+            check(parts, algorithm__siop_scorer_url=url)
 
 
-def test_support_from_the_policy_needs_a_scorer_only_for_clusters(parts: dict[str, str]) -> None:
-    _check(parts, algorithm__siop_scorer="policy", algorithm__siop_use_gold_ref="true")
+def test_support_from_the_policy_needs_a_scorer_only_for_clusters(parts: Parts) -> None:
+    check(parts, algorithm__siop_scorer="policy", algorithm__siop_use_gold_ref="true")
     with pytest.raises(ScorerUnavailable):
-        _check(parts, algorithm__siop_scorer="policy")
+        check(parts, algorithm__siop_scorer="policy")
 
 
-def test_support_from_the_policy_cannot_replay_routes(parts: dict[str, str]) -> None:
+def test_support_from_the_policy_cannot_replay_routes(parts: Parts) -> None:
     changes = [
         "algorithm.siop_scorer=policy",
         "+actor_rollout_ref.actor.megatron.router_replay.mode=R3",
     ]
     with pytest.raises(SiopConfigError, match=r"actor.megatron.router_replay.mode=R3 is not allowed .*siop_scorer=pol"):
-        check_before_start(_config(*(f"{key}={value}" for key, value in parts.items()), *changes))
+        check_before_start(config_of(*(f"{key}={value}" for key, value in parts.items()), *changes))
 
 
 @pytest.mark.parametrize(
@@ -258,10 +207,10 @@ def test_support_from_the_policy_cannot_replay_routes(parts: dict[str, str]) -> 
         ("+algorithm.siop_lamda=0.3", r"siop_lamda=0.3; did you mean siop_lambda"),
     ],
 )
-def test_wrong_keys_and_values_are_named(parts: dict[str, str], override: str, message: str) -> None:
+def test_wrong_keys_and_values_are_named(parts: Parts, override: str, message: str) -> None:
     overrides = [f"{key}={value}" for key, value in parts.items()]
     with pytest.raises(SiopConfigError, match=message):
-        check_before_start(_config(*overrides, override))
+        check_before_start(config_of(*overrides, override))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +232,7 @@ def test_wrong_keys_and_values_are_named(parts: dict[str, str], override: str, m
     ],
 )
 def test_keys_that_do_not_fit_keys_of_verl(overrides: list[str], message: str) -> None:
-    config = _config(*overrides)
+    config = config_of(*overrides)
     with pytest.raises(SiopConfigError, match=message):
         check_method(config, SiopConfig.from_algorithm(config.algorithm))
     config.algorithm.adv_estimator = "grpo"  # which uses none of them
@@ -291,52 +240,53 @@ def test_keys_that_do_not_fit_keys_of_verl(overrides: list[str], message: str) -
 
 
 @pytest.mark.parametrize("column", ["prompt", "data_source", "reward_model"])
-def test_missing_column(parts: dict[str, str], tmp_path: Path, column: str) -> None:
+def test_missing_column(parts: Parts, tmp_path: Path, column: str) -> None:
     path = _parquet(tmp_path, {key: value for key, value in ROW.items() if key != column})
     with pytest.raises(DataError, match=rf"data.val_files={path}: column '{column}' is missing"):
-        _check(parts, data__val_files=path)
+        check(parts, data__val_files=path)
 
 
-def test_malformed_columns_and_files(parts: dict[str, str], tmp_path: Path) -> None:
+def test_malformed_columns_and_files(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="column 'prompt' has type string"):
-        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": "who?"}))
+        check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": "who?"}))
     with pytest.raises(DataError, match="'reward_model' has no field 'ground_truth'"):
-        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "reward_model": {"style": "rule"}}))
+        check(parts, data__train_files=_parquet(tmp_path, {**ROW, "reward_model": {"style": "rule"}}))
     with pytest.raises(DataError, match="row 0: 'prompt' must be a list of messages with role and content"):
-        _check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": [{"role": "user", "text": "who?"}]}))
+        check(parts, data__train_files=_parquet(tmp_path, {**ROW, "prompt": [{"role": "user", "text": "who?"}]}))
     (tmp_path / "text.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"data.train_files=.*text.parquet: not a parquet file"):
-        _check(parts, data__train_files=str(tmp_path / "text.parquet"))
+        check(parts, data__train_files=str(tmp_path / "text.parquet"))
     with pytest.raises(DataError, match=r"data.train_files=nowhere.parquet: no such file"):
-        _check(parts, data__train_files="nowhere.parquet")
+        check(parts, data__train_files="nowhere.parquet")
     with pytest.raises(SiopConfigError, match=r"tool_config_path=nowhere.yaml: no such file"):
-        _check(parts, actor_rollout_ref__rollout__multi_turn__tool_config_path="nowhere.yaml")
+        check(parts, actor_rollout_ref__rollout__multi_turn__tool_config_path="nowhere.yaml")
 
 
-def test_too_long_a_prompt_names_row_and_lengths(parts: dict[str, str], tmp_path: Path) -> None:
-    path = _parquet(tmp_path, {**ROW, "prompt": [{"role": "user", "content": "long " * 40}]})
+def test_too_long_a_prompt_names_row_and_lengths(parts: Parts, tmp_path: Path) -> None:
+    long = {**ROW, "prompt": [{"role": "user", "content": "long " * 40}]}
+    path = write_rows(tmp_path / "long.parquet", [long, ROW, ROW])
     with pytest.raises(DataError, match=rf"{path}: row 0: the prompt has 2\d\d tokens, data.max_prompt_length is 64"):
-        _check(parts, data__train_files=path)
-    _check(parts, data__train_files=path, data__filter_overlong_prompts="true", algorithm__adv_estimator="grpo")
+        check(parts, data__train_files=path)
+    check(parts, data__train_files=path, data__filter_overlong_prompts="true", algorithm__adv_estimator="grpo")
 
 
-def test_model_without_chat_template(parts: dict[str, str], tmp_path: Path, tiny_model: Path) -> None:
+def test_model_without_chat_template(parts: Parts, tmp_path: Path, tiny_model: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny_model, bare)
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(SiopConfigError, match=rf"model.path={bare}: the tokenizer has no chat template"):
-        _check(parts, actor_rollout_ref__model__path=str(bare))
+        check(parts, actor_rollout_ref__model__path=str(bare))
     with pytest.raises(SiopConfigError, match="no tokenizer can be loaded"):
-        _check(parts, actor_rollout_ref__model__path=str(tmp_path / "nowhere"))
+        check(parts, actor_rollout_ref__model__path=str(tmp_path / "nowhere"))
 
 
-def test_cpu_settings_and_platform_go_together(parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_settings_and_platform_go_together(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VERL_PLATFORM")
     with pytest.raises(SiopConfigError, match=r"trainer.device=cpu but VERL_PLATFORM=''"):
-        _check(parts)
+        check(parts)
 
 
-def test_the_command_prints_one_line_and_fails(parts: dict[str, str]) -> None:
+def test_the_command_prints_one_line_and_fails(parts: Parts) -> None:
     overrides = [f"{key}={value}" for key, value in parts.items()]
     command = [sys.executable, "-m", "verl.trainer.siop.main", "hardware=cpu", *overrides]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=120)

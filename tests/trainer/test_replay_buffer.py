@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -19,14 +20,26 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def _sample(monkeypatch: pytest.MonkeyPatch, failed: set[str], partition: str = "train") -> tuple[KVBatchMeta, dict]:
-    """Four questions of two rollouts; those in ``failed`` lost one."""
+def _sample(
+    monkeypatch: pytest.MonkeyPatch, failed: set[str], partition: str = "train", causes: dict[str, Any] | None = None
+) -> tuple[KVBatchMeta, dict]:
+    """Four questions of two rollouts; those in ``failed`` lost one, with ``causes``. If all failed, nothing is left."""
     keys = [f"q{i}_{k}_0" for i in range(4) for k in range(1 if f"q{i}" in failed else 2)]
 
     def upstream(self: ReplayBuffer, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
-        self.failure_keys[partition_id] = set(failed)
+        self._sync_metadata_from_transfer_queue()
+        if len(failed) == 4:
+            raise RuntimeError("Enable trainer.v1.sampler.sync_refill_failed_groups to replace failed groups.")
         return KVBatchMeta(partition_id=partition_id, keys=keys, tags=[{"n": i} for i in range(len(keys))]), {}
 
+    prompts: dict[str, Any] = {
+        f"q{i}": {"is_prompt": True, "global_steps": 1, "status": "failure" if f"q{i}" in failed else "finished"}
+        for i in range(4)
+    }
+    for uid, tag in (causes or {}).items():
+        prompts[uid].update(tag)
+    stored = {partition: prompts, "other": {"q9": prompts["q0"] | {"status": "finished"}}}
+    monkeypatch.setattr(tq, "kv_list", lambda part=None: stored if part is None else {part: stored[part]})
     monkeypatch.setattr(ReplayBuffer, "sample", upstream)
     buffer = CheckedReplayBuffer(
         trainer_mode="sync",
@@ -65,3 +78,49 @@ def test_more_than_half_ends_the_run(monkeypatch: pytest.MonkeyPatch, cleared: l
 def test_one_is_enough_in_validation(monkeypatch: pytest.MonkeyPatch, cleared: list[str]) -> None:
     with pytest.raises(RolloutFailed, match="rollouts of 1 of 4 val questions failed"):
         _sample(monkeypatch, {"q2"}, partition="val")
+
+
+def _cause(text: str, when: float) -> dict[str, Any]:
+    return {"failure": text, "failed_at": when}
+
+
+def test_the_error_has_the_cause_of_the_first_failure(monkeypatch: pytest.MonkeyPatch, cleared: list[str]) -> None:
+    causes = {
+        "q0": _cause("ValueError: late", 3.0),
+        "q2": _cause("ValueError: no label", 1.0),
+        "q3": _cause("lost", 0.5),
+    }
+    failed = {"q0", "q1", "q2"}  # q3's rollout failed too, but the question has ended well, or goes on
+    with pytest.raises(RolloutFailed, match=r"3 of 4 train questions failed; the first of them: ValueError: no label$"):
+        _sample(monkeypatch, failed, causes=causes)
+    with pytest.raises(RolloutFailed, match=r"3 of 4 train questions failed; the reasons are logged above$"):
+        _sample(monkeypatch, failed)
+
+
+def test_with_nothing_left_our_error_speaks_and_not_verls_advice(
+    monkeypatch: pytest.MonkeyPatch, cleared: list[str]
+) -> None:
+    with pytest.raises(
+        RolloutFailed, match=r"4 of 4 train questions failed; the first of them: KeyError: 'x'$"
+    ) as error:
+        _sample(monkeypatch, {"q0", "q1", "q2", "q3"}, causes={"q1": _cause("KeyError: 'x'", 1.0)})
+    assert error.value.__suppress_context__
+
+
+def test_another_error_of_verl_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def upstream(self: ReplayBuffer, **kwargs: Any) -> Any:
+        raise RuntimeError("the storage is gone")
+
+    buffer = object.__new__(CheckedReplayBuffer)
+    buffer.failure_keys = defaultdict(set)
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, *args: upstream(self))
+    with pytest.raises(RuntimeError, match="the storage is gone") as error:
+        buffer.sample(1, "train", 4)
+    assert not isinstance(error.value, RolloutFailed)
+
+
+def test_dropped_questions_are_logged_with_the_first_cause(
+    monkeypatch: pytest.MonkeyPatch, cleared: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _sample(monkeypatch, {"q1"}, causes={"q1": _cause("TimeoutError", 1.0)})
+    assert "1 of 4 questions dropped because a rollout of each failed; the first of them: TimeoutError" in caplog.text

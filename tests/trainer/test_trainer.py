@@ -12,9 +12,13 @@ import pytest
 import torch
 from method_helpers import FailingScorer, byte_tokenizer, run, search_rollout
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
+from transfer_queue import KVBatchMeta
 from verl.trainer.siop import trainer as module
-from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _question, _session
+from verl.trainer.siop.alarms import NothingLearnt
+from verl.trainer.siop.rows import question_of
+from verl.trainer.siop.tool_calls import ToolRecord
+from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _jagged, _session
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
 
@@ -168,6 +172,10 @@ def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.Monk
     monkeypatch.setattr(module.tq, "kv_batch_put", put)
     masks = [torch.tensor(r.response_mask) for r in ROLLOUTS]
     data = TensorDict({"response_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}, batch_size=6)
+    # Of the questions that are left the first is right, and the labels of the other cannot be read.
+    labels = [{"ground_truth": text} for text in ("x", "x", "y", "y", None, None)]
+    labels[4:] = [{"rubric": "x"}] * 2  # type: ignore[list-item]
+    data["reward_model"] = NonTensorStack(*labels)
     metrics: dict[str, float] = {}
     trainer._write_turn_rewards(keys, data, "train", metrics)
     for key, mask in zip(keys, masks, strict=True):
@@ -180,6 +188,62 @@ def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.Monk
             assert rewards[mask == 1].any()
             assert rewards[rewards != 0].tolist() == trainer._records[key]["turn_rewards"]
     assert metrics["siop/dropped_groups"] == 1 and metrics["siop/groups"] == 2
+    assert metrics["siop/heaviest_cluster_right"] in (0, 1)
+
+
+@pytest.mark.parametrize("estimator", ["siop", "grpo"])
+@pytest.mark.parametrize("action", ["stop", "warn"])
+def test_every_step_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, estimator: str, action: str
+) -> None:
+    def step(number: int, answer: str | None, advantage: float, records: list[dict[str, Any]]) -> dict[str, float]:
+        rollouts = [search_rollout("a", answer, ["x is here"]) for _ in range(8)]
+        fields: dict[str, Any] = {
+            "uid": ["a"] * 8,
+            "prompts": _jagged([torch.tensor(item.prompt_ids) for item in rollouts]),
+            "responses": _jagged([torch.tensor(item.response_ids) for item in rollouts]),
+            "response_mask": _jagged([torch.tensor(item.response_mask) for item in rollouts]),
+            "raw_prompt": [[{"role": "user", "content": "Q a"}]] * 8,
+            "extra_info": [{}] * 8,
+            "reward_model": [{"ground_truth": "x"}] * 8,
+            "extra_fields": [{"siop_tools": record} for record in records] + [{}] * (8 - len(records)),
+            "advantages": _jagged([torch.tensor([0.0, advantage])] * 8),
+        }
+        monkeypatch.setattr(module.tq, "kv_batch_get", lambda keys, partition_id, select_fields: fields)
+        metrics: dict[str, float] = {}
+        keys = [f"a_{k}_0" for k in range(8)]
+        trainer.global_steps = number
+        trainer._compute_advantage(KVBatchMeta(partition_id="train", keys=keys, tags=[{} for _ in keys]), metrics)
+        return metrics
+
+    trainer = _trainer(monkeypatch, (), siop_on_nothing_learnt=action)
+    trainer.uses_siop, trainer.timing_raw = estimator == "siop", {}
+    rollout = {"temperature": 1.0, "n": 8, "multi_turn": {"format": "hermes"}}
+    data = {"max_response_length": 9}
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": data, "trainer": {}})
+    monkeypatch.setattr(module.tq, "kv_batch_put", lambda **kwargs: None)
+    monkeypatch.setattr(module.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(module.PPOTrainerSync, "on_train_begin", lambda self: None)
+    step(1, None, 0.0, [])  # an evaluation, or not yet training
+    assert not caplog.records
+    trainer.on_train_begin()
+    ran, unread = ToolRecord(executed=1, offered=["search"]), ToolRecord(unparsed=1, offered=["search"])
+    # Not every rollout was counted, so nothing is said about calls.
+    metrics = step(1, "x", 0.0, [unread.as_dict()] * 7)
+    assert metrics["siop/tool_calls/unparsed"] == 1 and "every advantage is 0" in caplog.text
+    assert "tool calls" not in caplog.text
+    assert "no answer" not in caplog.text and "<answer> x </answer>" in caplog.text and "x is here" not in caplog.text
+    step(2, "x", 0.5, [ran.as_dict()] * 8)
+    step(3, "x", 0.0, [ran.as_dict()] * 8)
+    step(4, "x", 0.0, [ran.as_dict()] * 8)
+    assert len(caplog.records) == 1
+    step(5, None, 0.0, [ran.as_dict()] * 8)
+    if action == "warn":
+        step(6, None, 0.0, [ran.as_dict()] * 8)
+        assert len(caplog.records) == 2
+    else:
+        with pytest.raises(NothingLearnt, match="no answer in 8 of 8 rollouts"):
+            step(6, None, 0.0, [ran.as_dict()] * 8)
 
 
 def test_labels_reach_the_method_only_when_asked_for() -> None:
@@ -190,6 +254,7 @@ def test_labels_reach_the_method_only_when_asked_for() -> None:
         "raw_prompt": [[{"role": "user", "content": "who?"}]],
         "extra_info": [{}],
         "reward_model": [{"ground_truth": {"target": ["me"]}}],
+        "extra_fields": [{}],
     }
 
     def rollouts(config: SiopConfig, key: str) -> list[Rollout]:
@@ -199,6 +264,8 @@ def test_labels_reach_the_method_only_when_asked_for() -> None:
 
     assert rollouts(SiopConfig(), "u_0_0") == [Rollout("u", "who?", [1, 2], [1, 2], [1, 1], None)]
     assert rollouts(SiopConfig(siop_use_gold_ref=True), "u_0_0")[0].gold == ["me"]
+    columns["extra_fields"] = [{"siop_tools": {"executed_calls": [[("search", "{}")]]}}]
+    assert rollouts(SiopConfig(), "u_0_0")[0].executed_calls == [[("search", "{}")]]
 
 
 def test_several_trajectories_of_a_session_are_refused_by_name() -> None:
@@ -212,10 +279,10 @@ def test_question_is_the_bare_one() -> None:
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "Use <think>. Question: who?"},
     ]
-    assert _question(messages, {"question": "who?"}) == "who?"
-    assert _question(messages, {}) == _question(messages, None) == "Use <think>. Question: who?"
+    assert question_of(messages, {"question": "who?"}) == "who?"
+    assert question_of(messages, {}) == question_of(messages, None) == "Use <think>. Question: who?"
     with pytest.raises(SiopError, match="no user message"):
-        _question(messages[:1], None)
+        question_of(messages[:1], None)
 
 
 def test_sessions_of_a_question_are_ordered_by_number() -> None:

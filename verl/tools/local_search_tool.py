@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import httpx
-from verl.tools.search_common import SearchConfig, SearchRefused, SearchTool, check_url, post, shown_url
+from verl.tools.search_common import SearchRefused, SearchTool, post
+from verl.tools.search_config import SearchConfig, check_url, shown_url
 
 
 @dataclass(frozen=True)
 class LocalSearchConfig(SearchConfig):
     """Adds ``retrieval_service_url``, the full address of the endpoint."""
+
+    aliases: ClassVar[Mapping[str, str]] = {**SearchConfig.aliases, "retrieval_url": "retrieval_service_url"}
 
     retrieval_service_url: str = "http://127.0.0.1:8000/retrieve"
 

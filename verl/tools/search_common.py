@@ -1,18 +1,20 @@
-"""What the search tools share: reading their configuration, the model's arguments and the text of a result."""
+"""What the search tools share: the model's arguments, the text of a result, and the calls over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 from verl.tools.base_tool import BaseTool
+from verl.tools.control_tokens import neutralise
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
+from verl.tools.search_config import SearchConfig, read_config, shown_url
 from verl.utils.siop.errors import ServiceUnavailable, SiopConfigError, SiopError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ SEARCH_SCHEMA = OpenAIFunctionToolSchema.model_validate(
         },
     }
 )
+PARAMETERS = {"query": "string", "query_list": "array"}  # either can be in a tool's schema
 MAX_QUERY_CHARS = 4096  # the retriever's limit
+MAX_QUERIES = 10  # in one call; the first release took three
 _MAX_WAIT_S = 5.0
 _MAX_CONNECTIONS = 100
 
@@ -55,95 +59,82 @@ class InvalidQuery(ValueError):
     """The model's arguments are unusable; the text is shown to the model."""
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """Keys that every search tool takes.
+def read_queries(parameters: Any, offered: str = "query") -> list[str]:
+    """The queries in the model's arguments, without white space around them: ``query`` alone, or all of ``query_list``.
 
     Args:
-        topk: passages per search.
-        timeout_s: seconds for one attempt; the time until it is its turn does not count.
-        max_retries: further attempts after a failed one.
-        max_chars: length at which the result text is cut. verl cuts again, at
-            ``rollout.multi_turn.max_tool_response_length`` (256 by default), so keep that above this.
-    """
-
-    topk: int = 3
-    timeout_s: float = 30.0
-    max_retries: int = 3
-    max_chars: int = 4000
-
-    def __post_init__(self) -> None:
-        for key, low in (("topk", 1), ("max_retries", 0), ("max_chars", 1)):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise SiopConfigError(f"search tool: {key} must be an integer of at least {low}, got {value!r}")
-        timeout_s = self.timeout_s
-        is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-        if not is_number or not 0 < timeout_s < math.inf:
-            raise SiopConfigError(f"search tool: timeout_s must be a positive number, got {timeout_s!r}")
-
-
-ConfigT = TypeVar("ConfigT", bound=SearchConfig)
-
-
-def read_config(cls: type[ConfigT], tool: str, config: Mapping[str, Any]) -> ConfigT:
-    """``config`` of a tool's YAML as a dataclass; verl's own key ``type`` is skipped.
+        parameters: the arguments.
+        offered: which of the two the tool's schema names, for the messages; the other one is taken all the same.
 
     Raises:
-        SiopConfigError: an unknown key (the message lists the allowed ones) or a wrong value.
-    """
-    allowed = [field.name for field in fields(cls)]
-    unknown = sorted(set(config) - {*allowed, "type"})
-    if unknown:
-        raise SiopConfigError(f"{tool}: unknown config key(s) {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-    return cls(**{key: value for key, value in config.items() if key != "type"})
-
-
-def check_url(tool: str, key: str, url: Any) -> None:
-    """Checks an address in the configuration.
-
-    Raises:
-        SiopConfigError: it is not an absolute http(s) address.
-    """
-    try:
-        valid = isinstance(url, str) and httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
-    except httpx.InvalidURL:
-        valid = False
-    if not valid:
-        raise SiopConfigError(f"{tool}: {key} must be an http(s) address, got {url!r}")
-
-
-def shown_url(url: str) -> str:
-    """The address without user, password and query string, for messages."""
-    return str(httpx.URL(url).copy_with(userinfo=b"", query=None, fragment=None))
-
-
-def read_query(parameters: Any) -> str:
-    """The query in the model's arguments, without white space around it.
-
-    Raises:
-        InvalidQuery: it is missing, not text, empty or longer than ``MAX_QUERY_CHARS``.
+        InvalidQuery: neither or both are there, ``query_list`` is no list of 1 to ``MAX_QUERIES``, or a query is not
+            text, empty or longer than ``MAX_QUERY_CHARS``.
     """
     if not isinstance(parameters, Mapping):
-        raise InvalidQuery(f"invalid arguments: expected an object with a query, got {type(parameters).__name__}")
-    query = parameters.get("query")
-    if "query" not in parameters:
-        raise InvalidQuery("invalid arguments: query is missing")
+        raise InvalidQuery(f"expected an object with a {offered}, got {type(parameters).__name__}")
+    given = [name for name in PARAMETERS if name in parameters]
+    if not given:
+        raise InvalidQuery(f"{offered} is missing")
+    if len(given) > 1:
+        raise InvalidQuery(f"give {' or '.join(given)}, not both")
+    if given == ["query"]:
+        return [_read_query(parameters["query"], "query")]
+    queries = parameters["query_list"]
+    if not isinstance(queries, list):
+        raise InvalidQuery(f"query_list must be a list of texts, got {type(queries).__name__}")
+    if not queries:
+        raise InvalidQuery("query_list is empty")
+    if len(queries) > MAX_QUERIES:
+        raise InvalidQuery(f"query_list has {len(queries)} queries; at most {MAX_QUERIES} are allowed in one call")
+    return [_read_query(query, f"query_list[{i}]") for i, query in enumerate(queries)]
+
+
+def _read_query(query: Any, name: str) -> str:
     if not isinstance(query, str):
-        raise InvalidQuery(f"invalid arguments: query must be text, got {type(query).__name__}")
+        raise InvalidQuery(f"{name} must be text, got {type(query).__name__}")
     if not query.strip():
-        raise InvalidQuery("invalid arguments: query is empty")
+        raise InvalidQuery(f"{name} is empty")
     if len(query.strip()) > MAX_QUERY_CHARS:
-        raise InvalidQuery(f"invalid arguments: query is longer than {MAX_QUERY_CHARS} characters")
+        raise InvalidQuery(f"{name} is longer than {MAX_QUERY_CHARS} characters")
     if _well_formed(query) != query:
-        raise InvalidQuery("invalid arguments: query has half a surrogate pair")
+        raise InvalidQuery(f"{name} has half a surrogate pair")
     return query.strip()
 
 
 def format_hits(contents: Sequence[str], max_chars: int) -> str:
-    """One numbered line per hit, ``[1] …``; cut at ``max_chars`` characters; a fixed text when there is no hit."""
-    text = "\n".join(f"[{i}] {content.strip()}" for i, content in enumerate(contents, start=1))
-    return _well_formed(text[:max_chars]) or NOTHING_FOUND
+    """One numbered line per hit, ``[1] …``, without control tokens (:func:`~verl.tools.control_tokens.neutralise`).
+
+    Cut at ``max_chars`` characters, without white space at the end; a fixed text when there is no hit.
+    """
+    return format_results([contents], max_chars)[0]
+
+
+def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[str, int]:
+    """The hits of each query as one observation, and how many control tokens were neutralised in them.
+
+    One query reads as :func:`format_hits`. Of several, each has a heading ``Query 1:`` and an equal share of
+    ``max_chars``, of which what a shorter one leaves goes to the others. The queries themselves are not repeated: an
+    observation is evidence, and an agent must not be able to write its own.
+
+    >>> format_results([["a", "b"], []], 99)
+    ('Query 1:\\n[1] a\\n[2] b\\n\\nQuery 2:\\nnothing found', 0)
+    """
+    texts, neutralised = [], 0
+    for contents in results:
+        clean = [neutralise(_well_formed(content)) for content in contents]
+        neutralised += sum(count for _, count in clean)
+        lines = [f"[{i}] {content.strip()}" for i, (content, _) in enumerate(clean, start=1)]
+        texts.append("\n".join(lines) or NOTHING_FOUND)
+    if len(texts) == 1:
+        return texts[0][:max_chars].rstrip(), neutralised
+    headings = [f"Query {i}:\n" for i in range(1, len(texts) + 1)]
+    left = max_chars - sum(map(len, headings)) - 2 * (len(texts) - 1)
+    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for rank, i in enumerate(by_length):
+        texts[i] = texts[i][: max(0, left // (len(texts) - rank))].rstrip()
+        left -= len(texts[i])
+    text = "\n\n".join(heading + text for heading, text in zip(headings, texts, strict=True))
+    return text[:max_chars].rstrip(), neutralised
 
 
 def _well_formed(text: str) -> str:
@@ -151,28 +142,58 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def offered_parameter(tool: str, schema: OpenAIFunctionToolSchema) -> str:
+    """The parameter of the schema that takes the queries: ``query``, or ``query_list`` where there is no ``query``.
+
+    Raises:
+        SiopConfigError: neither is in the schema, or not with its type.
+    """
+    types = {name: value.type for name, value in schema.function.parameters.properties.items()}
+    offered = [name for name in PARAMETERS if name in types]
+    if not offered or any(types[name] != PARAMETERS[name] for name in offered):
+        raise SiopConfigError(
+            f"{tool}: tool_schema: its parameters must have query (type string) or query_list (type array), got {types}"
+        )
+    return offered[0]
+
+
 class SearchTool(BaseTool):
-    """A search over HTTP as a verl tool with one text argument, ``query``.
+    """A search over HTTP as a verl tool.
+
+    Its argument is ``query``, a text (the default), or the first release's ``query_list``, up to ``MAX_QUERIES`` texts
+    that are searched for at the same time and answered as one observation. Which of them the model is told of is in
+    the ``tool_schema`` of the configuration; both are always taken. Building a tool checks its configuration and
+    starts nothing.
 
     A malformed call is answered to the model, as text. A service that cannot be reached is not: verl turns an exception
     of ``execute`` into a tool result that the model reads, and training would go on over made-up observations.
     ``release`` runs outside of that guard, so any failure is raised there once more and ends the rollout.
 
-    ``execute`` returns the text, no reward, and the metrics ``search/hits`` and ``search/invalid_calls``.
+    ``execute`` returns the text, no reward, and the metrics ``search/hits`` and ``search/invalid_calls``; if control
+    tokens were found in the hits, their number ``search/neutralised``; and of a tool that caches,
+    ``search/cache_hits`` and ``search/cache_misses``, in queries.
     """
 
     tool_name: ClassVar[str]
     config_class: ClassVar[type[SearchConfig]]
     trust_env: ClassVar[bool] = True  # HTTP_PROXY and the like hold for this service
+    caches: bool = False
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
         self.settings = read_config(self.config_class, self.tool_name, config)
-        super().__init__(config, tool_schema or SEARCH_SCHEMA)
+        schema = tool_schema or SEARCH_SCHEMA
+        self._parameter = offered_parameter(self.tool_name, schema)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the schema, in every process
+            super().__init__(config, schema)
         self._failures: dict[str, Exception] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
         self._reported = False
+
+    async def cached(self, query: str) -> list[str] | None:
+        """Contents of the hits if they are known without the service."""
+        return None
 
     async def fetch(self, client: httpx.AsyncClient, query: str) -> list[str]:
         """Contents of the hits, best first. One attempt; the caller limits its time.
@@ -191,26 +212,36 @@ class SearchTool(BaseTool):
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float, dict]:
-        """Searches for ``parameters["query"]``.
+        """Searches for the query or the queries in ``parameters``.
 
         Raises:
             SearchUnavailable: no answer after all attempts.
             SearchRefused: the service refused the request or its answer is not a search result.
         """
         try:
-            query = read_query(parameters)
+            queries = read_queries(parameters, self._parameter)
         except InvalidQuery as error:
-            return ToolResponse(text=str(error)), 0.0, {"search/hits": 0, "search/invalid_calls": 1}
+            text = f"invalid arguments: {error}"
+            if self._parameter == "query_list":
+                text += '; for example {"query_list": ["first query", "second query"]}'
+            return ToolResponse(text=text), 0.0, {"search/hits": 0, "search/invalid_calls": 1}
         try:
-            contents = await self._fetch_with_retries(query)
+            found = await self._search(queries)
         except Exception as error:
             self._failures[instance_id] = error
             if not self._reported:
                 self._reported = True
                 logger.error("%s: %s: %s", self.tool_name, type(error).__name__, error)
             raise
-        metrics = {"search/hits": len(contents), "search/invalid_calls": 0}
-        return ToolResponse(text=format_hits(contents, self.settings.max_chars)), 0.0, metrics
+        results = [contents for contents, _ in found]
+        text, neutralised = format_results(results, self.settings.max_chars)
+        metrics = {"search/hits": sum(map(len, results)), "search/invalid_calls": 0}
+        if neutralised:
+            metrics["search/neutralised"] = neutralised
+        if self.caches:
+            metrics["search/cache_hits"] = sum(known for _, known in found)
+            metrics["search/cache_misses"] = len(found) - metrics["search/cache_hits"]
+        return ToolResponse(text=text), 0.0, metrics
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         """Forgets the call.
@@ -228,6 +259,20 @@ class SearchTool(BaseTool):
         self._http = self._loop = self._slots = None
         if http is not None and loop is asyncio.get_running_loop():
             await http.aclose()
+
+    async def _search(self, queries: Sequence[str]) -> list[tuple[list[str], bool]]:
+        """Of each query the contents of its hits, and whether the cache had them."""
+
+        async def one(query: str) -> tuple[list[str], bool]:
+            known = await self.cached(query)
+            return (await self._fetch_with_retries(query), False) if known is None else (known, True)
+
+        # All of them end before the first failure is raised, so that none goes on unwatched.
+        found = await asyncio.gather(*map(one, queries), return_exceptions=True)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in found if not isinstance(result, BaseException)]
 
     async def _fetch_with_retries(self, query: str) -> list[str]:
         attempts = self.settings.max_retries + 1

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.tools.search_common import SearchConfig, SearchRefused, SearchTool, check_url, post, shown_url
+from verl.tools.search_cache import SearchCache
+from verl.tools.search_common import SearchRefused, SearchTool, post
+from verl.tools.search_config import SearchConfig, check_url, shown_url
 from verl.utils.siop.errors import SiopConfigError
+
+CACHE_DIR = "search_cache"
 
 
 @dataclass(frozen=True)
 class SerperSearchConfig(SearchConfig):
     """Adds the service's address, the key (``SERPER_API_KEY`` of the environment when empty), country and language."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        **SearchConfig.aliases,
+        "serper_api_key": "api_key",
+        "search_region": "country",
+        "search_lang": "language",
+    }
 
     api_url: str = "https://google.serper.dev/search"
     api_key: str = field(default="", repr=False)
@@ -32,8 +46,12 @@ class SerperSearchConfig(SearchConfig):
 class SerperSearchTool(SearchTool):
     """Searches Google; a hit reads ``title: snippet``. See ``SearchTool`` and ``SerperSearchConfig``.
 
+    Results are kept in the folder ``SERPER_CACHE_DIR`` of the environment (``search_cache`` when unset; none when
+    empty), which any number of processes may share. What is in it needs no key.
+
     Raises:
-        SiopConfigError: no key in the config or the environment, or one that cannot be sent.
+        SiopConfigError: no key in the config or the environment and nothing in the cache, a key that cannot be sent, or
+            a folder that cannot be used.
     """
 
     tool_name: ClassVar[str] = "SerperSearchTool"
@@ -42,11 +60,20 @@ class SerperSearchTool(SearchTool):
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
         super().__init__(config, tool_schema)
+        if os.environ.get("SERPER_MOCK"):
+            raise SiopConfigError(
+                "SERPER_MOCK is not used here: unset it; SERPER_CACHE_DIR names a folder of results that are replayed "
+                "without a key"
+            )
         self._key = self.settings.api_key or os.environ.get("SERPER_API_KEY", "")
         self._key = self._key.strip()  # keys read from files end with a line break
-        if not self._key:
+        folder = os.environ.get("SERPER_CACHE_DIR", CACHE_DIR)
+        self._cache = SearchCache(Path(folder), writable=bool(self._key)) if folder else None
+        self.caches = self._cache is not None
+        if not self._key and (self._cache is None or self._cache.is_empty()):
             raise SiopConfigError(
-                "SerperSearchTool needs a key: set the environment variable SERPER_API_KEY (or api_key in its config)"
+                "SerperSearchTool needs a key: set the environment variable SERPER_API_KEY (or api_key in its config); "
+                f"without one it can only replay results, and SERPER_CACHE_DIR={folder} has none"
             )
         # httpx would refuse it at every search, with the key in its message.
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
@@ -56,16 +83,43 @@ class SerperSearchTool(SearchTool):
     def address(self) -> str:
         return shown_url(self.settings.api_url)
 
+    async def cached(self, query: str) -> list[str] | None:
+        """Hits of the cache.
+
+        Raises:
+            SiopConfigError: it has none, and there is no key to ask the service.
+        """
+        if self._cache is None:
+            return None
+        organic = await asyncio.to_thread(self._cache.read, self.settings.api_url, self._body(query))
+        if organic is not None:
+            return self._texts(organic)
+        if not self._key:
+            raise SiopConfigError(
+                f"SerperSearchTool: {query[:100]!r} is not in SERPER_CACHE_DIR={self._cache.path}, and there is no key "
+                "to search for it: set SERPER_API_KEY"
+            )
+        return None
+
     async def fetch(self, client: httpx.AsyncClient, query: str) -> list[str]:
-        settings = self.settings
-        body = {"q": query, "num": settings.topk, "gl": settings.country, "hl": settings.language}
-        answer = await post(client, settings.api_url, self._key, json=body, headers={"X-API-KEY": self._key})
+        url, body = self.settings.api_url, self._body(query)
+        answer = await post(client, url, self._key, json=body, headers={"X-API-KEY": self._key})
         # A search without results has no "organic" list.
         hits = answer.get("organic", []) if isinstance(answer, dict) else None
         if not isinstance(hits, list) or not all(isinstance(hit, dict) for hit in hits):
             raise SearchRefused(f"{self.address} sent no list of organic results")
+        texts = self._texts(hits)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.write, url, body, hits)
+        return texts
+
+    def _body(self, query: str) -> dict[str, Any]:
+        settings = self.settings
+        return {"q": query, "num": settings.topk, "gl": settings.country, "hl": settings.language}
+
+    def _texts(self, hits: list[dict[str, Any]]) -> list[str]:
         parts = [[part for part in (hit.get("title"), hit.get("snippet")) if part] for hit in hits]
         if not all(isinstance(part, str) for found in parts for part in found):
             raise SearchRefused(f"{self.address} sent a hit whose title or snippet is not text")
         texts = [": ".join(found) for found in parts]
-        return [text for text in texts if text][: settings.topk]
+        return [text for text in texts if text][: self.settings.topk]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     compute_grpo_outcome_advantage,
@@ -20,7 +21,7 @@ from verl.utils.reward_score.siop_reward import turn_spans
 from verl.utils.siop.credit.baselines import Turns
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
-from verl.utils.siop.errors import SiopError
+from verl.utils.siop.errors import SiopConfigError, SiopError
 
 
 class AdvantageInputError(SiopError, ValueError):
@@ -93,6 +94,25 @@ def _broadcast(
     return advantages_BL
 
 
+def _check_trainer(algorithm: Mapping[Any, Any] | None) -> None:
+    """Refuse rewards of another trainer: where ours writes turn rewards, it leaves exact match with the gold answer.
+
+    A trainer hands over the ``algorithm`` section of its whole configuration, which says what trainer it is. Whoever
+    calls the estimator from Python with a section of its own, a dict or nothing brings his own rewards.
+    """
+    root = algorithm._get_root() if isinstance(algorithm, DictConfig) else None
+    if root is None or root is algorithm or OmegaConf.select(root, "trainer") is None:
+        return
+    mode, v1 = OmegaConf.select(root, "trainer.v1.trainer_mode"), OmegaConf.select(root, "trainer.use_v1")
+    if mode != "siop" or not v1:
+        found = f"trainer.v1.trainer_mode={mode}" if v1 else f"trainer.use_v1={str(v1).lower()}"
+        raise SiopConfigError(
+            f"algorithm.adv_estimator=siop is not allowed with {found}: that trainer writes no turn rewards, so that "
+            "the update would follow exact match with the gold answers. Train with python -m verl.trainer.siop.main "
+            "(train_siop.sh), or choose another adv_estimator"
+        )
+
+
 # verl refuses a second function under the same name, also when this very module is loaded again.
 if getattr(ADV_ESTIMATOR_REGISTRY.get("siop"), "__module__", None) == __name__:
     del ADV_ESTIMATOR_REGISTRY["siop"]
@@ -131,8 +151,9 @@ def compute_siop_advantage(
 
     Raises:
         AdvantageInputError: no uids, shapes that do not match, or rewards that are not finite.
-        SiopConfigError: a wrong ``siop_*`` key or value.
+        SiopConfigError: a wrong ``siop_*`` key or value, or a trainer that writes no turn rewards.
     """
+    _check_trainer(config)
     if index is None:
         raise AdvantageInputError("the siop estimator compares the rollouts of a question: it needs their uids (index)")
     if token_level_rewards.shape != response_mask.shape or len(index) != len(response_mask):

@@ -1,4 +1,4 @@
-"""What is checked before Ray starts: a wrong key, file, column, prompt, model or address ends the run at once."""
+"""What is checked before Ray starts: a wrong key, file, row, prompt, tool, model or address ends the run at once."""
 
 from __future__ import annotations
 
@@ -6,27 +6,89 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from omegaconf import DictConfig, ListConfig
-from tqdm import tqdm
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.siop.checks_data import DataError, check_files, check_rows, first_row
+from verl.trainer.siop.checks_policy import Policy, check_tool_length, load_policy
+from verl.trainer.siop.checks_prompts import check_instructions, check_round_trips
+from verl.trainer.siop.checks_services import check_scorer
+from verl.trainer.siop.checks_settings import check_settings, measures_support
+from verl.trainer.siop.rows import question_of
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.siop import cpu
-from verl.utils.siop.errors import SiopConfigError
-from verl.utils.siop.scoring_client import ScoringClient
+from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
+
+__all__ = ["CHECKS", "DataError", "Run", "check_before_start", "check_method", "check_overrides"]
 
 logger = logging.getLogger(__name__)
 
-# Columns of verl's RL parquet format that training and evaluation read, and their arrow types.
-COLUMNS = {"data_source": "string", "prompt": "list", "reward_model": "struct"}
+# Longest wait for a scorer that is still loading.
+SCORER_WAIT_S = 60.0
+# Keys that the user has to set: where verl's own defaults, which are its authors' paths, are left in their place, and
+# the variable of the launchers for each.
+REQUIRED = {
+    "actor_rollout_ref.model.path": ("~/models/deepseek-llm-7b-chat", "MODEL_PATH"),
+    "data.train_files": ("~/data/rlhf/gsm8k/train.parquet", "TRAIN_FILE"),
+    "data.val_files": ("~/data/rlhf/gsm8k/test.parquet", "VAL_FILE"),
+}
 
 
-class DataError(SiopConfigError):
-    """A data file is missing, or its content is not what verl's RL format needs."""
+@dataclass
+class Run:
+    """A run that is about to start: its configuration, and what the checks make of it once and share.
+
+    Args:
+        config: the whole configuration.
+        warn: gets what is no error, but worth a look.
+    """
+
+    config: DictConfig
+    warn: Callable[[str], None] = logger.warning
+
+    @cached_property
+    def siop(self) -> SiopConfig:
+        return SiopConfig.from_algorithm(self.config.algorithm)
+
+    @cached_property
+    def policy(self) -> Policy:
+        return load_policy(self.config)
+
+    @cached_property
+    def _row(self) -> dict[str, Any]:
+        made = (self.config.data.get("custom_cls") or {}).get("path")
+        question = [{"role": "user", "content": "who ?"}]
+        return {self.config.data.prompt_key: question} if made else first_row(self.config)
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages of the first row; a question of ours where a class of the user's makes the rows."""
+        messages: list[dict[str, Any]] = self._row[self.config.data.prompt_key]
+        return messages
+
+    @property
+    def sample(self) -> str:
+        """The end of the first question without marks of any markup: small vocabularies know no other words."""
+        prompt = self.prompt
+        try:
+            question = question_of(prompt, self._row.get("extra_info"))
+        except SiopError:  # an evaluation needs none
+            question = ""
+        words = re.sub(r"[^\w\s?.,'-]", " ", question).split()
+        return " ".join(words[-12:]) or "who ?"
+
+    @property
+    def trains(self) -> bool:
+        return not self.config.trainer.get("val_only", False)
+
+    @property
+    def trains_by_siop(self) -> bool:
+        return self.trains and self.config.algorithm.adv_estimator == "siop"
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -43,32 +105,68 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def check_before_start(config: DictConfig) -> None:
-    """Check everything that a user can get wrong and that is cheap to check.
+    """Check everything that a user can get wrong and that is cheap to check, in the order of :data:`CHECKS`.
 
     Raises:
-        SiopConfigError: a key, a value, a file, a model; the message names it and says what is allowed.
+        SiopConfigError: a key, a value, a file, a row, a model; the message names it and says what is allowed.
         ScorerUnavailable: the method needs a scorer and none answers in time.
         ScorerError: the scorer refuses the token.
     """
-    siop = SiopConfig.from_algorithm(config.algorithm)
-    _check_platform(config)
-    _check_rejection(config)
-    check_method(config, siop)
-    tokenizer = _tokenizer(config)
-    for key in ("train_files", "val_files"):
-        for path in _files(config.data[key]):
-            check_parquet(path, f"data.{key}")
-            if not config.data.filter_overlong_prompts:
-                check_prompts(path, tokenizer, config.data)
-    _check_tool_config(config)
-    if config.algorithm.adv_estimator == "siop" and not config.trainer.get("val_only", False):
-        if config.actor_rollout_ref.rollout.n == 1:
-            logger.warning("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
-        if siop.siop_scorer == "policy":
-            _check_router_replay(config)
-        # IGPO asks for support alone.
-        if siop.siop_scorer == "server" or not siop.siop_use_gold_ref:
-            asyncio.run(_check_scorer(siop))
+    run = Run(config)
+    for _, check in CHECKS:
+        check(run)
+
+
+# ---------------------------------------------------------------------- the checks; each returns what it found
+def _settings(run: Run) -> str:
+    for key, (default, variable) in REQUIRED.items():
+        if OmegaConf.select(run.config, key) == default and not Path(default).expanduser().exists():
+            raise SiopConfigError(f"{key} is not set; give it a value ({variable} of the launchers)")
+    _check_platform(run.config)
+    _check_rejection(run.config)
+    check_method(run.config, run.siop)
+    if run.trains_by_siop and run.config.actor_rollout_ref.rollout.n == 1:
+        run.warn("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
+    if run.trains_by_siop and run.siop.siop_scorer == "policy":
+        _check_router_replay(run.config)
+    return check_settings(run.config, run.siop)
+
+
+def _tools(run: Run) -> str:
+    check_tool_length(run.config, run.policy.tools)
+    return f"{run.policy.path}; tools {', '.join(run.policy.tools) or 'none'}"
+
+
+def _round_trips(run: Run) -> str:
+    scored = run.trains_by_siop and measures_support(run.siop)
+    return check_round_trips(run.policy, run.siop if scored else None, run.sample, run.warn)
+
+
+def _rows(run: Run) -> str:
+    found = check_rows(run.config, run.siop, run.policy, run.warn)
+    check_instructions(run.policy, run.prompt, run.warn)
+    return found
+
+
+def needs_scorer(run: Run) -> bool:
+    """Whether the run asks the scorer at all: IGPO asks for support alone, which the policy may measure itself."""
+    return run.trains_by_siop and (run.siop.siop_scorer == "server" or not run.siop.siop_use_gold_ref)
+
+
+def _scorer(run: Run) -> str:
+    if not needs_scorer(run):
+        return "not needed"
+    return asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S))
+
+
+CHECKS: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    ("settings", _settings),
+    ("model and tools", _tools),
+    ("data files", lambda run: check_files(run.config)),
+    ("round trips", _round_trips),
+    ("data rows", _rows),
+    ("scorer", _scorer),
+)
 
 
 def _check_platform(config: DictConfig) -> None:
@@ -129,84 +227,6 @@ def check_method(config: DictConfig, siop: SiopConfig) -> None:
                 )
 
 
-def _tokenizer(config: DictConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    model = config.actor_rollout_ref.model
-    path = model.get("tokenizer_path") or model.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-    except (OSError, ValueError) as error:
-        raise SiopConfigError(f"actor_rollout_ref.model.path={path}: no tokenizer can be loaded: {error}") from error
-    if not tokenizer.chat_template and not model.get("custom_chat_template"):
-        raise SiopConfigError(
-            f"actor_rollout_ref.model.path={path}: the tokenizer has no chat template; use an instruction-tuned model "
-            "or set actor_rollout_ref.model.custom_chat_template"
-        )
-    return tokenizer
-
-
-def _files(value: Any) -> list[str]:
-    return [str(x) for x in value] if isinstance(value, list | ListConfig) else [str(value)]
-
-
-def check_parquet(path: str, key: str) -> None:
-    """Check that a file is parquet in verl's RL format, by its schema alone.
-
-    Raises:
-        DataError: naming the configuration key, the file and the column.
-    """
-    if not Path(path).expanduser().is_file():
-        raise DataError(f"{key}={path}: no such file")
-    try:
-        schema = pq.read_schema(Path(path).expanduser())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{key}={path}: not a parquet file: {error}") from error
-    for column, kind in COLUMNS.items():
-        if column not in schema.names:
-            raise DataError(f"{key}={path}: column '{column}' is missing; found {sorted(schema.names)}")
-        found = str(schema.field(column).type)
-        if not found.removeprefix("large_").startswith(kind):
-            raise DataError(f"{key}={path}: column '{column}' has type {found}, needs {kind}")
-    if "ground_truth" not in [field.name for field in schema.field("reward_model").type]:
-        raise DataError(f"{key}={path}: column 'reward_model' has no field 'ground_truth' (it may hold nulls)")
-
-
-def _messages(path: str) -> Iterator[list[dict[str, str]]]:
-    with pq.ParquetFile(Path(path).expanduser()) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=["prompt"]):
-            yield from batch.column(0).to_pylist()
-
-
-def check_prompts(path: str, tokenizer: Any, data: DictConfig) -> None:
-    """Check that every prompt fits ``data.max_prompt_length`` (skipped with ``data.filter_overlong_prompts=true``).
-
-    Raises:
-        DataError: naming the file, the row, the length and the limit.
-    """
-    rows = pq.read_metadata(Path(path).expanduser()).num_rows
-    if not rows:
-        raise DataError(f"{path}: the file has no rows")
-    extra = {str(key): value for key, value in (data.get("apply_chat_template_kwargs") or {}).items()}
-    for row, messages in enumerate(tqdm(_messages(path), total=rows, desc=f"check {path}", disable=rows < 5000)):
-        if not messages or any(not m.get("role") or m.get("content") is None for m in messages):
-            raise DataError(f"{path}: row {row}: 'prompt' must be a list of messages with role and content")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **extra)
-        length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if length > data.max_prompt_length:
-            raise DataError(
-                f"{path}: row {row}: the prompt has {length} tokens, data.max_prompt_length is "
-                f"{data.max_prompt_length}; raise it or set data.filter_overlong_prompts=true"
-            )
-
-
-def _check_tool_config(config: DictConfig) -> None:
-    multi_turn = config.actor_rollout_ref.rollout.multi_turn
-    path = multi_turn.get("tool_config_path")
-    if multi_turn.enable and path and not Path(path).is_file():
-        raise SiopConfigError(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}: no such file")
-
-
 def _check_router_replay(config: DictConfig) -> None:
     actor = config.actor_rollout_ref.actor
     for engine in ("megatron", "veomni"):
@@ -217,14 +237,3 @@ def _check_router_replay(config: DictConfig) -> None:
                 "algorithm.siop_scorer=policy: there are no recorded routes for references, which nobody sampled; set "
                 "it to disabled"
             )
-
-
-async def _check_scorer(siop: SiopConfig) -> None:
-    async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
-        health = await client.wait_ready(timeout_s=min(60.0, siop.siop_scorer_timeout_s))
-        await client.check_token()
-    if siop.siop_scorer == "server" and health.get("engine") == "none":
-        raise SiopConfigError(
-            f"algorithm.siop_scorer=server, but the scorer at {siop.siop_scorer_url} has no language model: start it "
-            "with one (SIOP_MODEL), or set algorithm.siop_scorer=policy"
-        )

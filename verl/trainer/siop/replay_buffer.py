@@ -40,26 +40,66 @@ class CheckedReplayBuffer(ReplayBuffer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(poll_interval=float(kwargs["sampler_kwargs"].get("poll_interval", 2.0)), **kwargs)
+        self._causes: dict[str, str] = {}  # of the first failure in a partition
         self._validation: dict[str, list[int]] = {"turns": [], "response_tokens": []}
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
-        batch, metrics = super().sample(global_steps, partition_id, batch_size)
-        # Groups that ended since, beyond the batch, are looked at with their own batch.
+        """Upstream's batch without the questions that lost a rollout.
+
+        Raises:
+            RolloutFailed: too many did, with the first cause.
+        """
+        try:
+            batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        except RuntimeError:
+            # If nothing at all is left, upstream advises a key that this sampler does not read.
+            if self._too_many_failed(partition_id, batch_size):
+                raise self._failure(partition_id, batch_size) from None
+            raise
+        if self._too_many_failed(partition_id, batch_size):
+            raise self._failure(partition_id, batch_size)
         failed = self.failure_keys[partition_id]
-        allowed = 0 if partition_id == "val" else batch_size // 2
-        if len(failed) > allowed:
-            raise RolloutFailed(
-                f"rollouts of {len(failed)} of {batch_size} {partition_id} questions failed; the reasons are logged "
-                "above"
-            )
         if failed:
-            logger.error("%d of %d questions dropped because a rollout of each failed", len(failed), batch_size)
+            logger.error(
+                "%d of %d questions dropped because a rollout of each failed%s",
+                len(failed),
+                batch_size,
+                self._first_cause(partition_id),
+            )
             batch = self._without(batch, failed)
         if partition_id == "val":
             self._note_validation(batch)
         else:
             metrics["siop/failed_groups"] = float(len(failed))
         return batch, metrics
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        super()._sync_metadata_from_transfer_queue()
+        self._causes = {}
+        for partition_id, failed in self.failure_keys.items():
+            if failed:
+                # Upstream keeps of a question's tags its status alone.
+                tags = (tq.kv_list(partition_id) or {}).get(partition_id, {})
+                found = [
+                    (tag["failed_at"], tag["failure"])
+                    for uid, tag in tags.items()
+                    if uid in failed and "failure" in tag
+                ]
+                self._causes[partition_id] = min(found)[1] if found else ""
+
+    def _too_many_failed(self, partition_id: str, batch_size: int) -> bool:
+        # Groups that ended since, beyond the batch, are looked at with their own batch.
+        return len(self.failure_keys[partition_id]) > (0 if partition_id == "val" else batch_size // 2)
+
+    def _failure(self, partition_id: str, batch_size: int) -> RolloutFailed:
+        return RolloutFailed(
+            f"rollouts of {len(self.failure_keys[partition_id])} of {batch_size} {partition_id} questions failed"
+            + (self._first_cause(partition_id) or "; the reasons are logged above")
+        )
+
+    def _first_cause(self, partition_id: str) -> str:
+        cause = self._causes.get(partition_id)
+        return f"; the first of them: {cause}" if cause else ""
 
     def _without(self, batch: KVBatchMeta, uids: set[str]) -> KVBatchMeta:
         kept = [(key, tag) for key, tag in zip(batch.keys, batch.tags, strict=True) if key.split("_")[0] not in uids]

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +18,14 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.siop.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE, core_metrics
+from verl.trainer.siop.rollout_metrics import tool_metrics
+from verl.trainer.siop.rows import question_of
+from verl.trainer.siop.supervised import SupervisedTrainer
+from verl.trainer.siop.tool_calls import FIELD
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
@@ -35,6 +39,7 @@ from verl.utils.siop.siop_process_reward import (
     SupportRequest,
     compute_group_rewards,
 )
+from verl.utils.siop.turn_utils import extract_answer, get_assistant_turn_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +88,7 @@ class TimedScorer:
 
 
 @register_trainer("siop")
-class SiopTrainer(PPOTrainerSync):
+class SiopTrainer(SupervisedTrainer):
     """``trainer.v1.trainer_mode=siop``.
 
     With ``algorithm.adv_estimator=siop`` the token rewards of a step (``rm_scores``) are replaced by SIOP's turn
@@ -94,6 +99,9 @@ class SiopTrainer(PPOTrainerSync):
     trainer_mode = property(lambda self: "sync", lambda self, value: None)
 
     replay_buffer: CheckedReplayBuffer
+    # Of a training; nobody looks at an evaluation.
+    _alarm: NothingLearntAlarm | None = None
+    _told_of_labels = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -106,6 +114,10 @@ class SiopTrainer(PPOTrainerSync):
         self.siop, self.gamma = SiopConfig.from_algorithm(config.algorithm), float(config.algorithm.gamma)
         self._records: dict[str, dict[str, Any]] = {}
 
+    def on_train_begin(self) -> None:
+        super().on_train_begin()
+        self._alarm = NothingLearntAlarm(self.siop.siop_on_nothing_learnt, self.config)
+
     # ------------------------------------------------------------------ rewards
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._records = {}
@@ -117,10 +129,37 @@ class SiopTrainer(PPOTrainerSync):
             keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "extra_info", "extra_fields"]
         )
         self._outcome_metrics(keys, data, metrics)
+        records = [fields[FIELD] for fields in column(data, "extra_fields") if FIELD in fields]
+        metrics.update(tool_metrics(records))
         if self.uses_siop:
             with marked_timer("siop_rewards", self.timing_raw, color="brown"):
                 self._write_turn_rewards(keys, data, batch.partition_id, metrics)
-        return super()._compute_advantage(batch, metrics)
+        result = super()._compute_advantage(batch, metrics)
+        if self._alarm is not None:
+            learns = None
+            if self._alarm.starting:
+                advantages = tq.kv_batch_get(keys, batch.partition_id, ["advantages"])
+                learns = any(bool(values.any()) for values in column(advantages, "advantages"))
+            # Before the update: there may be nothing to update with.
+            self._alarm.look(self._seen(keys, data, records, learns))
+        return result
+
+    def _seen(self, keys: list[str], data: TensorDict, records: list[dict[str, Any]], learns: bool | None) -> Step:
+        responses, masks = column(data, "responses"), column(data, "response_mask")
+
+        def answer(row: int) -> str:
+            known = self._records[keys[row]].get("answer")
+            turns = get_assistant_turn_ranges(masks[row])
+            return known if known is not None else extract_answer(responses[row].tolist(), turns, self.tokenizer)
+
+        return Step(
+            number=self.global_steps,
+            answers=[answer(row) for row in range(len(keys))],
+            # Only if every rollout was counted do the records say something about the step.
+            records=records if len(records) == len(keys) else [],
+            learns=learns,
+            text=lambda row: self.tokenizer.decode(responses[row][masks[row] == 1]),
+        )
 
     def _outcome_metrics(self, keys: list[str], data: TensorDict, metrics: dict) -> None:
         """EM and F1 where labels exist, under their own names: ``critic/score`` shows the turn rewards."""
@@ -130,6 +169,8 @@ class SiopTrainer(PPOTrainerSync):
             # None where the row has no label.
             outcome = {name: float(info[name]) for name in ("em", "f1") if info.get(name) is not None}
             self._records[key] = dict(outcome)
+            if FIELD in fields:
+                self._records[key][FIELD] = fields[FIELD]
             for name, value in outcome.items():
                 found.setdefault(name, []).append(value)
         metrics.update({f"siop/outcome/{name}": float(np.mean(values)) for name, values in found.items()})
@@ -158,7 +199,12 @@ class SiopTrainer(PPOTrainerSync):
                 fields=TensorDict({"response_mask": nothing, "loss_mask": nothing}, batch_size=len(rows)),
             )
 
-        metrics.update(group_metrics(rewards, [rollouts[row] for row in kept], self.siop, self.gamma))
+        labels = column(data, "reward_model")
+        metrics.update(
+            group_metrics(
+                rewards, [rollouts[row] for row in kept], self.siop, self.gamma, [self._gold(labels[r]) for r in kept]
+            )
+        )
         metrics["siop/dropped_groups"] = float(len(dropped))
         metrics.update(cost)
         for index, row in enumerate(kept):
@@ -184,17 +230,29 @@ class SiopTrainer(PPOTrainerSync):
             column(data, name)
             for name in ("uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "reward_model")
         )
+        recorded = [fields.get(FIELD, {}) for fields in column(data, "extra_fields")]
         return [
             Rollout(
                 uid=str(uids[i]),
-                question=_question(messages[i], extras[i]),
+                question=question_of(messages[i], extras[i]),
                 prompt_ids=prompts[i].tolist(),
                 response_ids=responses[i].tolist(),
                 response_mask=masks[i].tolist(),
                 gold=parse_aliases(labels[i]) if self.siop.siop_use_gold_ref else None,
+                executed_calls=recorded[i].get("executed_calls"),
             )
             for i in range(len(keys))
         ]
+
+    def _gold(self, label: Any) -> list[str]:
+        """The gold answers for the metrics; none where a reward function of the user's reads labels of its own form."""
+        try:
+            return parse_aliases(label)
+        except ValueError as error:
+            if not self._told_of_labels:
+                self._told_of_labels = True
+                logger.warning("no siop/heaviest_cluster_right: %s", error)
+            return []
 
     async def _score(self, rollouts: list[Rollout]) -> tuple[GroupRewards, list[int], set[str], dict[str, float]]:
         """Rewards of the rows that could be scored, those rows, the questions that could not, what it cost.
@@ -269,17 +327,6 @@ class SiopTrainer(PPOTrainerSync):
             values = {name: float(value) for name, value in metrics.items()}
             (Path(folder) / METRICS_FILE).write_text(json.dumps(values, indent=1, sort_keys=True))
         return metrics
-
-
-def _question(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, Any] | None) -> str:
-    """The bare question: ``extra_info.question`` where the data has it, else the last user message."""
-    named = (extra_info or {}).get("question")
-    if named:
-        return str(named)
-    users = [message["content"] for message in messages if message["role"] == "user"]
-    if not users or not isinstance(users[-1], str):
-        raise SiopError(f"no user message with text in the prompt, and no extra_info.question: {messages!r}")
-    return users[-1]
 
 
 def _session(key: str) -> tuple[str, int, int]:

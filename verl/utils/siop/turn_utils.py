@@ -173,13 +173,17 @@ def parse_queries(turn_text: str) -> list[Query]:
             name, arguments = call["name"], call["arguments"]
         except (ValueError, KeyError, TypeError, RecursionError):  # a number of 5,000 digits is a ValueError
             continue
-        named = arguments if isinstance(arguments, dict) else {"": arguments}
-        parts = [
-            (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-            for key, value in named.items()
-        ]
-        queries.append((str(name), *(part for key, value in sorted(parts) for part in (key, identity_key(value)))))
+        queries.append(query_of(str(name), arguments))
     return queries
+
+
+def query_of(name: str, arguments: Any) -> Query:
+    """The normal form of one tool call, see :func:`parse_queries`; ``arguments`` are what its JSON holds."""
+    named = arguments if isinstance(arguments, dict) else {"": arguments}
+    parts = [
+        (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True)) for key, value in named.items()
+    ]
+    return (name, *(part for key, value in sorted(parts) for part in (key, identity_key(value))))
 
 
 def extract_queries(

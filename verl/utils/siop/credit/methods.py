@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from verl.utils.siop.credit.answers import f1_score
-from verl.utils.siop.credit.batch import Cluster, CreditBatch
+from verl.utils.siop.credit.batch import Cluster, CreditBatch, ParsedRollout
 from verl.utils.siop.credit.registry import register_credit
 from verl.utils.siop.credit.rollouts import GroupRewards
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import Query, extract_queries
+from verl.utils.siop.turn_utils import Query, extract_queries, query_of
 
 
 @register_credit("process")
@@ -54,8 +56,9 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
 
     r_t = (number of other rollouts of the question that issue the query of turn t at any turn) / (number of other
     rollouts), in [0, 1]; 0 for a turn without a query, for a query that the rollout issued before, and if there is no
-    other rollout. With several queries in a turn: the mean over the distinct ones. Queries are compared as
-    :func:`~verl.utils.siop.turn_utils.extract_queries` normalises them.
+    other rollout. With several queries in a turn: the mean over the distinct ones. Only calls that were executed count
+    (``Rollout.executed_calls``; where that is not recorded, all well-formed calls in the text), compared as
+    :func:`~verl.utils.siop.turn_utils.parse_queries` normalises them.
 
     The last turn also gets, if the rollout has an answer, by ``siop_consensus_terminal``:
 
@@ -87,7 +90,7 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
 def _query_agreement(batch: CreditBatch, members: list[int]) -> dict[int, list[float]]:
     """The query part of the turn rewards of one question's rollouts; padded rows are no rollouts."""
     items = {index: batch.parsed[index] for index in members if batch.parsed[index].turns}
-    queries = {i: extract_queries(x.rollout.response_ids, x.turns, batch.tokenizer) for i, x in items.items()}
+    queries = {index: _queries(item, batch) for index, item in items.items()}
     issued_by: dict[Query, int] = {}
     for turns in queries.values():
         for query in {query for turn in turns for query in turn}:
@@ -102,6 +105,18 @@ def _query_agreement(batch: CreditBatch, members: list[int]) -> dict[int, list[f
             rewards[index].append(agreeing / (max(len(distinct), 1) * max(len(items) - 1, 1)))
             own.update(distinct)
     return rewards
+
+
+def _queries(item: ParsedRollout, batch: CreditBatch) -> list[list[Query]]:
+    executed = item.rollout.executed_calls
+    if executed is None:
+        return extract_queries(item.rollout.response_ids, item.turns, batch.tokenizer)
+    if len(executed) != len(item.turns):
+        raise RolloutError(
+            f"rollout of question {item.rollout.uid!r}: {len(item.turns)} assistant turns in its mask, but executed "
+            f"calls of {len(executed)}"
+        )
+    return [[query_of(name, json.loads(arguments)) for name, arguments in turn] for turn in executed]
 
 
 async def gold_reference(batch: CreditBatch) -> GroupRewards:

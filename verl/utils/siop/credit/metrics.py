@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from verl.utils.siop.credit.answers import exact_match
 from verl.utils.siop.credit.baselines import Turns
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
@@ -16,7 +17,11 @@ from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 
 def group_metrics(
-    rewards: GroupRewards, rollouts: Sequence[Rollout], config: SiopConfig, gamma: float = 1.0
+    rewards: GroupRewards,
+    rollouts: Sequence[Rollout],
+    config: SiopConfig,
+    gamma: float = 1.0,
+    labels: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, float]:
     """Metrics of a batch; a key whose mean would run over nothing is left out.
 
@@ -25,6 +30,7 @@ def group_metrics(
         rollouts: the rollouts it was computed for, in the same order.
         config: the configuration it was computed with.
         gamma: discount of the return-to-go.
+        labels: the gold answers of each rollout's question, empty where there are none; None if nobody looked.
 
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
@@ -32,6 +38,9 @@ def group_metrics(
         - ``siop/zero_variance_groups``: share of questions whose advantages are all 0, so that they give no update
         - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
           mean over questions with an answer (both only where the method clusters)
+        - ``siop/heaviest_cluster_right``: share of the questions with a label whose heaviest cluster (largest target,
+          among equals the one opened first) has a first reference that matches a gold answer exactly; over questions
+          with a cluster
         - ``siop/target_mass``: target of the rollout's cluster (of the gold answer), mean over the rollouts that have
           one
         - ``siop/evidence``: rho of the rollout's cluster, where it was computed
@@ -66,6 +75,7 @@ def group_metrics(
         if any(counts) or not any(rewards.answers):
             values["clusters_per_group"] = [len(count) for count in counts]
             values["cluster_entropy"] = [_entropy(list(count.values())) for count in counts if count]
+        values["heaviest_cluster_right"] = _heaviest_right(rewards, groups.values(), labels or [[]] * len(rollouts))
     metrics = {f"siop/{name}": math.fsum(items) / len(items) for name, items in values.items() if items}
     metrics["siop/groups"] = float(len(groups))
     metrics.update(_mean_and_std("siop/turn_reward", [reward for turns in rewards.turn_rewards for reward in turns]))
@@ -75,6 +85,19 @@ def group_metrics(
     for turn, at_turn in enumerate(_returns_by_turn(rewards.turn_rewards, config, gamma)):
         metrics.update(_mean_and_std(f"siop/return_to_go/turn_{turn + 1}", at_turn))
     return metrics
+
+
+def _heaviest_right(
+    rewards: GroupRewards, groups: Collection[Sequence[int]], labels: Sequence[Sequence[str]]
+) -> list[float]:
+    """1 or 0 for each question with a label and a cluster."""
+    right = []
+    for members in groups:
+        clustered = [index for index in members if rewards.cluster_ids[index] is not None]
+        if clustered and labels[members[0]]:
+            heaviest = max(clustered, key=lambda index: rewards.target_mass[index])
+            right.append(exact_match(rewards.references[heaviest][0], labels[members[0]]))
+    return right
 
 
 def _turns(rows: Sequence[Sequence[float]], group_B: np.ndarray, config: SiopConfig, gamma: float) -> Turns:

@@ -17,6 +17,8 @@ class Rollout:
         response_ids: L tokens: assistant turns and tool observations.
         response_mask: L values, 1 on the tokens that the policy sampled.
         gold: gold answers; used by ``siop_use_gold_ref`` only.
+        executed_calls: for each of the T assistant turns its tool calls that were executed, as (name, arguments in
+            JSON); None if nobody recorded them.
     """
 
     uid: str
@@ -25,6 +27,7 @@ class Rollout:
     response_ids: list[int]
     response_mask: list[int]
     gold: list[str] | None = None
+    executed_calls: list[list[tuple[str, str]]] | None = None
 
 
 @dataclass(frozen=True)

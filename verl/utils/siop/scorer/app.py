@@ -121,6 +121,8 @@ async def health(request: Request) -> Response:
             "engine": info.engine.engine,
             "model": info.engine.model,
             "max_model_len": info.engine.max_model_len,
+            "vocab_size": info.engine.vocab_size,
+            "tokenizer": info.engine.tokenizer,
             "nli": info.nli,
         }
     )

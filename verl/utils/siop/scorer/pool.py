@@ -120,7 +120,8 @@ class WorkerPool:
         if self._gpus:
             by_node = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
             check_gpus(self.num_workers, self._gpus, by_node)
-        nli_share = NLI_GPU_SHARE if self._gpus == 1 and self.num_nli_workers else 0.0
+        on_gpu = self._gpus == 1 and self.num_nli_workers and self._settings.nli_device != "cpu"
+        nli_share = NLI_GPU_SHARE if on_gpu else 0.0
         nli_settings = self._settings if nli_share else replace(self._settings, device="cpu")
         # The scoring workers first: each takes the most of a GPU, and the NLI workers then fit beside them only.
         self._workers = [

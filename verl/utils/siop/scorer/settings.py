@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
         "RAY_ADDRESS, if set, is the Ray cluster to join (default: a private local Ray).",
     )
 
-    def add(name: str, what: str, **options: Any) -> None:
-        parser.add_argument(name, help=what, **options)
+    def add(name: str, what: str, *aliases: str, **options: Any) -> None:
+        parser.add_argument(name, *aliases, help=what, **options)
 
     def choice(name: str, choices: Sequence[str], what: str) -> None:
         add(name, what, choices=("auto", *choices), default="auto")
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     add("--model", "scorer language model: a directory, a hub id, or none", required=True)
     add("--nli-model", "NLI sequence classifier: a directory or a hub id (default: none)")
+    add("--nli-device", "where the NLI model is: cpu, cuda (default: as the scorer model)", choices=("cpu", "cuda"))
     auto = "auto: transformers with --nli-model, else lexical"
     choice("--nli-backend", NLI_BACKENDS, f"lexical compares words and needs no model; {auto}")
     wrong = "take an NLI model that gets an obvious entailment or contradiction wrong (for untrained test models)"
@@ -51,8 +52,9 @@ def parser() -> argparse.ArgumentParser:
     auto = "auto: vllm on GPUs where it is installed, else transformers"
     choice("--engine", ENGINES, f"engine of the scorer model; {auto}")
     number("--tensor-parallel-size", "GPUs that share one model, vllm only", 1)
-    default = "(default: 0.85 with vllm, else no limit)"
-    number("--gpu-memory", f"share of each GPU's memory that the scorer model may take {default}", kind=float)
+    default = "(default: 0.15 with vllm, else no limit)"
+    what = f"share of each GPU's memory that the scorer model may take {default}"
+    add("--gpu-memory", what, "--gpu-memory-utilization", type=float)
     add("--lora-path", "LoRA adapter on top of the scorer model: a directory (default: none)")
     number("--num-gpus", "GPUs, --tensor-parallel-size for each worker; 0: CPU (default: all seen)")
     number("--num-workers", "workers on CPU", 1)
@@ -95,6 +97,12 @@ def worker_settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]
     num_gpus = args.num_gpus if args.num_gpus is not None else seen
     if num_gpus < 0 or (num_gpus > seen and not os.environ.get("RAY_ADDRESS")):
         raise SiopConfigError(f"--num-gpus is {num_gpus}, this machine has {seen}")
+    if args.nli_device == "cuda" and not num_gpus:
+        raise SiopConfigError("--nli-device is cuda, but no GPU is used (--num-gpus 0)")
+    if args.nli_device == "cuda" and args.tensor_parallel_size > 1:
+        raise SiopConfigError("--nli-device cuda: with --tensor-parallel-size above 1 the NLI model runs on the CPU")
+    if args.nli_device and nli_backend == "lexical":
+        raise SiopConfigError(f"--nli-device is {args.nli_device}, but the lexical NLI backend has no model")
     engine = _engine(args, num_gpus)
     num_workers = num_gpus // args.tensor_parallel_size or args.num_workers
     settings = WorkerSettings(
@@ -111,6 +119,7 @@ def worker_settings(args: argparse.Namespace) -> tuple[WorkerSettings, int, int]
         gpu_memory=args.gpu_memory,
         trust_remote_code=args.trust_remote_code,
         threads=args.threads or max(1, (os.cpu_count() or 1) // num_workers),
+        nli_device=args.nli_device,
     )
     return settings, num_workers, args.tensor_parallel_size if num_gpus else 0
 
@@ -164,7 +173,7 @@ def _engine(args: argparse.Namespace, num_gpus: int) -> str:
         engine = args.engine
     if engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise SiopConfigError(
-            f"--engine vllm: vLLM is not installed in {sys.executable}; install the extra gpu (on CPU: "
+            f"--engine vllm: vLLM is not installed in {sys.executable}; install the extra vllm (on CPU: "
             "bash scripts/setup_env.sh --vllm), or take --engine transformers"
         )
     if size > 1 and engine != "vllm":

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 from verl.utils.siop.errors import EngineFailed
 from verl.utils.siop.scorer.engines.base import NO_MODEL, EngineInfo, NoEngine, RolloutQuery, SupportResult
+from verl.utils.siop.tokenizer_digest import tokenizer_digest
 
 if TYPE_CHECKING:
     from verl.utils.siop.scorer.engines.base import ScoringEngine
@@ -47,6 +49,7 @@ class WorkerSettings:
         gpu_memory: share of each GPU's memory that a scorer model may take, None for the engine's default.
         trust_remote_code: run Python code that comes with the models.
         threads: CPU threads of each worker.
+        nli_device: ``cpu`` or ``cuda`` for the NLI model, None for ``device``.
     """
 
     model: str
@@ -62,6 +65,7 @@ class WorkerSettings:
     gpu_memory: float | None = None
     trust_remote_code: bool = False
     threads: int = 1
+    nli_device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,10 @@ class ScoringWorker(_Worker):
         Raises:
             SiopConfigError: it cannot be loaded or used.
         """
-        return self._loaded().info
+        info: EngineInfo = self._loaded().info
+        if info.engine == NO_MODEL:
+            return info
+        return replace(info, tokenizer=_digest(self._settings.model, self._settings.trust_remote_code))
 
     def support(self, rollouts: Sequence[RolloutQuery]) -> SupportResult:
         """See :class:`ScoringEngine`."""
@@ -143,6 +150,24 @@ class ScoringWorker(_Worker):
         except EngineFailed:
             logger.exception("the engine failed; this worker ends so that Ray starts another")
             os._exit(1)
+
+
+def _digest(model: str, trust_remote_code: bool) -> str | None:
+    """Digest of the tokenizer that comes with a model, or None if there is none: requests bring ids, never text."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning("%s: no tokenizer, so that trainers cannot compare theirs with it: %s", model, error)
+        return None
+    # Of a folder without any file of a tokenizer transformers makes an empty one.
+    if Path(model).is_dir() and not any(
+        (Path(model) / name).is_file() for name in tokenizer.vocab_files_names.values()
+    ):
+        logger.warning("%s: no tokenizer, so that trainers cannot compare theirs with it", model)
+        return None
+    return tokenizer_digest(tokenizer)
 
 
 class NliWorker(_Worker):

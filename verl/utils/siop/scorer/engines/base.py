@@ -67,12 +67,22 @@ class SupportResult:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Limits and identity of a loaded engine."""
+    """Limits and identity of a loaded engine.
+
+    Attributes:
+        engine: its name.
+        model: directory or hub id.
+        max_model_len: longest sequence in tokens.
+        vocab_size: rows of the embedding: ids from there on are refused.
+        tokenizer: :func:`~verl.utils.siop.tokenizer_digest.tokenizer_digest` of the model's tokenizer, None where the
+            model comes without one.
+    """
 
     engine: str
     model: str
     max_model_len: int
     vocab_size: int
+    tokenizer: str | None = None
 
 
 class ScoringEngine(Protocol):

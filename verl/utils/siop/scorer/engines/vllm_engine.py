@@ -40,7 +40,7 @@ from verl.utils.siop.scorer.engines.vllm_waves import Branch, plan_branches, pla
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GPU_MEMORY = 0.85
+DEFAULT_GPU_MEMORY = 0.15  # the rest is the trainer's, as in the first release
 CPU_BLOCK_SIZE = 16  # vLLM's default there, 128, would share too little
 CPU_KV_CACHE_BYTES = 2 << 30
 ENGINE_OPTIONS = {

@@ -1,0 +1,331 @@
+"""The data files: their schemas, and in every row all that a run takes from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, ListConfig
+from tqdm import tqdm
+from verl.trainer.siop.checks_policy import Policy, PromptError
+from verl.trainer.siop.rows import question_of
+from verl.utils.reward_score.siop_reward import parse_aliases
+from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.siop_process_reward import SiopConfig
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Columns that verl writes itself, or passes by these names beside those of the data.
+RESERVED = frozenset({
+    "prompts", "responses", "response_mask", "rm_scores", "rollout_log_probs", "extra_fields", "num_turns", "metrics",
+    "routed_experts", "output", "validate", "trajectory", "trace", "session_id", "sampling_params",
+})  # fmt: skip
+SHOWN_ROWS = 5000  # a file of more rows gets a progress bar
+REWARD = "pkg://verl.utils.reward_score.siop_reward"
+
+
+class DataError(SiopConfigError):
+    """A data file is missing, or its content is not what verl's RL format needs."""
+
+
+@dataclass
+class Use:
+    """What a run does with the rows of one key.
+
+    Args:
+        key: ``data.train_files`` or ``data.val_files``.
+        config: the whole configuration.
+        policy: renders the prompts.
+        question: whether the question is taken from the row (SIOP's training).
+        labels: how labels are used: "" not at all, "read" by the metrics, "needed" in every row (IGPO), "some" (GRPO).
+    """
+
+    key: str
+    config: DictConfig
+    policy: Policy
+    question: bool
+    labels: str
+    rows: int = field(default=0, init=False)
+    kept: int = field(default=0, init=False)
+    labelled: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, key: str, config: DictConfig, siop: SiopConfig, policy: Policy) -> Use:
+        """The use of ``data.train_files`` or ``data.val_files`` in this run."""
+        trains = key == "data.train_files"
+        by_siop = config.algorithm.adv_estimator == "siop"
+        labels = "read" if config.reward.custom_reward_function.get("path") == REWARD else ""
+        if trains and by_siop and siop.siop_use_gold_ref:
+            labels = "needed"
+        elif trains and not by_siop and labels:
+            labels = "some"
+        return cls(key, config, policy, trains and by_siop, labels)
+
+    # ------------------------------------------------------------------ one row
+    def check(self, row: Mapping[str, Any]) -> str:
+        """What is wrong with a row, or nothing. Counts it, and whether it is kept and labelled."""
+        messages = row.get(self.config.data.prompt_key)
+        extra = row.get("extra_info")
+        wrong = _wrong_messages(messages) or _wrong_tools(extra, self._tools(row)) or self._wrong_agent(row)
+        if wrong:
+            return wrong
+        assert isinstance(messages, list)
+        if self.question:
+            try:
+                if not question_of(messages, extra).strip():
+                    return "the question is empty"
+            except SiopError as error:
+                return str(error)
+        return self._wrong_label(row.get("reward_model")) or self._wrong_length(messages, row)
+
+    def _agent(self, row: Mapping[str, Any]) -> Any:
+        return row.get("agent_name", self.policy.agent)
+
+    def _tools(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.policy.tools if self._agent(row) != "single_turn_agent" else {}
+
+    def _wrong_agent(self, row: Mapping[str, Any]) -> str:
+        agent = self._agent(row)
+        if agent not in self.policy.agents:
+            return f"'agent_name' is {agent!r}; choose one of {', '.join(sorted(self.policy.agents))}"
+        if agent == "single_turn_agent" and self.policy.tools:
+            return (
+                "'agent_name' is 'single_turn_agent', which calls no tools, but multi_turn.tool_config_path names "
+                "some; set it to tool_agent, drop the column, or set the path to null"
+            )
+        return ""
+
+    def _wrong_label(self, label: Any) -> str:
+        if not isinstance(label, dict):
+            return "'reward_model' is null; without a label write {'ground_truth': null}"
+        if not self.labels:
+            return ""
+        try:
+            aliases = parse_aliases(label.get("ground_truth"))
+        except ValueError as error:
+            return f"the label in 'reward_model' cannot be read: {error}"
+        self.labelled += bool(aliases)
+        if self.labels == "needed" and not aliases:
+            return "algorithm.siop_use_gold_ref=true needs a label in every row, and 'reward_model' has none"
+        return ""
+
+    def _wrong_length(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> str:
+        data = self.config.data
+        # The filter renders all tools, whatever a row selects.
+        selection = None if data.filter_overlong_prompts else (row.get("extra_info") or {}).get("tool_selection")
+        tools = self.policy.schemas(selection) if self._tools(row) else []
+        try:
+            length = len(self.policy.prompt_ids(messages, tools))
+        except PromptError as error:
+            return f"the chat template cannot render the prompt: {error}"
+        limit = data.max_prompt_length if data.filter_overlong_prompts else self.policy.limit
+        self.kept += length <= limit
+        if length > limit and not data.filter_overlong_prompts:
+            return (
+                f"the prompt has {length} tokens, data.max_prompt_length is {limit}; raise it (tools in the prompt "
+                "count too) or set data.filter_overlong_prompts=true"
+            )
+        return ""
+
+    # ------------------------------------------------------------------ all rows
+    def check_counts(self) -> str:
+        """Whether the rows are enough; a line about them."""
+        data, trains = self.config.data, self.key == "data.train_files"
+        left, most = self.kept, data.get("train_max_samples" if trains else "val_max_samples", -1)
+        left = min(left, most) if most > 0 else left
+        if not self.rows:
+            raise DataError(f"{self.key}: the files have no rows")
+        needed = data.train_batch_size if trains else 1
+        if left < needed:
+            lost = f" ({self.rows - left} of {self.rows} are left out by length or number)" if left < self.rows else ""
+            wanted = f"data.train_batch_size is {needed}" if trains else "a validation needs one"
+            raise DataError(f"{self.key}: {left} rows{lost}, {wanted}; give more rows, or a smaller number")
+        if self.labels == "some" and not self.labelled:
+            raise DataError(
+                f"{self.key}: no row has a label, from which algorithm.adv_estimator="
+                f"{self.config.algorithm.adv_estimator} would take the reward"
+            )
+        dropped = f", {self.rows - self.kept} left out as too long" if self.rows > self.kept else ""
+        return f"{self.rows} rows{dropped}" + (f", {self.labelled} with a label" if self.labels else "")
+
+
+def _wrong_messages(messages: Any) -> str:
+    if not isinstance(messages, list) or not messages:
+        return "'prompt' must be a list of messages with role and content"
+    for message in messages:
+        if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+            return "'prompt' must be a list of messages with role and content"
+        if message["role"] not in ROLES:
+            return f"'prompt' has the role {message['role']!r}; choose one of {', '.join(ROLES)}"
+        if not isinstance(message["content"], str | list):
+            return f"'prompt' has a content of type {type(message['content']).__name__}, needs text"
+    return ""
+
+
+def _wrong_tools(extra: Any, tools: Mapping[str, Any]) -> str:
+    """What would make verl's agent loop leave out tools, or fail at each call, without a word."""
+    if not extra or not tools:
+        return ""
+    selection = extra.get("tool_selection")
+    if isinstance(selection, str):
+        return f"extra_info.tool_selection is the text {selection!r}, needs a list of names"
+    if unknown := [name for name in selection or [] if name not in tools]:
+        return f"extra_info.tool_selection names {unknown[0]!r}; the tools are {', '.join(sorted(tools))}"
+    if "tools_kwargs" in extra:
+        options = extra["tools_kwargs"]
+        if options is None or any(name in options and options[name] is None for name in tools):
+            return (
+                f"extra_info.tools_kwargs is {options!r}, at which every call of the tool would fail; fill it, or drop "
+                "the field from all rows"
+            )
+    return ""
+
+
+# ---------------------------------------------------------------------- files
+def files_of(config: DictConfig, key: str) -> list[str]:
+    """The paths of ``data.train_files`` or ``data.val_files``."""
+    value = config.data[key.removeprefix("data.")]
+    return [str(path) for path in value] if isinstance(value, list | ListConfig) else [str(value)]
+
+
+def read_schema(path: str, key: str, prompt: str = "prompt") -> pa.Schema:
+    """The schema of a parquet file in verl's RL format.
+
+    Raises:
+        DataError: naming the configuration key, the file and the column.
+    """
+    where = Path(path).expanduser()
+    if not where.is_file():
+        raise DataError(f"{key}={path}: no such file")
+    try:
+        schema = pq.read_schema(where)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}={path}: not a parquet file: {error}") from error
+    if where.suffix != ".parquet":
+        raise DataError(f"{key}={path}: verl knows a parquet file by its name, which must end in .parquet")
+    columns = {"data_source": "string", prompt: "list", "reward_model": "struct"}
+    for column in columns:
+        if column not in schema.names:
+            raise DataError(f"{key}={path}: column '{column}' is missing; found {sorted(schema.names)}")
+    for column, kind in {**columns, "extra_info": "struct", "agent_name": "string"}.items():
+        found = str(schema.field(column).type) if column in schema.names else "null"
+        if not found.removeprefix("large_").startswith(kind) and (column in columns or found != "null"):
+            raise DataError(f"{key}={path}: column '{column}' has type {found}, needs {kind}")
+    if "ground_truth" not in [part.name for part in schema.field("reward_model").type]:
+        raise DataError(f"{key}={path}: column 'reward_model' has no field 'ground_truth' (it may hold nulls)")
+    if taken := sorted(RESERVED & set(schema.names)):
+        raise DataError(f"{key}={path}: column '{taken[0]}' would take the place of verl's own; give it another name")
+    return schema
+
+
+def check_schemas(schemas: Mapping[str, pa.Schema], key: str) -> None:
+    """Check that several files of one key can be read as one table, as verl reads them.
+
+    Raises:
+        DataError: naming the column, both files and both types.
+    """
+    import datasets
+
+    first: dict[str, tuple[str, Any]] = {}
+    for path, schema in schemas.items():
+        for name, feature in datasets.Features.from_arrow_schema(schema).items():
+            earlier, found = first.setdefault(name, (path, feature))
+            if found == datasets.Value("null"):
+                first[name] = path, feature
+            if not _unite(found, feature):
+                types = [str(schemas[where].field(name).type) for where in (earlier, path)]
+                raise DataError(
+                    f"{key}: column '{name}' has type {types[0]} in {earlier} and {types[1]} in {path}; write the "
+                    "files with one type"
+                )
+    for (one, a), (other, b) in itertools.pairwise(schemas.items()):
+        if ("agent_name" in a.names) != ("agent_name" in b.names):
+            has, lacks = (one, other) if "agent_name" in a.names else (other, one)
+            raise DataError(f"{key}: column 'agent_name' is in {has} and not in {lacks}, whose rows would have none")
+
+
+def _unite(one: Any, other: Any) -> bool:
+    """Whether columns of these features make one column."""
+    import datasets
+
+    if one == other:
+        return True
+    try:
+        datasets.concatenate_datasets(
+            [
+                datasets.Dataset.from_dict({"x": [None]}, features=datasets.Features({"x": each}))
+                for each in (one, other)
+            ]
+        )
+    except Exception:  # noqa: BLE001  (it raises what it comes upon first)
+        return False
+    return True
+
+
+def rows_of(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, with a progress bar if there are many."""
+    where = Path(path).expanduser()
+    total = pq.read_metadata(where).num_rows
+    with pq.ParquetFile(where) as file, tqdm(total=total, desc=f"check {path}", disable=total < SHOWN_ROWS) as bar:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()
+            bar.update(batch.num_rows)
+
+
+KEYS = ("data.train_files", "data.val_files")
+
+
+def check_files(config: DictConfig) -> str:
+    """Check that the data files are there, and their columns, by their schemas alone.
+
+    Raises:
+        DataError: naming the key, the file and the column.
+    """
+    if (config.data.get("custom_cls") or {}).get("path"):
+        return "made by data.custom_cls"
+    paths = {key: files_of(config, key) for key in KEYS}
+    for key in KEYS:
+        check_schemas({path: read_schema(path, key, config.data.prompt_key) for path in paths[key]}, key)
+    return "; ".join(f"{key} {', '.join(paths[key])}" for key in KEYS)
+
+
+def first_row(config: DictConfig) -> dict[str, Any]:
+    """The prompt and, where there is one, ``extra_info`` of the first row of the data.
+
+    Raises:
+        DataError: there is no row, or its prompt is none.
+    """
+    prompt = config.data.prompt_key
+    places = [(key, path) for key in KEYS for path in files_of(config, key)]
+    for key, path in places:
+        names = [name for name in (prompt, "extra_info") if name in read_schema(path, key, prompt).names]
+        for row in rows_of(path, names):
+            if wrong := _wrong_messages(row[prompt]):
+                raise DataError(f"{path}: row 0: {wrong}")
+            return row
+    raise DataError(f"{KEYS[0]}: the files have no rows")
+
+
+def check_rows(config: DictConfig, siop: SiopConfig, policy: Policy, warn: Callable[[str], None]) -> str:
+    """Check every row of every file for all that the run takes from it. An evaluation draws no training rows.
+
+    Raises:
+        DataError: naming the file, the row and what is wrong with it; or too few rows.
+    """
+    if (config.data.get("custom_cls") or {}).get("path"):
+        warn(f"data.custom_cls.path={config.data.custom_cls.path}: rows that this class makes are not checked")
+        return "made by data.custom_cls"
+    wanted = (config.data.prompt_key, "reward_model", "extra_info", "agent_name")
+    uses = [Use.of(key, config, siop, policy) for key in KEYS[bool(config.trainer.get("val_only", False)) :]]
+    for use in uses:
+        for path in files_of(config, use.key):
+            names = read_schema(path, use.key, wanted[0]).names
+            for number, row in enumerate(rows_of(path, [name for name in wanted if name in names])):
+                use.rows += 1
+                if wrong := use.check(row):
+                    raise DataError(f"{path}: row {number}: {wrong}")
+    return "; ".join(f"{use.key} {use.check_counts()}" for use in uses)

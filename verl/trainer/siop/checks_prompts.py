@@ -1,0 +1,215 @@
+"""Round trips: what a chat template writes, verl's parsers and the method must read back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from verl.trainer.siop.checks_policy import MULTI_TURN, Messages, Policy, PromptError, first_cause
+from verl.trainer.siop.tool_calls import FORMS
+from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
+from verl.utils.siop.turn_utils import parse_answer
+
+# Their templates write calls of earlier turns otherwise than the models make them, and so prove nothing about them.
+NO_ROUND_TRIP = frozenset({"gpt-oss"})
+
+
+def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn: Callable[[str], None]) -> str:
+    """Check that what the template writes can be read back: answers, references, tool calls and tool results.
+
+    Args:
+        policy: see there.
+        siop: for the texts around a reference; None if no reference is scored.
+        sample: text in the words of the data, for a call's argument and an observation.
+        warn: gets what could not be checked.
+
+    Raises:
+        SiopConfigError: the call's format is not known, or reads something else than the template wrote; the message
+            names the formats that fit.
+    """
+    _check_answer_tags(policy, siop, sample)
+    if not policy.calls_tools:
+        return f"answer tags; what the agent loop {policy.agent} calls is not known"
+    parsers = _parsers()
+    if policy.format not in parsers:
+        raise SiopConfigError(
+            f"{MULTI_TURN}.format={policy.format} is not allowed; choose one of {', '.join(sorted(parsers))}"
+        )
+    if not policy.tools:
+        return f"answer tags; no tools, format {policy.format}"
+    name, tool = next(iter(policy.tools.items()))
+    arguments = sample_arguments(tool, sample)
+    if policy.format not in NO_ROUND_TRIP:
+        _check_call(policy, name, arguments, sample, warn)
+    _check_result(policy, name, arguments, sample)
+    return f"answer tags, a call of {name!r} in format {policy.format}, its result"
+
+
+def _check_call(policy: Policy, name: str, arguments: dict[str, Any], sample: str, warn: Callable[[str], None]) -> None:
+    call, writer = _rendered_call(policy, name, arguments, sample), f"the chat template of {policy.path}"
+    if call is None:
+        # Then the prompt has to show the form, and the policy to write it.
+        call, writer = example_call(policy.format, name, arguments), "a policy"
+    if call is None:
+        warn(
+            f"the chat template of {policy.path} writes no tool calls, so that {MULTI_TURN}.format={policy.format} "
+            "could not be tried on it"
+        )
+        return
+    if _reads(policy, policy.format, call, name, arguments):
+        return
+    fitting = [form for form in sorted(_parsers()) if _reads(policy, form, call, name, arguments)]
+    advice = f"set it to {' or '.join(fitting)}"
+    if not fitting:
+        advice = (
+            f"nor does any other ({', '.join(sorted(_parsers()))}): set actor_rollout_ref.model.custom_chat_template"
+        )
+    raise SiopConfigError(
+        f"{MULTI_TURN}.format={policy.format} does not read the calls that {writer} writes; {advice}. It writes "
+        f"{call[:300]!r}"
+    )
+
+
+def example_call(form: str, name: str, arguments: dict[str, Any]) -> str | None:
+    """A call as this format writes it; None if it is written with control tokens."""
+    example = FORMS[form].example if form in FORMS else None
+    return example(name, arguments) if example else None
+
+
+def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> None:
+    tokenizer = policy.tokenizer
+    ids = tokenizer(f"<answer> {sample} </answer>", add_special_tokens=False)["input_ids"]
+    if not parse_answer(tokenizer.decode(ids)).strip():
+        raise SiopConfigError(
+            f"actor_rollout_ref.model.path={policy.path}: its tokenizer reads <answer> {sample} </answer> back as "
+            f"{tokenizer.decode(ids)!r}, in which no answer is found"
+        )
+    if siop is None:
+        return
+    try:
+        build_reference(sample, tokenizer, siop)
+    except (SiopError, ValueError) as error:
+        raise SiopConfigError(f"algorithm.siop_reference_prefix, siop_reference_suffix: {error}") from error
+    prefix, unknown = siop.siop_reference_prefix, tokenizer.unk_token_id
+    if unknown is not None and unknown in tokenizer(prefix, add_special_tokens=False)["input_ids"]:
+        raise SiopConfigError(
+            f"algorithm.siop_reference_prefix={prefix!r} has words that the tokenizer of {policy.path} does not know, "
+            "so that references would be scored after a text without meaning; take words of its vocabulary"
+        )
+
+
+def _parsers() -> dict[str, Any]:
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+
+    return dict(ToolParser._registry)  # there is no public list of the names
+
+
+def sample_arguments(tool: Any, text: str) -> dict[str, Any]:
+    """Arguments for the required parameters of a tool, or for all if none is required, with ``text`` where it fits."""
+    parameters = tool.tool_schema.function.parameters
+    values = {"array": [text], "integer": 1, "number": 1, "boolean": True, "object": {}}
+    properties = parameters.properties
+    wanted = [name for name in properties if name in (parameters.required or properties)]
+    return {name: values.get(str(properties[name].type), text) for name in wanted}
+
+
+def _call_message(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The assistant's message as verl's tool agent writes it into the history."""
+    function = {"name": name, "arguments": arguments}
+    # The id is for templates that write it in place of the name.
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {"id": f"functions.{name}:0", "type": "function", "function": function}
+    ]}  # fmt: skip
+
+
+def _rendered_call(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> str | None:
+    """What the template makes of an assistant turn with a call, or None if the call is not in it."""
+    user, schemas = {"role": "user", "content": sample}, policy.schemas()
+    try:
+        before = policy.render([user], True, schemas)
+        text = policy.render([user, _call_message(name, arguments)], False, schemas)
+    except PromptError as error:
+        raise SiopConfigError(
+            f"actor_rollout_ref.model.path={policy.path}: its chat template cannot render an assistant turn with a "
+            f"call of {name!r}: {error}"
+        ) from error
+    # A template may open the assistant's turn otherwise than it writes one that is past.
+    same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
+    call = text[same:]
+    return call if name in call else None
+
+
+def _reads(policy: Policy, form: str, call: str, name: str, arguments: dict[str, Any]) -> bool:
+    """Whether verl's parser of this format reads back just this call."""
+    import verl.experimental.agent_loop.tool_parser as tool_parser
+
+    noise = logging.getLogger(tool_parser.__file__)
+    ids = policy.tokenizer(call, add_special_tokens=False)["input_ids"]
+    noise.disabled, before = True, noise.disabled
+    try:
+        parser = _parsers()[form](policy.tokenizer)
+        _, calls = asyncio.run(parser.extract_tool_calls(ids, [tool.tool_schema for tool in policy.tools.values()]))
+        return [(found.name, _stripped(json.loads(found.arguments))) for found in calls] == [(name, arguments)]
+    except Exception:  # noqa: BLE001  (parsers of other models may want tokens that this one has not)
+        return False
+    finally:
+        noise.disabled = before
+
+
+def _stripped(value: Any) -> Any:
+    """A value without white space around its texts: tokenizers by words put some there, and tools take it off."""
+    if isinstance(value, dict):
+        return {key: _stripped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    return value.strip() if isinstance(value, str) else value
+
+
+def _check_result(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> None:
+    """A tool's result must be appended to a rollout, by verl's own way of doing it."""
+    user, schemas = {"role": "user", "content": sample}, policy.schemas()
+    history = [user, _call_message(name, arguments)]
+    result = {"role": "tool", "content": sample}
+    try:
+        ids = policy.builder.build_initial_tokens([user], tools=schemas)
+        merged = policy.builder.merge_context_tokens(history, [*history, result], ids, tools=schemas).token_ids
+    except Exception as error:  # as in prompt_ids
+        raise SiopConfigError(
+            f"actor_rollout_ref.model.path={policy.path}: its chat template cannot render the result of a tool (a "
+            f"message of role 'tool' after the assistant's): {first_cause(error)}"
+        ) from error
+    added = policy.tokenizer.decode(merged[len(ids) :])
+    if "".join(sample.split()) not in "".join(added.split()):
+        raise SiopConfigError(
+            f"actor_rollout_ref.model.path={policy.path}: its chat template leaves out the result of a tool (a message "
+            f"of role 'tool'): it writes {added[:300]!r}"
+        )
+
+
+def check_instructions(policy: Policy, messages: Messages, warn: Callable[[str], None]) -> None:
+    """Warn if nothing tells the policy how to call a tool or to give its answer in ``<answer>``.
+
+    It is no error: a policy may have learnt both before, and the first step shows whether it has.
+    """
+    prompt = policy.render(messages, True, [])
+    missing = []
+    if policy.tools and policy.calls_tools:
+        silent = policy.render(messages, True, policy.schemas()) == prompt
+        if silent and not any(name in prompt for name in policy.tools):
+            name, tool = next(iter(policy.tools.items()))
+            call = example_call(policy.format, name, sample_arguments(tool, "…"))
+            missing.append(
+                f"how to call {' or '.join(map(repr, policy.tools))}, for the chat template of {policy.path} renders "
+                f"no tools ({'as ' + repr(call) if call else 'in the form of ' + policy.format})"
+            )
+    if "<answer>" not in prompt:
+        missing.append("that the answer goes into <answer> … </answer>")
+    if missing:
+        warn(
+            f"the prompt does not say {', nor '.join(missing)}: unless the policy has learnt it already, no rollout "
+            "will search or count. Write it into the system message or the question"
+        )

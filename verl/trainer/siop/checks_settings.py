@@ -1,0 +1,250 @@
+"""Settings that would have no effect, or none that their name promises: refused by name, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.siop_process_reward import SiopConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that is refused.
+
+    Args:
+        key: as it is written on the command line.
+        wrong: whether the value of the key is to be refused, given the whole configuration.
+        why: what follows ``key=value`` in the message: the reason, and what to do instead.
+    """
+
+    key: str
+    wrong: Callable[[Any, DictConfig], bool]
+    why: str
+
+
+def _on(value: Any, config: DictConfig) -> bool:
+    return bool(value)
+
+
+def _off(value: Any, config: DictConfig) -> bool:
+    return value is False
+
+
+def _not(default: Any) -> Callable[[Any, DictConfig], bool]:
+    return lambda value, config: value is not None and value != default
+
+
+def _siop(config: DictConfig) -> bool:
+    return config.algorithm.adv_estimator == "siop"
+
+
+def _has_tools(config: DictConfig) -> bool:
+    multi_turn = config.actor_rollout_ref.rollout.multi_turn
+    return bool(multi_turn.get("tool_config_path") or multi_turn.get("function_tool_path"))
+
+
+def _own_sampler(config: DictConfig) -> bool:
+    return bool((config.trainer.v1.sampler.get("custom_sampler") or {}).get("path"))
+
+
+def _waits_for_each_step(config: DictConfig) -> bool:
+    return config.trainer.v1.trainer_mode in ("siop", "sync")
+
+
+def _on_cpu(config: DictConfig) -> bool:
+    return config.actor_rollout_ref.rollout.name == "hf_cpu"
+
+
+def _trains(config: DictConfig) -> bool:
+    return not config.trainer.get("val_only", False)
+
+
+ROLLOUT = "actor_rollout_ref.rollout"
+MULTI_TURN = f"{ROLLOUT}.multi_turn"
+MODEL = "actor_rollout_ref.model"
+_NOT_READ = "is read nowhere in verl 0.9.1's trainer"
+_LORA = "is not implemented in actor_rollout_ref.rollout.name=hf_cpu, which samples from the base weights; set it to "
+_OVERWRITTEN = "has no effect with algorithm.adv_estimator=siop, whose turn rewards replace every other reward"
+_SAMPLER = (
+    "has no effect: the sampler of the siop trainer drops whole questions of which a rollout failed, and no others; "
+    "set it to false, or, without SIOP, take verl's own trainer and sampler (trainer.v1.trainer_mode=sync "
+    "trainer.v1.sampler.custom_sampler.path=null trainer.v1.sampler.custom_sampler.name=null)"
+)
+
+# fmt: off
+REFUSALS: tuple[Refusal, ...] = (
+    # --- the step: which rollouts come in, which reward they have
+    Refusal("algorithm.filter_groups.enable", lambda on, c: on and _own_sampler(c), _SAMPLER),
+    Refusal("trainer.v1.sampler.sync_refill_failed_groups", lambda on, c: on and _own_sampler(c), _SAMPLER),
+    Refusal("trainer.v1.sampler.max_off_policy_threshold", lambda value, c: value != 8 and _waits_for_each_step(c),
+            "has no effect: the trainer waits for the rollouts of every step; leave it at 8"),
+    Refusal("trainer.v1.sampler.max_off_policy_strategy", lambda value, c: value != "drop" and _waits_for_each_step(c),
+            "has no effect: the trainer waits for the rollouts of every step; leave it at drop"),
+    Refusal("trainer.use_v1", _off, "is not honoured here: SIOP runs in verl's V1 trainer; set it to true"),
+    Refusal("trainer.val_only", lambda on, c: on and not c.trainer.val_before_train,
+            "would train all the same in verl 0.9.1 unless trainer.val_before_train=true; set that too"),
+    Refusal("data.gen_batch_size", lambda size, c: size is not None and c.data.train_batch_size % size != 0,
+            "does not divide data.train_batch_size; leave it at null"),
+    Refusal("reward.reward_model.enable", lambda on, c: on and _siop(c), f"{_OVERWRITTEN}; set it to false"),
+    Refusal("reward.reward_manager.name", lambda name, c: name != "naive" and _siop(c),
+            f"{_OVERWRITTEN}; set it to naive, which gives EM and F1 for the metrics"),
+    Refusal("reward.sandbox_fusion.url", lambda url, c: bool(url) and _siop(c), f"{_OVERWRITTEN}; set it to null"),
+    Refusal("critic.enable", lambda on, c: on is True and _siop(c),
+            "would train a critic that algorithm.adv_estimator=siop does not ask; set it to null"),
+    Refusal("algorithm.lam", lambda lam, c: lam != 1 and _siop(c),
+            "has no effect with algorithm.adv_estimator=siop, which has no such parameter; set it to 1.0"),
+    Refusal("algorithm.use_pf_ppo", lambda on, c: on and c.algorithm.adv_estimator != "gae",
+            "has an effect with algorithm.adv_estimator=gae only; set it to false"),
+    Refusal("algorithm.kl_ctrl.kl_coef", lambda x, c: x != 0.001 and not c.algorithm.use_kl_in_reward,
+            "has no effect with algorithm.use_kl_in_reward=false; the coefficient of the loss is "
+            "actor_rollout_ref.actor.kl_loss_coef"),
+    # --- the rollouts
+    Refusal(f"{MULTI_TURN}.enable", lambda on, c: not on and _has_tools(c),
+            "has no effect: verl 0.9.1 calls the tools of multi_turn.tool_config_path whatever it says; set it to "
+            "true, or tool_config_path=null for rollouts without tools"),
+    Refusal(f"{ROLLOUT}.agent.default_agent_loop", lambda name, c: name == "single_turn_agent" and _has_tools(c),
+            "calls no tools, but multi_turn.tool_config_path (or function_tool_path) names some; set it to tool_agent, "
+            "or the path to null"),
+    Refusal(f"{ROLLOUT}.n", lambda n, c: n < 1, "is not allowed: a whole number from 1, and SIOP needs 2 or more"),
+    Refusal(f"{ROLLOUT}.temperature", lambda x, c: x <= 0 and _trains(c),
+            "would make all rollouts of a question the same; set it above 0"),
+    Refusal(f"{ROLLOUT}.do_sample", lambda on, c: on is False and _trains(c),
+            f"has no effect: it {_NOT_READ}; leave it at true"),
+    Refusal(f"{ROLLOUT}.over_sample_rate", _not(0), f"has no effect: it {_NOT_READ}; set it to 0"),
+    Refusal(f"{MULTI_TURN}.use_inference_chat_template", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal(f"{MULTI_TURN}.tokenization_sanity_check_mode", _not("strict"),
+            f"has no effect: it {_NOT_READ}; leave it at strict"),
+    Refusal(f"{MULTI_TURN}.num_repeat_rollouts", _not(None),
+            f"has no effect: it {_NOT_READ}; set actor_rollout_ref.rollout.n"),
+    Refusal(f"{ROLLOUT}.val_kwargs.n", lambda n, c: n < 1, "would validate on nothing; set it to 1 or more"),
+    Refusal(f"{ROLLOUT}.val_kwargs.n", lambda n, c: n > 1 and c.actor_rollout_ref.rollout.val_kwargs.temperature == 0,
+            "would make equal rollouts, for val_kwargs.temperature is 0; set n=1, or a temperature above 0"),
+    Refusal(f"{ROLLOUT}.val_kwargs.do_sample",
+            lambda on, c: on is False and c.actor_rollout_ref.rollout.val_kwargs.temperature != 0,
+            f"has no effect: it {_NOT_READ}, and val_kwargs.temperature is not 0; for greedy validation set "
+            "val_kwargs.temperature=0"),
+    Refusal(f"{MODEL}.lora_rank", lambda rank, c: rank > 0 and _on_cpu(c), f"{_LORA}0"),
+    Refusal(f"{MODEL}.lora.rank", lambda rank, c: rank > 0 and _on_cpu(c), f"{_LORA}0"),
+    Refusal(f"{MODEL}.lora_adapter_path", lambda path, c: bool(path) and _on_cpu(c), f"{_LORA}null"),
+    # --- the data
+    Refusal("data.return_raw_chat", _off, f"has no effect: it {_NOT_READ}; set it to true"),
+    Refusal("data.return_raw_input_ids", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal("data.return_full_prompt", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal("data.truncation", _not("error"),
+            f"has no effect: it {_NOT_READ}; too long a prompt is refused here, or left out with "
+            "data.filter_overlong_prompts=true"),
+    Refusal("data.tokenizer", _not(None), f"has no effect: it {_NOT_READ}; set {MODEL}.tokenizer_path"),
+    Refusal("data.trust_remote_code", lambda on, c: on and not c.actor_rollout_ref.model.get("trust_remote_code"),
+            f"has no effect: it {_NOT_READ}; set {MODEL}.trust_remote_code"),
+    Refusal("data.reward_fn_key", _not("data_source"), f"has no effect: it {_NOT_READ}; leave it at data_source"),
+    # --- old places
+    Refusal("trainer.esi_redundant_time", _not(0), f"has no effect: it {_NOT_READ}; set it to 0"),
+)
+# fmt: on
+
+# Sections of verl's older trainers, which its V1 trainer does not read.
+OLD_SECTIONS = ("custom_reward_function", "reward_model", "sandbox_fusion")
+
+# Keys that only some methods read. The texts around a reference are not among them: they belong to a model, and stand
+# in the settings of an experiment whatever its method is.
+SUPPORT_KEYS = ("siop_num_refs", "siop_gain", "siop_epsilon", "siop_boundary", "siop_scorer")
+TARGET_KEYS = ("siop_eta", "siop_evidence")
+TURN_KEYS = ("siop_baseline", "siop_return", "siop_turn_weight")
+METHOD_KEYS = (
+    "siop_reward_mode",
+    "siop_use_gold_ref",
+    "siop_advantage_mode",
+    "siop_enable_two_pass",
+    "siop_lambda",
+    "siop_strict_entailment",
+    "siop_consensus_terminal",
+    *TURN_KEYS,
+    *SUPPORT_KEYS,
+    *TARGET_KEYS,
+)
+BUILT_IN = ("process", "majority_binary", "cluster_frequency", "query_consensus")
+
+
+def _ignored(siop: SiopConfig) -> Iterator[tuple[str, str]]:
+    """Keys that the method does not read, each with the setting because of which it does not."""
+    mode = siop.siop_reward_mode
+    if mode in BUILT_IN:
+        yield from _ignored_by_method(siop, mode)
+    if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
+        outcome = "siop_advantage_mode=broadcast" if siop.siop_enable_two_pass else "siop_enable_two_pass=false"
+        yield from ((key, f"{outcome}, GRPO's advantage of the sum of the rewards") for key in TURN_KEYS)
+    elif siop.siop_baseline in ("leave_one_out", "pooled", "turn_index"):
+        yield "siop_turn_weight", f"siop_baseline={siop.siop_baseline}"
+
+
+def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]:
+    if siop.siop_use_gold_ref:
+        gold = "siop_use_gold_ref=true, which asks for no clusters"
+        yield from ((key, gold) for key in ("siop_lambda", *TARGET_KEYS, "siop_num_refs", "siop_strict_entailment"))
+    elif mode != "process":
+        method = f"siop_reward_mode={mode}"
+        yield "siop_lambda", method
+        if mode == "query_consensus":
+            method += f" siop_consensus_terminal={siop.siop_consensus_terminal}"
+        if not measures_support(siop):
+            yield from ((key, f"{method}, which measures no support") for key in (*SUPPORT_KEYS, *TARGET_KEYS))
+    if mode != "query_consensus":
+        yield "siop_consensus_terminal", f"siop_reward_mode={mode}"
+    if siop.siop_eta == 0:
+        yield "siop_evidence", "siop_eta=0, which leaves evidence out"
+    if siop.siop_gain != "log":
+        yield "siop_epsilon", f"siop_gain={siop.siop_gain}, which takes no logarithm"
+
+
+def measures_support(siop: SiopConfig) -> bool:
+    """Whether the method asks for the probability of references; a method of the user's own may."""
+    if siop.siop_use_gold_ref or siop.siop_reward_mode not in BUILT_IN:
+        return True
+    return siop.siop_reward_mode == "process" or (
+        siop.siop_reward_mode == "query_consensus" and siop.siop_consensus_terminal == "support"
+    )
+
+
+def check_settings(config: DictConfig, siop: SiopConfig) -> str:
+    """Refuse every setting that would have no effect.
+
+    Raises:
+        SiopConfigError: naming the key, its value, the reason and what to set instead.
+    """
+    for refusal in REFUSALS:
+        value = OmegaConf.select(config, refusal.key)
+        if value is not None and refusal.wrong(value, config):
+            raise SiopConfigError(f"{refusal.key}={_shown(value)} {refusal.why}")
+    for section in OLD_SECTIONS:
+        for key, value in _leaves(OmegaConf.select(config, section), section):
+            if value is not None:
+                raise SiopConfigError(f"{key}={_shown(value)} has no effect in verl 0.9.1's trainer; set reward.{key}")
+    if _siop(config):
+        unread = list(_ignored(siop))
+    else:
+        other = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
+        unread = [(key, other) for key in METHOD_KEYS]
+    default = SiopConfig()
+    for key, because in unread:
+        if getattr(siop, key) != getattr(default, key):
+            raise SiopConfigError(
+                f"algorithm.{key}={_shown(getattr(siop, key))} has no effect with {because}; leave it at "
+                f"{_shown(getattr(default, key))}"
+            )
+    return "no setting without effect"
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _leaves(section: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(section, DictConfig):
+        for key in section:
+            yield from _leaves(section[key], f"{path}.{key!s}")
+    else:
+        yield path, section

@@ -1,0 +1,189 @@
+"""Whether a training run would start, one line per check: ``python -m verl.trainer.siop.doctor [HYDRA_OVERRIDE …]``.
+
+It takes the arguments of :mod:`verl.trainer.siop.main`, makes every check also after one has failed, and starts
+nothing. Exit code 0 if a run would start, 1 if not, 2 for arguments that make no configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import io
+import logging
+import os
+import queue
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.siop import checks_machine as machine
+from verl.trainer.siop.checks_services import check_scorer, check_search
+from verl.trainer.siop.checks_settings import measures_support
+from verl.trainer.siop.preflight import CHECKS, Run, check_overrides, needs_scorer
+from verl.utils.config import validate_config
+from verl.utils.siop.errors import SiopError
+
+SERVICE_WAIT_S = 10.0
+CHECK_WAIT_S = 120.0
+# Every row is rendered: a million rows take this long.
+DATA_WAIT_S = 3600.0
+
+
+@dataclass
+class Finding:
+    """What a check has found.
+
+    Args:
+        name: of the check.
+        text: what was found, or what to do.
+        failed: a run would not start.
+        warnings: what is worth a look.
+    """
+
+    name: str
+    text: str
+    failed: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For a terminal, the outcome in front."""
+        first = f"{'failed' if self.failed else 'ok':<8} {self.name}: {self.text}"
+        return [first, *(f"{'warning':<8} {self.name}: {text}" for text in self.warnings)]
+
+
+Check = Callable[[Run], str]
+
+
+def _search(run: Run) -> str:
+    return asyncio.run(check_search(run.policy.tools, run.sample, run.warn, SERVICE_WAIT_S))
+
+
+def _scorer(run: Run) -> str:
+    if not needs_scorer(run):
+        return "not needed"
+    scored = run.siop.siop_scorer == "server" and measures_support(run.siop)
+    check = check_scorer(run.siop, run.policy, run.warn, SERVICE_WAIT_S, run.sample if scored else None)
+    return asyncio.run(asyncio.wait_for(check, 3 * SERVICE_WAIT_S))
+
+
+def _verl(run: Run) -> str:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which it gives for its own defaults
+        config = copy.deepcopy(run.config)
+        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    return "its own checks pass"
+
+
+# The machine first, then what every run checks before it starts, with a look into the services in place of a wait.
+ALL_CHECKS: tuple[tuple[str, Check], ...] = (
+    ("Python and packages", lambda run: machine.check_packages(run.config)),
+    ("verl plugin", lambda run: machine.check_plugin(run.config)),
+    ("GPUs", lambda run: machine.check_gpus(run.config, run.warn)),
+    ("attention", lambda run: machine.check_attention(run.config)),
+    ("Ray", lambda run: machine.check_ray(run.config, run.warn)),
+    ("disk", lambda run: machine.check_disk(run.config, run.warn)),
+    *((name, check) for name, check in CHECKS if name != "scorer"),
+    ("verl", _verl),
+    ("scorer", _scorer),
+    ("search", _search),
+)
+
+
+def examine(config: DictConfig, report: Callable[[Finding], None]) -> bool:
+    """Make all checks, each in its own thread and time.
+
+    Args:
+        config: the configuration of the run.
+        report: gets each finding as soon as it is there.
+
+    Returns:
+        Whether a run would start.
+    """
+    run, failures = Run(config), dict[str, str]()
+    for name, check in ALL_CHECKS:
+        finding = _made(name, check, run, DATA_WAIT_S if name == "data rows" else CHECK_WAIT_S)
+        if finding.failed:
+            # Several checks need the model, the data or the settings.
+            if earlier := failures.get(finding.text):
+                finding.text = f"not checked, for it needs what failed above ({earlier})"
+            else:
+                failures[finding.text] = name
+        report(finding)
+    return not failures
+
+
+def _made(name: str, check: Check, run: Run, wait_s: float) -> Finding:
+    said: list[str] = []
+    run.warn = said.append
+    answers: queue.Queue[Finding] = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put(Finding(name, check(run)))
+        except (SiopError, OmegaConfBaseException) as error:
+            answers.put(Finding(name, str(error), failed=True))
+        except Exception as error:  # noqa: BLE001  (the other checks are to be made also then)
+            answers.put(Finding(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", failed=True))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        finding = answers.get(timeout=wait_s)
+    except queue.Empty:
+        finding = Finding(name, f"no end after {wait_s:g} s", failed=True)
+    finding.warnings = list(dict.fromkeys(said))
+    return finding
+
+
+def configuration(arguments: Sequence[str]) -> DictConfig:
+    """The configuration that ``verl.trainer.siop.main`` makes of these arguments.
+
+    Raises:
+        HydraException, OmegaConfBaseException: it makes none.
+        SiopConfigError: an unknown ``siop_*`` key.
+    """
+    parser = argparse.ArgumentParser(prog="python -m verl.trainer.siop.doctor", description=__doc__)
+    parser.add_argument("--config-dir", help="folder with the presets (experiment=, ablation=)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for verl.trainer.siop.main")
+    options = parser.parse_args(list(arguments))
+    check_overrides(options.overrides)
+    overrides = list(options.overrides)
+    if options.config_dir:
+        folder = Path(options.config_dir).absolute()
+        overrides.append(f"hydra.searchpath=[pkg://verl.trainer.config,file://{folder}]")
+    with initialize_config_module("verl.trainer.siop.config", version_base=None):
+        return compose("siop_trainer", overrides=overrides)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    # What the checks have to say, they say in their findings.
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+    def report(finding: Finding) -> None:
+        sys.stdout.write("\n".join(finding.lines()) + "\n")
+        sys.stdout.flush()
+
+    try:
+        config = configuration(sys.argv[1:] if arguments is None else arguments)
+    except (HydraException, OmegaConfBaseException, SiopError) as error:
+        report(Finding("configuration", " ".join(str(error).split()), failed=True))
+        return 2
+    starts = examine(config, report)
+    sys.stdout.write("a training run would start\n" if starts else "a training run would not start\n")
+    return 0 if starts else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a check that hangs has a thread that nothing else ends
