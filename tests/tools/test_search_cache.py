@@ -156,7 +156,7 @@ while True:
     writers = [subprocess.Popen([sys.executable, "-c", script, letter]) for letter in "ab"]
     try:
         cache = SearchCache(folder, writable=False)
-        seen = set()
+        seen: set[str] = set()
         deadline = time.monotonic() + 120
         while len(seen) < 2 and time.monotonic() < deadline:
             found = cache.read("http://x/", {"q": "x"})

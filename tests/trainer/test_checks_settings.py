@@ -120,7 +120,7 @@ def test_every_row_of_the_table_is_tried() -> None:
         {"reward.reward_manager.name": "dapo", **GRPO},
         {f"{MULTI_TURN}.enable": False, f"{MULTI_TURN}.tool_config_path": None},
         {f"{ROLLOUT}.agent.default_agent_loop": "single_turn_agent", f"{MULTI_TURN}.tool_config_path": None},
-        {f"{ROLLOUT}.val_kwargs.n": 4, f"{ROLLOUT}.val_kwargs.temperature": 1.0},
+        {f"{ROLLOUT}.val_kwargs.{key}": value for key, value in (("n", 4), ("temperature", 1.0), ("do_sample", True))},
         {f"{ROLLOUT}.val_kwargs.do_sample": False, f"{ROLLOUT}.val_kwargs.temperature": 0},
         {f"{MODEL}.lora_rank": 8, f"{ROLLOUT}.name": "vllm"},
         {"data.trust_remote_code": True, f"{MODEL}.trust_remote_code": True},

@@ -125,8 +125,8 @@ REFUSALS: tuple[Refusal, ...] = (
             "would make equal rollouts, for val_kwargs.temperature is 0; set n=1, or a temperature above 0"),
     Refusal(f"{ROLLOUT}.val_kwargs.do_sample",
             lambda on, c: on is False and c.actor_rollout_ref.rollout.val_kwargs.temperature != 0,
-            f"has no effect: it {_NOT_READ}, and val_kwargs.temperature is not 0; for greedy validation set "
-            "val_kwargs.temperature=0"),
+            f"has no effect: it {_NOT_READ}, and val_kwargs.temperature is not 0; to sample set it to true, for greedy "
+            "validation val_kwargs.temperature=0"),
     Refusal(f"{MODEL}.lora_rank", lambda rank, c: rank > 0 and _on_cpu(c), f"{_LORA}0"),
     Refusal(f"{MODEL}.lora.rank", lambda rank, c: rank > 0 and _on_cpu(c), f"{_LORA}0"),
     Refusal(f"{MODEL}.lora_adapter_path", lambda path, c: bool(path) and _on_cpu(c), f"{_LORA}null"),

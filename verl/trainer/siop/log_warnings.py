@@ -23,6 +23,7 @@ _UPSTREAM = re.compile(
     r"|Function '\S+' is deprecated"
     r"|'set_vital' is deprecated"
     r"|Token authentication is enabled for this Ray cluster"
+    r"|SIGTERM handler is not set because current thread is not the main thread"
     r"|target_num_threads \d+ should not exceed"
 )
 

@@ -132,7 +132,6 @@ def _supervise(config: DictConfig, console: Console) -> None:
     start = time.monotonic()
     grace, progress = grace_seconds(), Progress.of(config)
     signals, processes = StopSignals(grace, progress), StartedProcesses()
-    signals.install()
     watch: Watch | None = None
 
     def on_ray() -> None:
@@ -141,6 +140,7 @@ def _supervise(config: DictConfig, console: Console) -> None:
         watch = Watch(console, progress, signals)
         watch.start()
 
+    signals.install()
     with contextlib.ExitStack() as stack:
         if not config.trainer.get("val_only", False):
             log = str(console.log.absolute()) if console.log else None
@@ -149,7 +149,7 @@ def _supervise(config: DictConfig, console: Console) -> None:
         run = Run(config, console, on_ray)
         run.start()
         while not (run.ended.wait(_PERIOD_S) or signals.run_is_over() or processes.dead_daemon()):
-            pass
+            signals.install()
         dead = processes.dead_daemon()
         if watch is not None and run.ended.is_set() and not dead:
             watch.finish()

@@ -50,7 +50,10 @@ class StopSignals:
         self._again = False
 
     def install(self) -> None:
-        """From the main thread. What is ignored (nohup) stays ignored."""
+        """From the main thread, again and again: Ray takes SIGTERM for itself in the middle of its start, and aborts.
+
+        What is ignored (nohup) stays ignored.
+        """
         for signum in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self._received)
