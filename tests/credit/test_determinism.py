@@ -56,7 +56,7 @@ def written_rewards(
     monkeypatch.setattr(module, "ScoringClient", FailingScorer)
     monkeypatch.setattr(module.tq, "kv_batch_get", get)
     monkeypatch.setattr(module.tq, "kv_batch_put", put)
-    monkeypatch.setattr(module.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(module.SupervisedTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(SiopTrainer)
     trainer.siop, trainer.gamma, trainer.uses_siop, trainer.tokenizer = config, 1.0, True, byte_tokenizer()
     trainer.timing_raw = {}

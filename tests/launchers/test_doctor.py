@@ -65,9 +65,12 @@ def test_all_checks_are_made_also_after_failures(parts: Parts, tmp_path: Path) -
 
 def test_a_check_that_hangs_is_left(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CHECK_WAIT_S", 0.5)
-    monkeypatch.setattr(
-        doctor, "ALL_CHECKS", (("sleeper", lambda run: time.sleep(60) or ""), ("next", lambda run: "fine"))
-    )
+
+    def sleep(run: Any) -> str:
+        time.sleep(60)
+        return ""
+
+    monkeypatch.setattr(doctor, "ALL_CHECKS", (("sleeper", sleep), ("next", lambda run: "fine")))
     found: list[Finding] = []
     assert not examine(changed(parts), found.append)
     assert [finding.lines() for finding in found] == [["failed   sleeper: no end after 0.5 s"], ["ok       next: fine"]]

@@ -47,7 +47,7 @@ def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def _length(parts: Parts, tools: bool) -> int:
     """Tokens of the prompt of ``ROW``, rendered by transformers itself."""
     tokenizer = AutoTokenizer.from_pretrained(parts["actor_rollout_ref.model.path"])
-    schemas = [SEARCH_SCHEMA.model_dump(exclude_unset=True, exclude_none=True)] if tools else None
+    schemas: Any = [SEARCH_SCHEMA.model_dump(exclude_unset=True, exclude_none=True)] if tools else None
     text = tokenizer.apply_chat_template(ROW["prompt"], tools=schemas, add_generation_prompt=True, tokenize=False)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -222,8 +222,8 @@ def test_every_step_is_looked_at(
     data = {"max_response_length": 9}
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": data, "trainer": {}})
     monkeypatch.setattr(module.tq, "kv_batch_put", lambda **kwargs: None)
-    monkeypatch.setattr(module.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
-    monkeypatch.setattr(module.PPOTrainerSync, "on_train_begin", lambda self: None)
+    monkeypatch.setattr(module.SupervisedTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(module.SupervisedTrainer, "on_train_begin", lambda self: None)
     step(1, None, 0.0, [])  # an evaluation, or not yet training
     assert not caplog.records
     trainer.on_train_begin()

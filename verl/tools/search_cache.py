@@ -66,12 +66,7 @@ class SearchCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(json.dumps({"url": shown_url(url), "body": body, "organic": organic}), encoding="utf-8")
-<<<<<<< ours
-            path.write_text(aside.read_text())
-            aside.unlink()
-=======
             aside.replace(path)
->>>>>>> theirs
         except OSError as error:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)

@@ -232,7 +232,9 @@ def _check_tool_file(path: str, named: str) -> None:
     for index, entry in enumerate(entries):
         where = f"{named}: tools[{index}]"
         if not isinstance(entry, dict) or not {"class_name", "config"} <= set(entry):
-            raise SiopConfigError(f"{where} needs the keys class_name and config, got {entry!r:.200}")
+            # Not the entry itself: it may hold a secret.
+            found = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+            raise SiopConfigError(f"{where} needs the keys class_name and config, got {found}")
         if not isinstance(entry["config"], dict) or entry["config"].get("type") != "native":
             raise SiopConfigError(f"{where}.config needs type: native")
         name = str(entry["class_name"])
