@@ -12,7 +12,8 @@ import pytest
 from launching import bash
 from preflight_world import Parts, changed, right_parts
 from scorer_process import ScorerProcess, free_port
-from verl.trainer.siop import checks_machine, doctor
+from verl.trainer.siop import doctor
+from verl.trainer.siop.checks import machine
 from verl.trainer.siop.doctor import Finding, examine, main
 
 from examples.toy_world import build
@@ -24,7 +25,7 @@ CHECKS = [name for name, _ in doctor.ALL_CHECKS]
 def parts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     # The plugin has registered what belongs to this process's platform, before the line above.
-    monkeypatch.setattr(checks_machine, "check_plugin", lambda config: "registered")
+    monkeypatch.setattr(machine, "check_plugin", lambda config: "registered")
     return {**right_parts(tmp_path, tiny_model), "actor_rollout_ref.actor.ppo_mini_batch_size": "2"}
 
 
@@ -110,58 +111,52 @@ def test_missing_keys_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _on_gpus(parts: Parts, monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[int, int, int]], **changes: Any) -> str:
-    monkeypatch.setattr(checks_machine, "_gpus", lambda: gpus)
+    monkeypatch.setattr(machine, "_gpus", lambda: gpus)
     config = changed({**parts, "trainer.device": "cuda", **{key.replace("__", "."): x for key, x in changes.items()}})
-    return checks_machine.check_gpus(config, lambda text: None)
+    return machine.check_gpus(config, lambda text: None)
 
 
 def test_gpus(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 2**30
-    with pytest.raises(checks_machine.MachineError, match=r"torch .* is a CPU build, and this machine has 1 GPU"):
+    with pytest.raises(machine.MachineError, match=r"torch .* is a CPU build, and this machine has 1 GPU"):
         _on_gpus(parts, monkeypatch, [(0, 80 * gib, 80 * gib)])
     monkeypatch.setattr("torch.version.cuda", "12.8")
     both = [(0, 70 * gib, 80 * gib), (1, 30 * gib, 80 * gib)]
     assert _on_gpus(parts, monkeypatch, both) == "1 used, 70 of 80 GiB free, 30 of 80 GiB free"
-    with pytest.raises(
-        checks_machine.MachineError, match=r"GPU 1 has 30 of 80 GiB free, .* asks for 40 .*ROLLOUT_GPU_M"
-    ):
+    with pytest.raises(machine.MachineError, match=r"GPU 1 has 30 of 80 GiB free, .* asks for 40 .*ROLLOUT_GPU_M"):
         _on_gpus(parts, monkeypatch, both, trainer__n_gpus_per_node="2")
-    with pytest.raises(checks_machine.MachineError, match=r"n_gpus_per_node=4 .*, but 2 GPU\(s\) can be seen"):
+    with pytest.raises(machine.MachineError, match=r"n_gpus_per_node=4 .*, but 2 GPU\(s\) can be seen"):
         _on_gpus(parts, monkeypatch, both, trainer__n_gpus_per_node="4")
     warned: list[str] = []
-    checks_machine.check_gpus(changed(parts), warned.append)
+    machine.check_gpus(changed(parts), warned.append)
     assert "2 GPU(s) here, but trainer.device=cpu" in warned[0]
 
 
 def test_attention(parts: Parts) -> None:
     gpu = changed({**parts, "trainer.device": "cuda"})
-    assert checks_machine.check_attention(gpu) == "sdpa"
+    assert machine.check_attention(gpu) == "sdpa"
     gpu.actor_rollout_ref.model.override_config.attn_implementation = "flash_attention_2"
-    with pytest.raises(checks_machine.MachineError, match=r"flash-attn is not installed.*pip install flash-attn"):
-        checks_machine.check_attention(gpu)
+    with pytest.raises(machine.MachineError, match=r"flash-attn is not installed.*pip install flash-attn"):
+        machine.check_attention(gpu)
 
 
 def test_packages(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        checks_machine.importlib.metadata, "requires", lambda name: ["verl==0.9.9", "nothing-at-all>=1"]
-    )
-    with pytest.raises(
-        checks_machine.MachineError, match=r"verl 0.9.1, needs ==0.9.9; nothing-at-all missing, needs >=1"
-    ):
-        checks_machine.check_packages(changed(parts))
+    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: ["verl==0.9.9", "nothing-at-all>=1"])
+    with pytest.raises(machine.MachineError, match=r"verl 0.9.1, needs ==0.9.9; nothing-at-all missing, needs >=1"):
+        machine.check_packages(changed(parts))
 
 
 def test_ray_and_disk(parts: Parts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
-    with pytest.raises(checks_machine.MachineError, match=rf"address={address} \(RAY_ADDRESS\): no connection"):
-        checks_machine.check_ray(changed({**parts, "ray_kwargs.ray_init.address": address}), lambda text: None)
+    with pytest.raises(machine.MachineError, match=rf"address={address} \(RAY_ADDRESS\): no connection"):
+        machine.check_ray(changed({**parts, "ray_kwargs.ray_init.address": address}), lambda text: None)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checks_machine.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
     warned: list[str] = []
-    checks_machine.check_ray(changed(parts), warned.append)
+    machine.check_ray(changed(parts), warned.append)
     assert "/dev/shm has 0.0 GiB free" in warned[0]
-    with pytest.raises(checks_machine.MachineError, match=r"one checkpoint takes about .*set OUTPUT_DIR"):
-        checks_machine.check_disk(changed({**parts, "trainer.default_local_dir": str(tmp_path)}), warned.append)
+    with pytest.raises(machine.MachineError, match=r"one checkpoint takes about .*set OUTPUT_DIR"):
+        machine.check_disk(changed({**parts, "trainer.default_local_dir": str(tmp_path)}), warned.append)
 
 
 # --- the toy world ----------------------------------------------------------------------------------------------------

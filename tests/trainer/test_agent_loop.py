@@ -21,9 +21,9 @@ from verl.experimental.agent_loop.tool_parser import ToolParser
 from verl.tools.base_tool import BaseTool
 from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
-from verl.trainer.siop import agent_loop as module
-from verl.trainer.siop.agent_loop import SiopToolAgentLoop, describe
-from verl.trainer.siop.tool_calls import FIELD, FORMS, faults, message
+from verl.trainer.siop.rollouts import agent_loop as module
+from verl.trainer.siop.rollouts.agent_loop import SiopToolAgentLoop, describe
+from verl.trainer.siop.rollouts.tool_calls import FIELD, FORMS, faults, message
 from verl.utils.siop.errors import RolloutError
 from verl.workers.rollout.replica import TokenOutput
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from verl.trainer.siop.alarms import NothingLearnt, NothingLearntAlarm, Step, shown
-from verl.trainer.siop.rollout_metrics import tool_metrics
-from verl.trainer.siop.tool_calls import ToolRecord
+from verl.trainer.siop.rollouts.alarms import NothingLearnt, NothingLearntAlarm, Step, shown
+from verl.trainer.siop.rollouts.metrics import tool_metrics
+from verl.trainer.siop.rollouts.tool_calls import ToolRecord
 
 CONFIG = OmegaConf.create(
     {

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from preflight_world import MULTI_TURN, ROW, SEARCH_TOOL, Parts, check, right_parts, write_rows, write_tools
-from verl.trainer.siop.checks_data import RESERVED, DataError, check_schemas
+from verl.trainer.siop.checks.data import RESERVED, DataError, check_schemas
 from verl.utils.siop.errors import ScorerUnavailable
 
 SCORER_IS_ASKED = pytest.raises(ScorerUnavailable)  # all checks of the data have passed

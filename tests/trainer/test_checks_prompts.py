@@ -23,7 +23,7 @@ from preflight_world import (
 )
 from transformers import AutoTokenizer
 from verl.tools.search_common import SEARCH_SCHEMA
-from verl.trainer.siop.checks_data import DataError
+from verl.trainer.siop.checks.data import DataError
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
 
 SCORER_IS_ASKED = pytest.raises(ScorerUnavailable)

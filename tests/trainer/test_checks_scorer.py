@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
-from verl.trainer.siop.checks_policy import load_policy
+from verl.trainer.siop.checks.policy import load_policy
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
 

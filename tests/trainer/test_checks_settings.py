@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from preflight_world import MULTI_TURN, config_of
-from verl.trainer.siop.checks_settings import REFUSALS, check_settings
+from verl.trainer.siop.checks.settings import REFUSALS, check_settings
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.siop import trainer as module
-from verl.trainer.siop.alarms import NothingLearnt
-from verl.trainer.siop.rows import question_of
-from verl.trainer.siop.tool_calls import ToolRecord
+from verl.trainer.siop.rollouts.alarms import NothingLearnt
+from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.tool_calls import ToolRecord
 from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _jagged, _session
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig

@@ -26,9 +26,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.trainer.siop import checks_machine as machine
-from verl.trainer.siop.checks_services import check_scorer, check_search
-from verl.trainer.siop.checks_settings import measures_support
+from verl.trainer.siop.checks import machine as machine
+from verl.trainer.siop.checks.services import check_scorer, check_search
+from verl.trainer.siop.checks.settings import measures_support
 from verl.trainer.siop.preflight import CHECKS, Run, check_overrides, needs_scorer
 from verl.utils.config import validate_config
 from verl.utils.siop.errors import SiopError

@@ -21,12 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.trainer.siop.console import Console
 from verl.trainer.siop.plugin import require_registered
-from verl.trainer.siop.progress import Progress
-from verl.trainer.siop.run_lock import output_lock
-from verl.trainer.siop.stopping import StartedProcesses, StopSignals, grace_seconds
-from verl.trainer.siop.watch import Watch
+from verl.trainer.siop.run.console import Console
+from verl.trainer.siop.run.lock import output_lock
+from verl.trainer.siop.run.progress import Progress
+from verl.trainer.siop.run.stopping import StartedProcesses, StopSignals, grace_seconds
+from verl.trainer.siop.run.watch import Watch
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 from verl.utils.siop.errors import SiopConfigError, SiopError

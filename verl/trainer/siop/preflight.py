@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from verl.trainer.siop.checks_data import DataError, check_files, check_rows, first_row
-from verl.trainer.siop.checks_policy import Policy, check_tool_length, load_policy
-from verl.trainer.siop.checks_prompts import check_instructions, check_round_trips
-from verl.trainer.siop.checks_services import check_scorer
-from verl.trainer.siop.checks_settings import check_settings, measures_support
-from verl.trainer.siop.rows import question_of
+from verl.trainer.siop.checks.data import DataError, check_files, check_rows, first_row
+from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_policy
+from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
+from verl.trainer.siop.checks.services import check_scorer
+from verl.trainer.siop.checks.settings import check_settings, measures_support
+from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.siop import cpu
 from verl.utils.siop.errors import SiopConfigError, SiopError

@@ -18,14 +18,14 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.siop.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE, core_metrics
-from verl.trainer.siop.rollout_metrics import tool_metrics
-from verl.trainer.siop.rows import question_of
-from verl.trainer.siop.supervised import SupervisedTrainer
-from verl.trainer.siop.tool_calls import FIELD
+from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
+from verl.trainer.siop.rollouts.metrics import tool_metrics
+from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.tool_calls import FIELD
+from verl.trainer.siop.run.supervised import SupervisedTrainer
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from verl.trainer.siop.channel import Channel
-from verl.trainer.siop.console import Console
-from verl.trainer.siop.progress import Progress, is_step, step_numbers, validation_numbers
-from verl.trainer.siop.stopping import StopSignals
+from verl.trainer.siop.run.channel import Channel
+from verl.trainer.siop.run.console import Console
+from verl.trainer.siop.run.progress import Progress, is_step, step_numbers, validation_numbers
+from verl.trainer.siop.run.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 

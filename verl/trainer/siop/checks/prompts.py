@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from verl.trainer.siop.checks_policy import MULTI_TURN, Messages, Policy, PromptError, first_cause
-from verl.trainer.siop.tool_calls import FORMS
+from verl.trainer.siop.checks.policy import MULTI_TURN, Messages, Policy, PromptError, first_cause
+from verl.trainer.siop.rollouts.tool_calls import FORMS
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 from verl.utils.siop.turn_utils import parse_answer

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
-from verl.trainer.siop.log_warnings import LogWarnings, Once
-from verl.trainer.siop.progress import Progress
+from verl.trainer.siop.run.log_warnings import LogWarnings, Once
+from verl.trainer.siop.run.progress import Progress
 from verl.utils.siop.errors import SiopConfigError
 
 _BAR = "step {n_fmt}/{total_fmt} {bar}{postfix}, {remaining} left"

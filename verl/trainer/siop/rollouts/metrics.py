@@ -18,7 +18,7 @@ def tool_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Metrics of a step; a key whose mean would run over nothing is left out.
 
     Args:
-        records: of each rollout what :class:`~verl.trainer.siop.tool_calls.ToolRecord` counted.
+        records: of each rollout what :class:`~verl.trainer.siop.rollouts.tool_calls.ToolRecord` counted.
 
     Returns:
         - ``siop/truncated``: share of rollouts of which the budget cut a turn, or left no room for an observation

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
-from verl.trainer.siop.checks_policy import Policy, PromptError
-from verl.trainer.siop.rows import question_of
+from verl.trainer.siop.checks.policy import Policy, PromptError
+from verl.trainer.siop.rollouts.rows import question_of
 from verl.utils.reward_score.siop_reward import parse_aliases
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig

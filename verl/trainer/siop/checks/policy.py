@@ -14,7 +14,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from verl.trainer.siop.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
+from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
 from verl.utils.siop.errors import SiopConfigError, SiopError
 
 MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"

@@ -18,7 +18,7 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLo
 from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.v1 import agent_loop_tq
-from verl.trainer.siop.tool_calls import FIELD, ToolRecord, faults, message
+from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, message
 from verl.utils.siop.errors import RolloutError
 
 AGENT_LOOP = "siop_tool_agent"
@@ -40,7 +40,7 @@ class SiopToolAgentLoop(ToolAgentLoop):
     Token for token verl's ``tool_agent``, but a turn in which a call was tried and could not be read does not end the
     rollout: the model gets a tool message that says what is wrong, within the limits on turns, length and calls of a
     turn. ``extra_fields["siop_tools"]`` holds what became of all calls, a
-    :class:`~verl.trainer.siop.tool_calls.ToolRecord`.
+    :class:`~verl.trainer.siop.rollouts.tool_calls.ToolRecord`.
 
     Raises:
         RolloutError: the rollout engine returned no tokens for the first turn, so there is no response.

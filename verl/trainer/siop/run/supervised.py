@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import open_dict
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.trainer.siop.channel import Channel
+from verl.trainer.siop.run.channel import Channel
 from verl.utils.tracking import Tracking
 
 
@@ -24,7 +24,7 @@ class _DriverLogger:
 
 
 class SupervisedTrainer(PPOTrainerSync):
-    """Sends records (see :class:`~verl.trainer.siop.progress.Progress`) and, once asked to stop, saves and ends.
+    """Sends records (see :class:`~verl.trainer.siop.run.progress.Progress`) and, once asked to stop, saves and ends.
 
     The end comes after the step in progress, or after the validation in progress, with a checkpoint of that step unless
     ``trainer.save_freq`` is off; the step is logged like any other.

@@ -10,7 +10,7 @@ from types import FrameType
 
 import psutil
 import ray
-from verl.trainer.siop.progress import Progress
+from verl.trainer.siop.run.progress import Progress
 from verl.utils.siop.errors import SiopConfigError
 
 GRACE_VARIABLE = "SIOP_STOP_GRACE_S"
