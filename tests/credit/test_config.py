@@ -119,3 +119,11 @@ def test_it_is_frozen_and_travels() -> None:
         config.siop_eta = 1.0  # type: ignore[misc]
     with pytest.raises(SiopConfigError):
         dataclasses.replace(config, siop_eta=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "variable"), [("siop_nli_model", "SIOP_NLI_MODEL"), ("siop_nli_device", "SIOP_NLI_DEVICE")]
+)
+def test_a_key_of_the_release_that_the_scorer_has_is_named(key: str, variable: str) -> None:
+    with pytest.raises(SiopConfigError, match=rf"unknown key {key}='x': .*start it with {variable}"):
+        SiopConfig.from_algorithm({key: "x"})

@@ -16,6 +16,13 @@ from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.turn_utils import BOUNDARY_MODES
 
 
+# Keys of the first release that belong to the scorer here.
+RELEASED = {
+    "siop_nli_model": "the scorer holds the NLI model; start it with SIOP_NLI_MODEL",
+    "siop_nli_device": "the scorer holds the NLI model; start it with SIOP_NLI_DEVICE",
+}
+
+
 def _choice(*values: str) -> Any:
     return field(default=values[0], metadata={"choices": lambda: values})
 
@@ -71,6 +78,8 @@ class SiopConfig:
         # Before the generated __init__ can answer an unknown key with a bare TypeError.
         known = [spec.name for spec in dataclasses.fields(cls)]
         for key, value in values.items():
+            if key in RELEASED:
+                raise SiopConfigError(f"unknown key {key}={value!r}: {RELEASED[key]}")
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
