@@ -15,7 +15,6 @@ from verl.utils.siop.credit.registry import BASELINES, CREDIT_METHODS, Registry
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.turn_utils import BOUNDARY_MODES
 
-
 # Keys of the first release that belong to the scorer here.
 RELEASED = {
     "siop_nli_model": "the scorer holds the NLI model; start it with SIOP_NLI_MODEL",
