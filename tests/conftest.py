@@ -17,7 +17,18 @@ CHAT_TEMPLATE = (
 )
 
 # Files that mostly wait or take long come first, so that the short ones fill up the time beside them.
-LONG = ("test_end_to_end", "test_load", "test_faults", "test_api_fuzz", "test_scorer_service", "test_policy_scorer")
+LONG = (
+    "test_end_to_end",
+    "test_signals",
+    "test_console",
+    "test_release_commands",
+    "test_load",
+    "test_faults",
+    "test_doctor",
+    "test_api_fuzz",
+    "test_scorer_service",
+    "test_policy_scorer",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,6 +123,7 @@ class Console:
                 file=self._out,
                 bar_format=_BAR,
                 dynamic_ncols=True,
+                mininterval=0,
             )
         self._bar.set_postfix_str(numbers, refresh=False)
         self._bar.update(progress.step - self._bar.n)
