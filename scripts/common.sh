@@ -3,6 +3,9 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Threads that wait sleep instead of spinning: on a busy machine a spinning one takes the time of the one it waits for.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 
 die() {
