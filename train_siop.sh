@@ -30,8 +30,6 @@ if [[ -n $DRY_RUN ]]; then
 fi
 
 mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
-say "training $MODEL_PATH on $DEVICE; Ctrl-C stops it"
-say "log: $log   checkpoints: $OUTPUT_DIR   TensorBoard: $TENSORBOARD_DIR   rollouts: $OUTPUT_DIR/rollouts"
 # Earlier parts of the run stay in the log.
 echo "=== $(date '+%F %T') training $MODEL_PATH into $OUTPUT_DIR ===" >>"$log"
 # The script becomes the trainer, so that a signal reaches it. It writes into the log, and here what people want to see.

@@ -151,11 +151,11 @@ def _supervise(config: DictConfig, console: Console) -> None:
         while not (run.ended.wait(_PERIOD_S) or signals.run_is_over() or processes.dead_daemon()):
             signals.install()
         dead = processes.dead_daemon()
-        if watch is not None and run.ended.is_set() and not dead:
+        # As after a signal to the whole process group, or to all processes of a job: it ends Ray's processes too.
+        ray_failed = dead is not None or isinstance(run.error and _cause(run.error), ray.exceptions.RayError)
+        if watch is not None and run.ended.is_set() and not ray_failed:
             watch.finish()
-        # A signal to the whole process group, or to all processes of a job, ends Ray's processes too.
-        by_signal = run.error is None or dead or isinstance(_cause(run.error), ray.exceptions.RayError)
-        if signals.signum is not None and by_signal:
+        if signals.signum is not None and (run.error is None or ray_failed):
             processes.end()
             console.tell(progress.stopped(signals.signum.name))
             _exit(128 + signals.signum)

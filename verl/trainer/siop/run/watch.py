@@ -16,6 +16,7 @@ from verl.trainer.siop.run.stopping import StopSignals
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 0.2
+_PATIENCE_S = 10.0
 
 
 class Watch(threading.Thread):
@@ -43,9 +44,9 @@ class Watch(threading.Thread):
             logger.exception("the watch over the trainer ended")
 
     def finish(self) -> None:
-        """Show what there still is, and end."""
+        """Show what there still is, and end. If Ray's control service does not answer, there is nothing to show."""
         self._finished.set()
-        self.join()
+        self.join(_PATIENCE_S)
 
     def _look(self) -> None:
         for record in self._channel.take():
