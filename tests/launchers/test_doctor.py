@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ from verl.trainer.siop.doctor import Finding, examine, main
 from examples.toy_world import build
 
 CHECKS = [name for name, _ in doctor.ALL_CHECKS]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The doctor silences the logs of its process, which here is that of the tests."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

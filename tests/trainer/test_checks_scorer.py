@@ -14,8 +14,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
 from preflight_world import Parts, changed, check, health_of_scorer, right_parts
-from scorer_process import BYTE_TOKENIZER, ScorerProcess, save_causal_lm, tiny_causal_lm
+from scorer_process import ScorerProcess
 from tensordict import TensorDict
+from tiny_models import BYTE_TOKENIZER, save_causal_lm, tiny_causal_lm
 from transformers import AutoTokenizer
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
