@@ -583,6 +583,7 @@ def logging_as_before():
 
 def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys, logging_as_before):
     save_classifier(tmp_path / "no_nli", labels=("LABEL_0", "LABEL_1"), self_test=False)
+    capsys.readouterr()  # transformers shows the progress of saving
     lm = str(models[0])
     for arguments, message in [
         (["--model", str(tmp_path / "nowhere")], f"the model directory {tmp_path / 'nowhere'} does not exist"),
