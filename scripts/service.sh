@@ -26,6 +26,7 @@ service_pid() {
     echo "$pid"
 }
 
+# Through /proc, because slim containers have no pgrep.
 # Living processes of the session SID: the service with all that it started (Ray's processes are in it too).
 session_members() {
     local stat line fields
