@@ -4,7 +4,6 @@ steps, evaluation."""
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -12,14 +11,9 @@ from pathlib import Path
 
 import pytest
 from launching import Environment, bash
+from scorer_process import free_port
 
 from examples.toy_world import build
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +24,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     small = ["--train-questions", "16", "--eval-questions", "8", "--copying-steps", "40", "--imperfect-steps", "20"]
     assert build.main(["--out", str(toy), "--threads", "1", *small]) == 0
     (toy / "corpus.jsonl").rename(toy / "wiki-18.jsonl")
-    retriever, scorer = free_port(), free_port()
+    retriever, scorer = str(free_port()), str(free_port())
     env: Environment = {
         "LOG_DIR": folder / "logs",
         # Beyond the README's commands: other ports than the defaults, and the limits of a model with 64 positions.
