@@ -37,6 +37,7 @@ world=${TOY_DIR##*/}-
 out=${OUTPUT_DIR:-runs/quickstart/$world$method-seed$seed-$steps}
 # What is set for other runs is not for these services and this training.
 for name in OUTPUT_DIR $(variables foreign quickstart); do unset "$name"; done
+stop_grace=${SIOP_STOP_GRACE_S:-30} stop_grace=${stop_grace%.*}
 export LOG_DIR=$out/logs SEED=$seed N_GPUS_PER_NODE=0 SIOP_NLI_MODEL=none EVAL_TEMPERATURE=1
 
 # Job control gives each phase a process group of its own, which is stopped as a whole.
@@ -44,25 +45,33 @@ set -m
 child=
 cleanup() {
     local status=$?
-    trap - EXIT INT TERM HUP
+    trap - EXIT
     if [[ -n $child ]]; then
+        # A training ends what it started, after its step where that can be saved; a second signal reaches it at once.
+        trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
+        kill -TERM "$child" 2>/dev/null || true
+        await_end "$child" "$((stop_grace + 30))"
         kill -TERM -- "-$child" 2>/dev/null || true
-        for _ in {1..100}; do
-            kill -0 -- "-$child" 2>/dev/null || break
-            sleep 0.1
-        done
+        await_end "-$child" 10
         kill -KILL -- "-$child" 2>/dev/null || true
     fi
+    trap '' INT TERM HUP
     stop_services
     exit "$status"
+}
+# await_end PID SECONDS: a negative PID is a process group.
+await_end() {
+    local end=$((SECONDS + $2))
+    while kill -0 -- "$1" 2>/dev/null && ((SECONDS < end)); do sleep 0.1; done
 }
 stop_services() {
     [[ -z ${SIOP_PORT:-} ]] || bash launch_siop_scorer.sh stop >/dev/null 2>&1 || true
     [[ -z ${RETRIEVER_PORT:-} ]] || bash launch_retriever.sh stop >/dev/null 2>&1 || true
 }
 trap cleanup EXIT
-trap 'say "stopping"; exit 130' INT
-trap 'say "stopping"; exit 143' TERM HUP
+stopping="stopping; a training step that ends within $stop_grace s is saved, a second Ctrl-C ends it at once"
+trap 'say "$stopping"; exit 130' INT
+trap 'say "$stopping"; exit 143' TERM HUP
 
 run() {
     "$@" &

@@ -161,7 +161,7 @@ TABLE = (
     Variable("VAL_BEFORE_TRAIN", "train", "false", "validate before the first step", "trainer.val_before_train", choice("true", "false", "True", "False")),
     Variable("RESUME_MODE", "train", "auto", "auto: go on from the last checkpoint; disable: start anew", "trainer.resume_mode", choice("auto", "disable"),
              "release disable: the same command goes on after a stop"),
-    Variable("SIOP_STOP_GRACE_S", "train", "30", "seconds that a run goes on after Ctrl-C or SIGTERM if its step can be saved in them; 0: stops at once", check=number(0)),
+    Variable("SIOP_STOP_GRACE_S", "train quickstart", "30", "seconds that a run goes on after Ctrl-C or SIGTERM if its step can be saved in them; 0: stops at once", check=whole(0)),
     Variable("EVAL_TEMPERATURE", "eval", "0: greedy", "sampling temperature of the evaluation", f"{ROLLOUT}.val_kwargs.temperature", number(0, 100),
              also=lambda value: [f"{ROLLOUT}.val_kwargs.do_sample={str(float(value) > 0).lower()}"]),
     # --- scorer

@@ -96,6 +96,7 @@ def right_parts(folder: Path, model: Path) -> Parts:
         f"{MULTI_TURN}.tool_config_path": write_tools(folder / "tools.yaml"),
         "algorithm.siop_scorer_url": f"http://127.0.0.1:{free_port()}",
         "algorithm.siop_scorer_timeout_s": "0.5",
+        "trainer.default_local_dir": str(folder / "output"),
     }
 
 

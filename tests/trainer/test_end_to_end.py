@@ -233,6 +233,8 @@ def test_ctrl_c_stops_everything(quickstart: tuple[Quickstart, str]) -> None:
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 130, rest
     run.wait_until_nothing_is_left()
+    # The step in progress was saved.
+    assert int((run.out / "latest_checkpointed_iteration.txt").read_text()) > 2, rest
 
 
 @pytest.mark.parametrize("method", ["grp", "../trainer", ""])

@@ -103,12 +103,15 @@ class StartedProcesses:
         started = psutil.Process().children(recursive=True)
         for process in started:
             _signal(process, signal.SIGTERM)
-        _, left = psutil.wait_procs(started, timeout=patience)
-        # Once more from the beginning: some may have started others since.
-        for process in {*left, *psutil.Process().children(recursive=True)}:
-            _signal(process, signal.SIGKILL)
-            left.append(process)
-        psutil.wait_procs(left, timeout=patience)
+        psutil.wait_procs(started, timeout=patience)
+        # Again and again: a look around while parents die misses some of their children, which come to be ours.
+        end = time.monotonic() + patience
+        left = psutil.Process().children(recursive=True)
+        while left and time.monotonic() < end:
+            for process in left:
+                _signal(process, signal.SIGKILL)
+            _, dying = psutil.wait_procs(left, timeout=0.5)
+            left = psutil.Process().children(recursive=True) or dying
 
 
 def _signal(process: psutil.Process, signum: signal.Signals) -> None:
