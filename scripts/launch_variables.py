@@ -115,7 +115,7 @@ TABLE = (
     # --- services
     Variable("TOOL_CONFIG", "train eval", "`config/local_search_tool_config.yaml`", "tools, in verl's format",
              f"{ROLLOUT}.multi_turn.tool_config_path"),
-    Variable("RETRIEVER_URL", "train eval", "`http://127.0.0.1:8000/retrieve`", "where the search tool asks, past any proxy of the environment"),
+    Variable("RETRIEVER_URL", "train eval", "`http://127.0.0.1:8000/retrieve`", "where the search tool asks, past any proxy of the environment; replicas of one index with commas between"),
     Variable("SIOP_SCORER_URL", "train", "`http://127.0.0.1:8390`", "where the trainer asks"),
     Variable("SIOP_API_TOKEN", "train scorer quickstart", "none", "bearer token between trainer and scorer", secret=True),
     Variable("SERPER_API_KEY", "train eval", "none", "key of the web search (`config/serper_tool_config.yaml`); `HTTPS_PROXY` holds for it", secret=True),

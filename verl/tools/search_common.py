@@ -209,6 +209,10 @@ class SearchTool(BaseTool):
         """The service's URL, for messages."""
         raise NotImplementedError
 
+    def each_service(self) -> list[SearchTool]:
+        """A tool for every replica of the service, which asks that one alone."""
+        return [self]
+
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float, dict]:

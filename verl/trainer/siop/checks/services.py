@@ -82,12 +82,12 @@ def check_tokenizers(health: Mapping[str, Any], siop: SiopConfig, policy: Policy
 
 
 async def check_search(tools: Mapping[str, Any], sample: str, warn: Callable[[str], None], wait_s: float) -> str:
-    """Make one query with every search tool.
+    """Make one query with every search tool, of every replica of its service.
 
     Args:
         tools: those of the run; others than search tools are not called, for calls may have effects.
         sample: the query.
-        warn: gets the names of tools that find nothing.
+        warn: gets the names of tools that find nothing, or whose replicas differ.
         wait_s: longest wait for each.
 
     Raises:
@@ -99,15 +99,28 @@ async def check_search(tools: Mapping[str, Any], sample: str, warn: Callable[[st
         if not isinstance(tool, SearchTool):
             found.append(f"{name} is not called")
             continue
-        instance = uuid.uuid4().hex
-        try:
-            result, _, metrics = await asyncio.wait_for(tool.execute(instance, sample_arguments(tool, sample)), wait_s)
-        except asyncio.TimeoutError as error:
-            raise SiopError(f"no answer from {tool.address} to a query of {name!r} within {wait_s:g} s") from error
-        finally:
-            await tool.aclose()
-        hits = metrics.get("search/hits", 0)
-        if not hits:
-            warn(f"{name} at {tool.address} answers, but finds nothing for {sample!r}: {(result.text or '')[:100]!r}")
-        found.append(f"{name} at {tool.address}: {hits} passages for {sample!r:.60}")
+        texts = {}
+        for service in tool.each_service():
+            texts[service.address], hits = await _query(name, service, sample, warn, wait_s)
+            found.append(f"{name} at {service.address}: {hits} passages for {sample!r:.60}")
+        if len(set(texts.values())) > 1:
+            warn(f"{name}: the replicas {tool.address} do not find the same for {sample!r}; they must serve one index")
     return "; ".join(found) or "no tools"
+
+
+async def _query(
+    name: str, tool: SearchTool, sample: str, warn: Callable[[str], None], wait_s: float
+) -> tuple[str, int]:
+    """The text of the result, and the number of its passages."""
+    try:
+        result, _, metrics = await asyncio.wait_for(
+            tool.execute(uuid.uuid4().hex, sample_arguments(tool, sample)), wait_s
+        )
+    except asyncio.TimeoutError as error:
+        raise SiopError(f"no answer from {tool.address} to a query of {name!r} within {wait_s:g} s") from error
+    finally:
+        await tool.aclose()
+    hits = metrics.get("search/hits", 0)
+    if not hits:
+        warn(f"{name} at {tool.address} answers, but finds nothing for {sample!r}: {(result.text or '')[:100]!r}")
+    return result.text or "", hits
