@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from verl.tools.search_common import SearchRefused, SearchTool, SearchUnavailable
+from verl.tools.http_tool import SearchRefused, SearchUnavailable
+from verl.tools.search_common import SearchTool
 from verl.utils.siop.errors import SiopConfigError
 
 QUERY_LIST_SCHEMA = {

@@ -10,16 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_calls import QUERY_LIST_SCHEMA, search_all
+from verl.tools.http_tool import SearchRefused, SearchUnavailable
 from verl.tools.local_search_tool import LocalSearchTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.tools.search_common import (
-    MAX_QUERIES,
-    MAX_QUERY_CHARS,
-    SearchRefused,
-    SearchUnavailable,
-    format_hits,
-    format_results,
-)
+from verl.tools.search_common import MAX_QUERIES, MAX_QUERY_CHARS, format_hits, format_results
 from verl.tools.tool_registry import load_all_tools
 from verl.utils.siop.errors import SiopConfigError
 
@@ -61,7 +55,7 @@ def test_one_query_reads_the_same_in_either_form(schema: Any) -> None:
 
 
 def test_searches_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verl.tools.search_common._MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("verl.tools.http_tool._MAX_CONNECTIONS", 2)
     tool = Library({}, SCHEMA)
     search_all(tool, *[{"query_list": ["a1"] * MAX_QUERIES}] * 2)
     assert tool.most == 2

@@ -13,8 +13,8 @@ import pytest
 from scorer_process import free_port
 from search_calls import search_all
 from verl.tools import local_search_tool
+from verl.tools.http_tool import SearchUnavailable
 from verl.tools.local_search_tool import LocalSearchTool
-from verl.tools.search_common import SearchUnavailable
 from verl.trainer.siop.checks.services import check_search
 from verl.utils.siop.errors import SiopConfigError
 
@@ -92,7 +92,7 @@ def test_searches_at_once_are_spread() -> None:
 
 
 @pytest.mark.parametrize("failing", [503, None])
-def test_a_replica_that_fails_is_left_alone_for_a_while(failing: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_fails_is_left_alone_for_a_while(failing: int | None) -> None:
     good, bad = Replica("good", 0, 200), Replica("bad", 0, failing or 200)
     with replicas(good, bad) as urls:
         if failing is None:
@@ -101,13 +101,22 @@ def test_a_replica_that_fails_is_left_alone_for_a_while(failing: int | None, mon
         for _ in range(20):
             assert search_all(tool, {"query": "x"}, close=False)[0][0] == "[1] good"
         assert good.searches == 20 and bad.searches <= 1
-        # All of them fail: they are asked all the same. After a while the failed one is asked again.
+        # All of them fail: they are asked all the same.
         bad.status = good.status = 503
         assert isinstance(search_all(tool, {"query": "x"}, close=False)[0], SearchUnavailable)
-        bad.status = good.status = 200
-        monkeypatch.setattr(local_search_tool, "REST_S", 0.0)
-        tool._rests_until.clear()
-        assert search_all(tool, {"query": "x"})[0][0] in ("[1] good", "[1] bad")
+        good.status = 200
+        assert search_all(tool, {"query": "x"})[0][0] == "[1] good"
+
+
+def test_a_replica_that_has_rested_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_search_tool, "REST_S", 0.0)
+    good, bad = Replica("good", 0, 200), Replica("bad", 0, 503)
+    with replicas(good, bad) as urls:
+        tool = LocalSearchTool({"retrieval_service_url": urls, "max_retries": 9})
+        search_all(tool, *[{"query": "x"}] * 4, close=False)
+        failed, bad.status = bad.searches, 200
+        search_all(tool, *[{"query": "x"}] * 4)
+    assert failed >= 1 and bad.searches > failed
 
 
 def test_a_slow_replica_is_left_alone_too() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from search_calls import search_all
+from verl.tools.http_tool import SearchUnavailable
 from verl.tools.search_cache import SearchCache
-from verl.tools.search_common import SearchUnavailable
 from verl.tools.serper_search_tool import SerperSearchTool
 from verl.utils.siop.errors import SiopConfigError
 

@@ -19,8 +19,9 @@ from scorer_process import free_port
 from search_calls import search_all
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
+from verl.tools.http_tool import SearchRefused, SearchUnavailable
 from verl.tools.local_search_tool import LocalSearchTool
-from verl.tools.search_common import MAX_QUERY_CHARS, SearchRefused, SearchUnavailable, format_hits
+from verl.tools.search_common import MAX_QUERY_CHARS, format_hits
 from verl.tools.serper_search_tool import SerperSearchTool
 from verl.tools.tool_registry import load_all_tools
 from verl.utils.siop.errors import SiopConfigError
@@ -132,7 +133,7 @@ def test_an_answer_that_trickles_is_not_waited_for() -> None:
 
 def test_the_time_until_its_turn_is_no_failure(scripted_service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, answers, asked = scripted_service
-    monkeypatch.setattr("verl.tools.search_common._MAX_CONNECTIONS", 1)
+    monkeypatch.setattr("verl.tools.http_tool._MAX_CONNECTIONS", 1)
 
     running: list[str] = []
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import httpx
+from verl.tools.http_tool import SearchRefused, TransientFailure, post
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.tools.search_common import SearchRefused, SearchTool, TransientFailure, post
+from verl.tools.search_common import SearchTool
 from verl.tools.search_config import SearchConfig, check_url, shown_url
 
 REST_S = 10.0

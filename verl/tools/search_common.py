@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
-from verl.tools.base_tool import BaseTool
 from verl.tools.control_tokens import neutralise
+from verl.tools.http_tool import HttpTool, well_formed
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
-from verl.tools.search_config import SearchConfig, read_config, shown_url
-from verl.utils.siop.errors import ServiceUnavailable, SiopConfigError, SiopError
-
-logger = logging.getLogger(__name__)
+from verl.utils.siop.errors import SiopConfigError
 
 NOTHING_FOUND = "nothing found"
 SEARCH_SCHEMA = OpenAIFunctionToolSchema.model_validate(
@@ -37,22 +30,6 @@ SEARCH_SCHEMA = OpenAIFunctionToolSchema.model_validate(
 PARAMETERS = {"query": "string", "query_list": "array"}  # either can be in a tool's schema
 MAX_QUERY_CHARS = 4096  # the retriever's limit
 MAX_QUERIES = 10  # in one call; the first release took three
-_MAX_WAIT_S = 5.0
-_MAX_CONNECTIONS = 100
-
-
-class SearchUnavailable(ServiceUnavailable):
-    """The search service did not answer, or kept failing."""
-
-    service = "search"
-
-
-class SearchRefused(SiopError, RuntimeError):
-    """A search service answered, but refused the request or sent something that is not a search result."""
-
-
-class TransientFailure(Exception):
-    """A failure worth another attempt; the text says what happened. Raised inside ``SearchTool`` only."""
 
 
 class InvalidQuery(ValueError):
@@ -96,7 +73,7 @@ def _read_query(query: Any, name: str) -> str:
         raise InvalidQuery(f"{name} is empty")
     if len(query.strip()) > MAX_QUERY_CHARS:
         raise InvalidQuery(f"{name} is longer than {MAX_QUERY_CHARS} characters")
-    if _well_formed(query) != query:
+    if well_formed(query) != query:
         raise InvalidQuery(f"{name} has half a surrogate pair")
     return query.strip()
 
@@ -121,7 +98,7 @@ def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[st
     """
     texts, neutralised = [], 0
     for contents in results:
-        clean = [neutralise(_well_formed(content)) for content in contents]
+        clean = [neutralise(well_formed(content)) for content in contents]
         neutralised += sum(count for _, count in clean)
         lines = [f"[{i}] {content.strip()}" for i, (content, _) in enumerate(clean, start=1)]
         texts.append("\n".join(lines) or NOTHING_FOUND)
@@ -135,11 +112,6 @@ def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[st
         left -= len(texts[i])
     text = "\n\n".join(heading + text for heading, text in zip(headings, texts, strict=True))
     return text[:max_chars].rstrip(), neutralised
-
-
-def _well_formed(text: str) -> str:
-    # JSON may hold surrogates without their partner, which neither HTTP bodies nor tokenizers take.
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def offered_parameter(tool: str, schema: OpenAIFunctionToolSchema) -> str:
@@ -157,39 +129,24 @@ def offered_parameter(tool: str, schema: OpenAIFunctionToolSchema) -> str:
     return offered[0]
 
 
-class SearchTool(BaseTool):
-    """A search over HTTP as a verl tool.
+class SearchTool(HttpTool):
+    """A search over HTTP as a verl tool; see :class:`~verl.tools.http_tool.HttpTool` for what happens to failures.
 
     Its argument is ``query``, a text (the default), or the first release's ``query_list``, up to ``MAX_QUERIES`` texts
     that are searched for at the same time and answered as one observation. Which of them the model is told of is in
-    the ``tool_schema`` of the configuration; both are always taken. Building a tool checks its configuration and
-    starts nothing.
-
-    A malformed call is answered to the model, as text. A service that cannot be reached is not: verl turns an exception
-    of ``execute`` into a tool result that the model reads, and training would go on over made-up observations.
-    ``release`` runs outside of that guard, so any failure is raised there once more and ends the rollout.
+    the ``tool_schema`` of the configuration; both are always taken.
 
     ``execute`` returns the text, no reward, and the metrics ``search/hits`` and ``search/invalid_calls``; if control
     tokens were found in the hits, their number ``search/neutralised``; and of a tool that caches,
     ``search/cache_hits`` and ``search/cache_misses``, in queries.
     """
 
-    tool_name: ClassVar[str]
-    config_class: ClassVar[type[SearchConfig]]
-    trust_env: ClassVar[bool] = True  # HTTP_PROXY and the like hold for this service
     caches: bool = False
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema | None = None) -> None:
-        self.settings = read_config(self.config_class, self.tool_name, config)
         schema = tool_schema or SEARCH_SCHEMA
         self._parameter = offered_parameter(self.tool_name, schema)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the schema, in every process
-            super().__init__(config, schema)
-        self._failures: dict[str, Exception] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._http: httpx.AsyncClient | None = None
-        self._slots: asyncio.Semaphore | None = None
-        self._reported = False
+        super().__init__(config, schema)
 
     async def cached(self, query: str) -> list[str] | None:
         """Contents of the hits if they are known without the service."""
@@ -202,11 +159,6 @@ class SearchTool(BaseTool):
             TransientFailure: the service did not answer or asks for another attempt.
             SearchRefused: it refused the request or sent no valid result.
         """
-        raise NotImplementedError
-
-    @property
-    def address(self) -> str:
-        """The service's URL, for messages."""
         raise NotImplementedError
 
     def each_service(self) -> list[SearchTool]:
@@ -232,10 +184,7 @@ class SearchTool(BaseTool):
         try:
             found = await self._search(queries)
         except Exception as error:
-            self._failures[instance_id] = error
-            if not self._reported:
-                self._reported = True
-                logger.error("%s: %s: %s", self.tool_name, type(error).__name__, error)
+            self.note_failure(instance_id, error)
             raise
         results = [contents for contents, _ in found]
         text, neutralised = format_results(results, self.settings.max_chars)
@@ -247,29 +196,14 @@ class SearchTool(BaseTool):
             metrics["search/cache_misses"] = len(found) - metrics["search/cache_hits"]
         return ToolResponse(text=text), 0.0, metrics
 
-    async def release(self, instance_id: str, **kwargs: Any) -> None:
-        """Forgets the call.
-
-        Raises:
-            SearchUnavailable, SearchRefused or another error: the call failed with it.
-        """
-        failure = self._failures.pop(instance_id, None)
-        if failure is not None:
-            raise failure
-
-    async def aclose(self) -> None:
-        """Closes the pooled connections of the running loop."""
-        http, loop = self._http, self._loop
-        self._http = self._loop = self._slots = None
-        if http is not None and loop is asyncio.get_running_loop():
-            await http.aclose()
-
     async def _search(self, queries: Sequence[str]) -> list[tuple[list[str], bool]]:
         """Of each query the contents of its hits, and whether the cache had them."""
 
         async def one(query: str) -> tuple[list[str], bool]:
             known = await self.cached(query)
-            return (await self._fetch_with_retries(query), False) if known is None else (known, True)
+            return (
+                (await self.call(lambda client: self.fetch(client, query)), False) if known is None else (known, True)
+            )
 
         # All of them end before the first failure is raised, so that none goes on unwatched.
         found = await asyncio.gather(*map(one, queries), return_exceptions=True)
@@ -277,72 +211,3 @@ class SearchTool(BaseTool):
             if isinstance(result, BaseException):
                 raise result
         return [result for result in found if not isinstance(result, BaseException)]
-
-    async def _fetch_with_retries(self, query: str) -> list[str]:
-        attempts = self.settings.max_retries + 1
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(TransientFailure),
-            stop=stop_after_attempt(attempts),
-            wait=wait_exponential(multiplier=0.2, max=_MAX_WAIT_S) + wait_random(0, 0.2),
-            reraise=True,
-        )
-        try:
-            return await retrying(self._attempt, query)
-        except TransientFailure as error:
-            raise SearchUnavailable(self.address, attempts, str(error)) from error
-
-    async def _attempt(self, query: str) -> list[str]:
-        http, slots = self._connection()
-        async with slots:
-            try:
-                # httpx's own limits are for each read: a server that sends a byte now and then would hold us for ever.
-                return await asyncio.wait_for(self.fetch(http, query), self.settings.timeout_s)
-            except asyncio.TimeoutError as error:
-                raise TransientFailure(f"no answer within {self.settings.timeout_s:g} s") from error
-
-    def _connection(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        loop = asyncio.get_running_loop()
-        if self._http is None or self._slots is None or self._loop is not loop:
-            # Connections of another loop cannot be used, nor closed, from here.
-            self._loop = loop
-            self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
-            self._http = httpx.AsyncClient(
-                timeout=None,  # _attempt limits it
-                limits=httpx.Limits(max_connections=_MAX_CONNECTIONS),
-                trust_env=self.trust_env,
-            )
-        return self._http, self._slots
-
-
-async def post(client: httpx.AsyncClient, url: str, secret: str = "", **kwargs: Any) -> Any:
-    """POST, and the JSON of the answer.
-
-    Args:
-        client: the connections.
-        url: the address.
-        secret: text that no message may show, in case that the service repeats it.
-        **kwargs: for httpx.
-
-    Raises:
-        TransientFailure: no connection, a garbled answer, HTTP 429 or 5xx.
-        SearchRefused: another HTTP error, or no JSON.
-    """
-
-    def shown(text: str, size: int) -> str:
-        return (text.replace(secret, "[secret]") if secret else text)[:size]
-
-    try:
-        response = await client.post(url, **kwargs)
-    except (httpx.TransportError, httpx.DecodingError) as error:
-        raise TransientFailure(shown(f"{type(error).__name__}: {error}".rstrip(": "), 500)) from error
-    status, text = response.status_code, response.text
-    if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
-        raise TransientFailure(f"HTTP {status}: {shown(text, 200)}")
-    if not response.is_success:
-        raise SearchRefused(f"{shown_url(url)} refused the search with HTTP {status}: {shown(text, 500)}")
-    try:
-        return response.json()
-    except (ValueError, RecursionError) as error:
-        raise SearchRefused(
-            f"{shown_url(url)} answered with something that is not JSON: {shown(text, 200)!r}"
-        ) from error

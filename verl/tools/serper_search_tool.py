@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+from verl.tools.http_tool import SearchRefused, post
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.tools.search_cache import SearchCache
-from verl.tools.search_common import SearchRefused, SearchTool, post
+from verl.tools.search_common import SearchTool
 from verl.tools.search_config import SearchConfig, check_url, shown_url
 from verl.utils.siop.errors import SiopConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from verl.tools.search_common import SearchTool
 from verl.trainer.siop.checks.policy import Policy
-from verl.trainer.siop.checks.prompts import sample_arguments
+from verl.utils.siop.data.chat import sample_arguments
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, build_reference

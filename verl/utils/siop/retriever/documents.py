@@ -1,0 +1,154 @@
+"""The documents of a corpus of passages: finds all passages of a title, or the one of an id."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, read_corpus
+from verl.utils.siop.retriever.folder import (
+    CorpusIdentity,
+    Manifest,
+    check_folder,
+    identify,
+    identify_files,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+KIND = "documents"
+_KEYS, _NUMBERS, _OFFSETS = "keys.npy", "numbers.npy", "offsets.npy"
+
+
+def title_of(document: Document) -> str | None:
+    """Its ``title``, or else the first of several lines of its ``contents``, without the quotes of wiki-18."""
+    title = document.get("title")
+    if isinstance(title, str):
+        return title
+    first, line_break, _ = document["contents"].partition("\n")
+    return first.strip().strip('"') if line_break else None
+
+
+class Documents:
+    """Titles and ids of a corpus, as sorted 64-bit digests on disk: 32 bytes a passage; in memory while it is built.
+
+    Args:
+        keys: [entries] digests, sorted.
+        numbers: [entries] the passage of each; of equal digests in the order of the corpus.
+        passages: of the corpus.
+    """
+
+    def __init__(self, keys: np.ndarray, numbers: np.ndarray, passages: CorpusFile) -> None:
+        self._keys, self._numbers, self._passages = keys, numbers, passages
+
+    @classmethod
+    def open(cls, corpus: Path, folder: Path, *, show_progress: bool = True) -> Documents:
+        """Loads the lookup of this corpus from the folder, and builds it first if it is not there or of another corpus.
+
+        Raises:
+            CorpusError: as :func:`read_corpus`, or the folder holds something else.
+        """
+        try:
+            manifest = read_manifest(folder)
+            if manifest.kind != KIND:
+                raise CorpusError(f"{folder} holds an index of kind {manifest.kind}; choose another folder")
+            check_folder(folder, manifest, corpus, show_progress=show_progress)
+        except CorpusError as error:
+            if folder.is_dir():
+                logger.info("titles of %s again: %s", corpus, error)
+            cls._build(corpus, folder, show_progress)
+        keys, numbers, offsets = (np.load(folder / name, mmap_mode="r") for name in (_KEYS, _NUMBERS, _OFFSETS))
+        return cls(keys, numbers, CorpusFile(corpus, offsets))
+
+    @staticmethod
+    def _build(corpus: Path, folder: Path, show_progress: bool) -> None:
+        keys, numbers, offsets = _Growing(np.uint64), _Growing(np.int32), _Growing(np.int64)
+        for number, (offset, document) in enumerate(read_corpus(corpus, show_progress=show_progress)):
+            offsets.append(offset)
+            title = title_of(document)
+            for key in [_key("id", str(document["id"])), *([_key("title", title)] if title else [])]:
+                keys.append(key)
+                numbers.append(number)
+        order = np.argsort(keys.values(), kind="stable")
+        with new_folder(folder) as scratch:
+            np.save(scratch / _KEYS, keys.values()[order])
+            np.save(scratch / _NUMBERS, numbers.values()[order])
+            np.save(scratch / _OFFSETS, offsets.values())
+            identity = identify(corpus)
+            write_manifest(
+                scratch,
+                Manifest(
+                    kind=KIND,
+                    corpus=CorpusIdentity(
+                        path=str(corpus.resolve()), documents=len(offsets.values()), **identity.model_dump()
+                    ),
+                    libraries={"numpy": np.__version__},
+                    settings={},
+                    self_test=[],
+                    measured={},
+                    files=identify_files(scratch, scratch.glob("*.npy")),
+                ),
+            )
+
+    def read(self, name: str, page: int, page_chars: int) -> dict[str, Any] | None:
+        """A page of the document with this title, or else this id; None if there is none.
+
+        Args:
+            name: upper and lower case, white space and quotes around it do not matter.
+            page: from 1.
+            page_chars: characters of a page.
+
+        Returns:
+            ``title``, ``text`` of the page, ``pages``: the number of them.
+        """
+        found = self._find("title", name, title_of) or self._find("id", name, lambda passage: str(passage["id"]))
+        if not found:
+            return None
+        texts = []
+        for passage in found:
+            first, line_break, rest = passage["contents"].partition("\n")
+            heading = bool(line_break) and title_of(passage) == first.strip().strip('"')
+            texts.append(rest if heading else passage["contents"])
+        text = "\n".join(texts)
+        return {
+            "title": title_of(found[0]) or str(found[0]["id"]),
+            "text": text[(page - 1) * page_chars : page * page_chars],
+            "pages": max(1, -(-len(text) // page_chars)),
+        }
+
+    def _find(self, kind: str, name: str, name_of: Any) -> list[Document]:
+        key = np.uint64(_key(kind, name))
+        start, end = np.searchsorted(self._keys, key, "left"), np.searchsorted(self._keys, key, "right")
+        passages = (self._passages[int(number)] for number in self._numbers[start:end])
+        # A digest may be that of another name.
+        return [passage for passage in passages if _plain(name_of(passage) or "") == _plain(name)]
+
+
+class _Growing:
+    """A list of numbers that takes no more memory than they do."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._array, self._size = np.empty(1024, dtype), 0
+
+    def append(self, value: int) -> None:
+        if self._size == len(self._array):
+            self._array.resize(self._size * 3 // 2, refcheck=False)  # others see it through values() only
+        self._array[self._size] = value
+        self._size += 1
+
+    def values(self) -> np.ndarray:
+        return self._array[: self._size]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split()).strip('" ')
+
+
+def _key(kind: str, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{kind}\0{_plain(name)}".encode(), digest_size=8).digest(), "little")
