@@ -81,6 +81,7 @@ service_arguments() {
         shift
     fi
     if [[ ${1:-} == --dry-run ]]; then
+        [[ $ACTION == start ]] || die "--dry-run is for start, not for $ACTION"
         DRY_RUN=1
         shift
     fi

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from toy_training import ToyTraining, small_world
+from toy_training import ROOT, ToyTraining, small_world
 from verl.trainer.siop.run.progress import Progress
 from verl.trainer.siop.run.stopping import StopSignals, grace_seconds
 from verl.trainer.siop.run.supervised import SupervisedTrainer
@@ -104,7 +106,7 @@ def test_a_signal_before_the_first_step_ends_at_once(world: Path, tmp_path: Path
 @pytest.fixture
 def signals() -> Iterator[StopSignals]:
     """With 10 s of grace, on a training whose steps take 8 s."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     progress = Progress(folder=Path("out"))
     progress.update({"kind": "train", "step": 0, "total": 4})
     progress.update({"kind": "metrics", "step": 1, "values": {"training/global_step": 1.0, "timing_s/step": 8.0}})
@@ -185,3 +187,31 @@ def test_a_stop_during_a_validation_saves_what_is_not_saved(
     trainer.on_validate_end()
     assert done == ["sleep", "save"][: 1 + saves]
     assert trainer.total_training_steps == 5 and trainer.config.trainer.test_freq == -1
+
+
+def _catches(pid: int, signum: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (signum - 1) & 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_a_signal_while_the_trainer_imports_is_one_line(seconds: float, signum: signal.Signals) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "run_module.py"), "verl.trainer.siop.main", "hardware=cpu"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ignored in the background of a shell.
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],
+    )
+    while not _catches(process.pid, signal.SIGTERM):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, errors
+    assert errors.splitlines()[-1] == f"stopped by {signum.name} before it had started" and "Traceback" not in errors

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: how a run ends before its last step."""
+"""SIGINT, SIGTERM and SIGHUP: how a run ends before its last step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def grace_seconds() -> float:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM; when the run has to end is for the main thread to ask.
+    """Notes SIGINT, SIGTERM and SIGHUP; when the run has to end is for the main thread to ask.
 
     The first signal leaves time for the step in progress, if that may end within ``grace`` seconds; a second one none.
     """
@@ -54,7 +54,7 @@ class StopSignals:
 
         What is ignored (nohup) stays ignored.
         """
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self._received)
 
