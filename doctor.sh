@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/common.sh
 
 help_if_asked "${BASH_SOURCE[0]}" "${1:-}" train
-trainer_words "$@"
+trainer_words train "$@"
 variables check train || exit 1
 pick_python
 
@@ -21,5 +21,5 @@ check_torch() { :; }
 check_gpu_memory() { :; }
 
 export EXPERIMENT_NAME=${EXPERIMENT_NAME:-siop_main} OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/siop}
-trainer_args train "$([[ -n ${MODEL_PATH:-}${TRAIN_FILE:-}${VAL_FILE:-} ]] || echo toy)"
+trainer_args train "$([[ -n ${MODEL_PATH:-}${TRAIN_FILE:-}${VAL_FILE:-}${DATA_DIR:-} ]] || echo toy)"
 exec "$PYTHON" -W ignore -m verl.trainer.siop.doctor "${TRAINER_ARGS[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Evaluates a policy, greedily unless told otherwise, and prints EM, F1, turns and response tokens. The retriever must
-# be up.
+# Evaluates a policy, greedily unless told otherwise, and prints EM and F1 with their intervals, and what the rollouts
+# did. The retriever must be up. OUTPUT_DIR/validation holds a line for each sample (questions.jsonl) and all that the
+# numbers depend on (manifest.json); docs/evaluation.md describes both.
 #
 #   MODEL_PATH=Qwen/Qwen3-4B CHECKPOINT_PATH=checkpoints/siop/global_step_100 VAL_FILE=test.parquet bash eval_siop.sh
+#   EVAL_N=4 EVAL_TEMPERATURE=1 bash eval_siop.sh CHECKPOINT         # avg@4 and pass@4
 #   bash eval_siop.sh CHECKPOINT [--toy-seed N] [--dry-run] [HYDRA_OVERRIDE ...]
+#   python -m verl.trainer.siop.report compare OUTPUT_DIR_A OUTPUT_DIR_B    # paired differences of two evaluations
 #
 # CHECKPOINT is a transformers model (a folder, or a hub id such as Qwen/Qwen3-4B), or a folder global_step_N of
 # train_siop.sh. Without CHECKPOINT the model of MODEL_PATH is evaluated. Checkpoints without a transformers copy of the
@@ -17,12 +20,13 @@ source scripts/common.sh
 
 help_if_asked "${BASH_SOURCE[0]}" "${1:-}" eval
 # Only a checkpoint as an argument leaves room for the toy world.
-toy=$([[ -n ${MODEL_PATH:-}${TRAIN_FILE:-}${VAL_FILE:-}${CHECKPOINT_PATH:-} ]] || echo toy)
+toy=$([[ -n ${MODEL_PATH:-}${TRAIN_FILE:-}${VAL_FILE:-}${DATA_DIR:-}${CHECKPOINT_PATH:-} ]] || echo toy)
 checkpoint=${CHECKPOINT_PATH:-} toy_seed='' words=()
 while [[ $# -gt 0 ]]; do
     case $1 in
         --toy-seed)
-            toy_seed=${2:?--toy-seed needs a number}
+            [[ $# -gt 1 ]] || die "--toy-seed needs a number"
+            toy_seed=$2
             shift
             ;;
         -* | *=*) words+=("$1") ;;
@@ -33,12 +37,14 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-trainer_words ${words[@]+"${words[@]}"}
+trainer_words eval ${words[@]+"${words[@]}"}
 variables check eval || exit 1
 if [[ -n $toy_seed ]]; then
     check_number toy_seed 0 "$MAX_INT" "--toy-seed "
     [[ -z ${VAL_FILE:-} ]] ||
         die "VAL_FILE=$VAL_FILE and --toy-seed $toy_seed name different data: unset VAL_FILE or leave --toy-seed out"
+    [[ -z ${DATA_DIR:-} ]] ||
+        die "DATA_DIR=$DATA_DIR and --toy-seed $toy_seed name different data: unset DATA_DIR or leave --toy-seed out"
     toy=toy
 fi
 checkpoint=${checkpoint:-${MODEL_PATH:-}}
@@ -86,7 +92,7 @@ fi
 trainer_args eval "$toy"
 log=$LOG_DIR/siop_eval.log
 [[ $EXPERIMENT_NAME == siop_eval ]] || log=$LOG_DIR/siop_eval-$EXPERIMENT_NAME.log
-command=("$PYTHON" -u -m verl.trainer.siop.main "${TRAINER_ARGS[@]}" "${resume[@]}" "trainer.logger=[console]"
+command=("$PYTHON" -u scripts/run_module.py verl.trainer.siop.main "${TRAINER_ARGS[@]}" "${resume[@]}" "trainer.logger=[console]"
     trainer.val_only=true trainer.val_before_train=true "trainer.validation_data_dir=$OUTPUT_DIR/validation"
     ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 if [[ -n $DRY_RUN ]]; then
@@ -94,9 +100,12 @@ if [[ -n $DRY_RUN ]]; then
     exit
 fi
 mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
+# Of two evaluations at once each would remove what the other writes.
+exec 8>"$OUTPUT_DIR/.evaluation.lock"
+flock -n 8 || die "OUTPUT_DIR=$OUTPUT_DIR is the folder of an evaluation that is running; wait, or choose another one"
 rm -rf "$OUTPUT_DIR/validation"
 say "evaluating $checkpoint${from_hub:+ of the model hub} on $DEVICE; log: $log"
-if ! "${command[@]}" >"$log" 2>&1; then
+if ! "${command[@]}" >"$log" 2>&1 8>&-; then
     tail -n 20 "$log" >&2
     die "evaluation failed; the whole log is $log"
 fi

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Starts the retriever service (BM25) in the background and waits until it answers.
+# Starts the retriever service in the background and waits until it answers. The index is built first, in the foreground
+# and only once; what was interrupted goes on at the next call.
 #
-#   RETRIEVER_CORPUS_FILE=/data/wiki-18.jsonl bash launch_retriever.sh [start] [--dry-run] [-- SERVER_OPTION ...]
+#   RETRIEVER_CORPUS_DIR=/data bash launch_retriever.sh [start] [--dry-run] [-- SERVER_OPTION ...]
+#   RETRIEVER_CORPUS_FILE=/data/wiki-18.jsonl RETRIEVER_NAME=e5 bash launch_retriever.sh
+#   RETRIEVER_INDEX_DIR=/data/wiki-18.jsonl.flat.hnsw_sq8 bash launch_retriever.sh     an index as it is, see docs/retrieval.md
 #   bash launch_retriever.sh                   the toy world's corpus, if no corpus is named
 #   bash launch_retriever.sh stop
 #   bash launch_retriever.sh status            exit status 0 if it is healthy
+#
+# RETRIEVER_NAME: bm25, by words; e5, by the vectors of an encoder, which are those of RETRIEVER_INDEX_FILE if that is
+# there, and else are computed. Not named, it is e5 where such a file is, and bm25 elsewhere.
 #
 # A server of your own, as Search-R1's retrieval_server.py:
 #   RETRIEVAL_SERVER_SCRIPT=retrieval_server.py RETRIEVER_CORPUS_DIR=/data bash launch_retriever.sh
@@ -31,6 +37,9 @@ topk=${RETRIEVER_TOPK:-3}
 corpus=${RETRIEVER_CORPUS_FILE:-${RETRIEVER_CORPUS_DIR:+$RETRIEVER_CORPUS_DIR/wiki-18.jsonl}}
 script=${RETRIEVAL_SERVER_SCRIPT:-}
 CONDA_ENV=${RETRIEVER_CONDA_ENV:-${CONDA_ENV:-}}
+# Indexed by the server while it starts; larger ones are indexed before.
+SMALL_CORPUS=$((100 * 2 ** 20))
+BUILD=()
 health=http://$address:$port/health
 [[ -z $script ]] || health=tcp://$address:$port
 
@@ -50,27 +59,63 @@ own_server() {
     what="$script over $corpus"
 }
 
-# Sets COMMAND to the server of this project.
+# Sets COMMAND to the server of this project, and BUILD to what makes its index; BUILD is empty where nothing has to be
+# made, or the server does it itself in no time.
 our_server() {
-    local toy=${TOY_DIR:-runs/toy} unused
-    [[ ${RETRIEVER_NAME:-bm25} == bm25 ]] ||
-        die "RETRIEVER_NAME=$RETRIEVER_NAME is not allowed: the server of this project has bm25; name another server" \
-            "with RETRIEVAL_SERVER_SCRIPT"
+    local toy=${TOY_DIR:-runs/toy} module=verl.utils.siop.retriever file=${RETRIEVER_INDEX_FILE:-} kind unused
+    local folder=${RETRIEVER_INDEX_DIR:-} encoder=(${RETRIEVER_MODEL:+--model "$RETRIEVER_MODEL"})
     [[ $topk -le 100 ]] || die "RETRIEVER_TOPK=$topk is not allowed: a whole number from 1 to 100"
-    for unused in RETRIEVER_INDEX_FILE RETRIEVER_MODEL RETRIEVER_FAISS_GPU RETRIEVER_GPUS; do
-        [[ -z ${!unused:-} ]] ||
-            die "$unused=${!unused} has no effect: it is for a server of your own (RETRIEVAL_SERVER_SCRIPT); BM25 keeps" \
-                "its index in RETRIEVER_INDEX_DIR and uses no GPU"
-    done
-    if [[ -z $corpus ]]; then
-        corpus=$toy/corpus.jsonl
-        [[ -f $corpus ]] || die "no corpus named and no toy world in $toy: set RETRIEVER_CORPUS_FILE, or build it with:" \
-            "$PYTHON -m examples.toy_world.build --out $toy"
+    [[ -n $file || -z ${RETRIEVER_CORPUS_DIR:-} || ! -f $RETRIEVER_CORPUS_DIR/e5_Flat.index ]] ||
+        file=$RETRIEVER_CORPUS_DIR/e5_Flat.index
+    kind=${RETRIEVER_NAME:-$([[ -n $file ]] && echo e5 || echo bm25)}
+    [[ $kind == bm25 || $kind == e5 ]] ||
+        die "RETRIEVER_NAME=$kind is not allowed: bm25 or e5 (another encoder: RETRIEVER_NAME=e5 RETRIEVER_MODEL=…);" \
+            "name another server with RETRIEVAL_SERVER_SCRIPT"
+    if [[ $kind == bm25 ]]; then
+        [[ -z ${RETRIEVER_NAME:-} ]] || file=
+        for unused in RETRIEVER_MODEL RETRIEVER_FAISS_GPU RETRIEVER_GPUS ${RETRIEVER_NAME:+RETRIEVER_INDEX_FILE}; do
+            [[ -z ${!unused:-} || -f $folder/manifest.json ]] ||
+                die "$unused=${!unused} has no effect: it is for dense retrieval (RETRIEVER_NAME=e5) or a server of your" \
+                    "own (RETRIEVAL_SERVER_SCRIPT); BM25 keeps its index in RETRIEVER_INDEX_DIR and uses no GPU"
+        done
     fi
-    [[ -f $corpus ]] || die "RETRIEVER_CORPUS_FILE=$corpus: there is no such file"
-    COMMAND=("$PYTHON" -m verl.utils.siop.retriever.server --corpus "$corpus" --host "$host" --port "$port"
-        --topk "$topk" ${RETRIEVER_INDEX_DIR:+--index "$RETRIEVER_INDEX_DIR"})
-    what="BM25 over $corpus"
+    [[ -z ${RETRIEVER_GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=$RETRIEVER_GPUS
+    COMMAND=("$PYTHON" -m "$module.server") BUILD=()
+    if [[ -f $folder/manifest.json && -z ${RETRIEVER_NAME:-}$file$corpus ]]; then
+        what="the index in $folder"
+        COMMAND+=(--index "$folder" ${encoder[@]+"${encoder[@]}"})
+    else
+        if [[ -z $corpus ]]; then
+            corpus=$toy/corpus.jsonl
+            [[ -f $corpus ]] ||
+                die "no corpus named and no toy world in $toy: set RETRIEVER_CORPUS_FILE, or build it with:" \
+                    "$PYTHON -m examples.toy_world.build --out $toy"
+        fi
+        [[ -f $corpus ]] || die "RETRIEVER_CORPUS_FILE=$corpus: there is no such file"
+        COMMAND+=(--corpus "$corpus")
+        if [[ $kind == bm25 ]]; then
+            what="BM25 over $corpus"
+            COMMAND+=(${folder:+--index "$folder"})
+            [[ $(stat -L -c %s "$corpus") -lt $SMALL_CORPUS ]] ||
+                BUILD=("$PYTHON" -m "$module.build" bm25 --corpus "$corpus" ${folder:+--index "$folder"})
+        else
+            folder=${folder:-$corpus.flat}
+            what="vectors of ${RETRIEVER_MODEL:-intfloat/e5-base-v2} over $corpus"
+            COMMAND+=(--index "$folder" ${encoder[@]+"${encoder[@]}"})
+            if [[ -n $file ]]; then
+                [[ -f $file ]] || die "RETRIEVER_INDEX_FILE=$file: there is no such file"
+                BUILD=("$PYTHON" -m "$module.build" import --faiss "$file" --corpus "$corpus" --index "$folder")
+            else
+                BUILD=("$PYTHON" -m "$module.build" encode --corpus "$corpus" --index "$folder")
+            fi
+            BUILD+=(${encoder[@]+"${encoder[@]}"})
+        fi
+    fi
+    case ${RETRIEVER_FAISS_GPU:-} in
+        0) COMMAND+=(--devices cpu) ;;
+        1) [[ $(count_gpus) -gt 0 ]] || die "RETRIEVER_FAISS_GPU=1, but this machine has no GPU" ;;
+    esac
+    COMMAND+=(--host "$host" --port "$port" --topk "$topk")
 }
 
 case $ACTION in
@@ -83,10 +128,13 @@ case $ACTION in
         if [[ -n $script ]]; then own_server; else our_server; fi
         COMMAND+=(${OPTIONS[@]+"${OPTIONS[@]}"})
         if [[ -n $DRY_RUN ]]; then
+            [[ ${#BUILD[@]} -eq 0 ]] || say "first: ${BUILD[*]}"
             dry_run retriever "${COMMAND[@]}"
             exit
         fi
         say "retriever: $what"
+        # Without a time limit: it shows its progress, and Ctrl-C ends it.
+        [[ ${#BUILD[@]} -eq 0 ]] || "${BUILD[@]}" || die "the index was not built"
         service_start "$name" "$host" "$port" "$health" "$timeout" "${COMMAND[@]}" || exit 1
         say "it answers at http://$address:$port/retrieve   stop it: bash launch_retriever.sh stop"
         ;;

@@ -85,7 +85,7 @@ def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
         (``stale``), and of rollouts without an answer (``no_answer``).
     """
     metrics = read_metrics(folder)
-    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file)]
+    rows = [row for file in sorted(folder.glob("[0-9]*.jsonl")) for row in read_rows(file)]
     found = [(question_of(row["input"], toy), parse_answer(turns_of(row["output"])[-1]), row["em"]) for row in rows]
 
     def by(key: Callable[[Question], Any]) -> dict[str, float]:

@@ -156,7 +156,7 @@ def labels_of(rollout: Rollout, toy: Path, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(
             f"{len(turns)} turns but {len(observations)} observations in a rollout of {rollout.question!r}"
         )
-    answer = extract_answer(rollout.response_ids, turns, tokenizer)
+    answer = extract_answer(rollout.response_ids, turns, tokenizer, rollout.prompt_ids)
     return needed_fact_found(question_of(rollout.question, toy), observations, answer)
 
 

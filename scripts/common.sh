@@ -27,10 +27,22 @@ any_python() {
 
 # variables ACTION PROGRAM: see scripts/launch_variables.py, the table of all variables of the launchers.
 variables() {
-    local python
+    local python seen=
     python=$(any_python)
-    "$python" "$ROOT/scripts/launch_variables.py" "$@"
+    if [[ $1 == check && $2 == @(train|eval) && -z ${N_GPUS_PER_NODE:-} ]]; then
+        seen=$(count_gpus) || return 1
+    fi
+    SEEN_GPUS=$seen "$python" "$ROOT/scripts/launch_variables.py" "$@"
 }
+
+# An empty variable is as good as none, for everything that reads it. (SERPER_CACHE_DIR: empty is no cache.)
+forget_empty() {
+    local name
+    while read -r name; do
+        [[ -z ${!name+set} || -n ${!name} || $name == SERPER_CACHE_DIR ]] || unset "$name"
+    done < <(sed -n 's/^    Variable("\([A-Z_]*\)".*/\1/p' "$ROOT/scripts/launch_variables.py")
+}
+forget_empty
 
 # help_if_asked SCRIPT ARGUMENT [PROGRAM]: if ARGUMENT asks for help, prints the header comment of SCRIPT and the
 # variables of PROGRAM, and ends it.
@@ -180,25 +192,41 @@ forget_retriever() {
         RETRIEVER_PORT RETRIEVER_TOPK RETRIEVER_URL
 }
 
-# trainer_words ARGUMENT ...: sets OVERRIDES and DRY_RUN from the arguments of a launcher. Overrides may come with and
+# trainer_words PROGRAM ARGUMENT ...: sets OVERRIDES and DRY_RUN from the arguments of a launcher. Overrides may come with and
 # without -- before them, and our own keys with the + that the first release needed.
 # shellcheck disable=SC2034  # for the scripts that source this file
 trainer_words() {
-    local word only_words=
+    local program=$1 word only_words=
+    shift
     OVERRIDES=() DRY_RUN=
     for word in "$@"; do
         if [[ $word =~ ^\++(algorithm\.siop_[a-z_]+=.*)$ ]]; then
             OVERRIDES+=("${BASH_REMATCH[1]}")
-        elif [[ -n $only_words || $word == [a-zA-Z_+~]*=* || $word == ~* ]]; then
+        elif [[ $word == [a-zA-Z_+~]*=* || $word == ~* || (-n $only_words && $word != --dry-run) ]]; then
             OVERRIDES+=("$word")
         elif [[ $word == -- ]]; then
             only_words=1
         elif [[ $word == --dry-run ]]; then
             DRY_RUN=1
+        elif [[ $word == -h || $word == --help ]]; then
+            help_if_asked "$0" "$word" "$program"
         else
             die "unknown argument '$word'; Hydra overrides have the form key=value, see --help"
         fi
     done
+}
+
+# data_args PROGRAM: takes TRAIN_FILE and VAL_FILE, where they are not set, and DATA_ARGS from DATA_DIR.
+data_args() {
+    DATA_ARGS=()
+    [[ -n ${DATA_DIR:-} ]] || return 0
+    DATA_DIR=${DATA_DIR%/}
+    mapfile -d '' -t DATA_ARGS < <("$PYTHON" "$ROOT/scripts/data_overrides.py" "$DATA_DIR")
+    wait $! || exit 1
+    [[ -n ${TRAIN_FILE:-} || ! -f $DATA_DIR/train.parquet ]] || TRAIN_FILE=$DATA_DIR/train.parquet
+    [[ -n ${VAL_FILE:-} || ! -f $DATA_DIR/eval.parquet ]] || VAL_FILE=$DATA_DIR/eval.parquet
+    [[ $1 != train || -n ${TRAIN_FILE:-} ]] || die "DATA_DIR=$DATA_DIR holds no train.parquet: set TRAIN_FILE"
+    [[ -n ${VAL_FILE:-} ]] || die "DATA_DIR=$DATA_DIR holds no eval.parquet: set VAL_FILE"
 }
 
 # trainer_args PROGRAM TOY: sets TRAINER_ARGS and DEVICE for verl.trainer.siop.main from the variables of PROGRAM (train
@@ -219,11 +247,22 @@ trainer_args() {
         TRAINER_ARGS+=("experiment=$(toy_settings "$toy")")
         say "the toy world in $toy, because neither a model nor data is named"
     fi
+    data_args "$program"
     [[ -n ${MODEL_PATH:-} ]] || die "set MODEL_PATH to the policy, a transformers model (folder or hub id)"
     [[ $program != train || -n ${TRAIN_FILE:-} ]] || die "set TRAIN_FILE to the training data (parquet)"
-    [[ -n ${VAL_FILE:-} ]] || die "set VAL_FILE to the validation data (parquet)"
+    [[ -n ${VAL_FILE:-} ]] ||
+        die "set VAL_FILE to the validation data (parquet)" \
+            "${CHECKPOINT_PATH:+; or, on the toy world: bash eval_siop.sh $CHECKPOINT_PATH, without CHECKPOINT_PATH}"
     TRAIN_FILE=${TRAIN_FILE:-$VAL_FILE}
-    export MODEL_PATH TRAIN_FILE VAL_FILE TOOL_CONFIG=${TOOL_CONFIG:-config/local_search_tool_config.yaml}
+    toy=$(dirname "$VAL_FILE")
+    [[ -n $2 || ! -f $toy/meta.json || ! -f $toy/tool_config.yaml || " ${OVERRIDES[*]-} " == *" experiment=toy"* ]] ||
+        say "warning: $VAL_FILE is of a toy world, whose model knows few words: without TOOL_CONFIG=$toy/tool_config.yaml" \
+            "and the override experiment=$(toy_settings "$toy") it meets others"
+    # Before the variables, so that these win.
+    TRAINER_ARGS+=(${DATA_ARGS[@]+"${DATA_ARGS[@]}"})
+    [[ " ${DATA_ARGS[*]-}" == *" actor_rollout_ref.rollout.multi_turn.tool_config_path="* ]] ||
+        TOOL_CONFIG=${TOOL_CONFIG:-config/local_search_tool_config.yaml}
+    export MODEL_PATH TRAIN_FILE VAL_FILE TOOL_CONFIG=${TOOL_CONFIG:-}
     gpus=${N_GPUS_PER_NODE:-$(count_gpus)}
     if [[ $gpus -eq 0 ]]; then
         use_cpu
@@ -243,7 +282,7 @@ trainer_args() {
     export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} RAY_DEDUP_LOGS=${RAY_DEDUP_LOGS:-0}
     export RAY_memory_monitor_refresh_ms=${RAY_memory_monitor_refresh_ms:-0}
     export RAY_ENABLE_UV_RUN_RUNTIME_ENV=${RAY_ENABLE_UV_RUN_RUNTIME_ENV:-0}
-    own=$(variables overrides "$program")
+    own=$(N_GPUS_PER_NODE=$gpus variables overrides "$program")
     mapfile -t -O "${#TRAINER_ARGS[@]}" TRAINER_ARGS <<<"$own"
 }
 
@@ -251,7 +290,7 @@ trainer_args() {
 dry_run() {
     local program=$1
     shift
-    echo "variables (defaults in brackets):"
+    echo "variables (defaults in brackets; a named experiment or DATA_DIR has its own, which the configuration shows):"
     variables show "$program"
     echo "command:"
     printf '  '
@@ -259,5 +298,5 @@ dry_run() {
     echo
     [[ $program == train || $program == eval ]] || return 0
     echo "configuration:"
-    "$@" --cfg job --resolve
+    PYTHONWARNINGS=ignore "$@" --cfg job --resolve
 }

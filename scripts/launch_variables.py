@@ -13,6 +13,7 @@ Python is there.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -59,10 +60,18 @@ def choice(*values: str) -> Check:
     return lambda value: None if value in values else f"one of {', '.join(values)}"
 
 
+def _names(value: str) -> list[str]:
+    return re.sub(r"[\[\]\s'\"]", "", value).split(",")
+
+
 def loggers(value: str) -> str | None:
-    names = value.strip("[]").replace(" ", "").split(",")
+    names = _names(value)
     allowed = ("console", "tensorboard", "wandb", "swanlab", "mlflow", "file")
     return None if all(name in allowed for name in names) else f"a list as console,tensorboard of {', '.join(allowed)}"
+
+
+def file_name(value: str) -> str | None:
+    return None if "/" not in value else "a name without /, for it is part of the log's name"
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Variable:
         why: why the default is not the first release's, as "release 10: ...".
         secret: never shown.
         also: further overrides, without which the value would have no effect.
+        gpu: has an effect on GPUs alone.
     """
 
     name: str
@@ -90,6 +100,7 @@ class Variable:
     why: str = ""
     secret: bool = False
     also: Callable[[str], list[str]] | None = None
+    gpu: bool = False
 
 
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -100,13 +111,14 @@ TABLE = (
     Variable("MODEL_PATH", "train eval", "required; toy world's", "policy: a transformers model, folder or hub id", "actor_rollout_ref.model.path"),
     Variable("TRAIN_FILE", "train eval", "required; toy world's; eval: `VAL_FILE`", "training data, parquet; [a,b] for several", "data.train_files"),
     Variable("VAL_FILE", "train eval", "required; toy world's", "validation data, parquet; [a,b] for several", "data.val_files"),
+    Variable("DATA_DIR", "train eval", "none", "data folder of `python -m verl.utils.siop.data build`: `TRAIN_FILE`, `VAL_FILE` and the settings in its `overrides.yaml`, where nothing else sets them"),
     Variable("CHECKPOINT_PATH", "eval", "first argument", "what is evaluated: `global_step_N` or a transformers model"),
     Variable("OUTPUT_DIR", "train eval quickstart", "`checkpoints/siop`, `checkpoints/siop_eval`, `runs/quickstart/…`",
              "checkpoints, and in `rollouts/` what was sampled; eval: metrics and samples; quickstart: results", "trainer.default_local_dir"),
     Variable("TOY_DIR", "train eval retriever quickstart", "`runs/toy`",
              "toy world (see `python -m examples.toy_world.build --help`), used if none of `MODEL_PATH`, `TRAIN_FILE`, `VAL_FILE` is set"),
     Variable("PROJECT_NAME", "train eval", "siop", "project, for W&B", "trainer.project_name"),
-    Variable("EXPERIMENT_NAME", "train eval", "siop_main, siop_eval", "name of the run", "trainer.experiment_name"),
+    Variable("EXPERIMENT_NAME", "train eval", "siop_main, siop_eval", "name of the run", "trainer.experiment_name", file_name),
     Variable("LOG_DIR", "train eval scorer retriever", "`logs`; quickstart: `$OUTPUT_DIR/logs`",
              "`siop_train.log`, which grows with each call (`siop_train-NAME.log` for another `EXPERIMENT_NAME`), `siop_eval.log`, `siop_scorer.log`, `retrieval_server.log`, PID files"),
     Variable("TENSORBOARD_DIR", "train", "`$OUTPUT_DIR/tensorboard`", "TensorBoard files"),
@@ -149,9 +161,10 @@ TABLE = (
     Variable("ROLLOUT_N", "train", "4", "rollouts of a question", f"{ROLLOUT}.n", whole(2, 4096)),
     Variable("ROLLOUT_TEMPERATURE", "train", "1.0", "sampling temperature of training", f"{ROLLOUT}.temperature", number(0.01, 100)),
     Variable("ROLLOUT_TP_SIZE", "train eval", "1", "GPUs that share one copy of the rollout engine", f"{ROLLOUT}.tensor_model_parallel_size", whole(1, 1024),
-             "release 4: a 4B or 8B model fits one GPU, and more copies generate faster"),
-    Variable("ROLLOUT_GPU_MEM", "train eval", "0.5, eval 0.6", "share of each GPU's memory for the rollout engine", f"{ROLLOUT}.gpu_memory_utilization", share),
-    Variable("KL_LOSS_COEF", "train", "0.005", "weight of the KL loss against the start model", "actor_rollout_ref.actor.kl_loss_coef", number(0)),
+             "release 4: a 4B or 8B model fits one GPU, and more copies generate faster", gpu=True),
+    Variable("ROLLOUT_GPU_MEM", "train eval", "0.5, eval 0.6", "share of each GPU's memory for the rollout engine", f"{ROLLOUT}.gpu_memory_utilization", share, gpu=True),
+    Variable("KL_LOSS_COEF", "train", "0.005", "weight of the KL loss against the start model", "actor_rollout_ref.actor.kl_loss_coef", number(0),
+             also=lambda value: [f"actor_rollout_ref.actor.use_kl_loss={str(float(value) > 0).lower()}"]),
     Variable("SIOP_LAMBDA", "train", "0.5", "see `siop_lambda`", "algorithm.siop_lambda", number(0, 1)),
     Variable("SIOP_ETA", "train", "1.0", "see `siop_eta`", "algorithm.siop_eta", number(0)),
     Variable("SIOP_NUM_REFS", "train", "3", "see `siop_num_refs`", "algorithm.siop_num_refs", whole(1)),
@@ -162,6 +175,7 @@ TABLE = (
     Variable("RESUME_MODE", "train", "auto", "auto: go on from the last checkpoint; disable: start anew", "trainer.resume_mode", choice("auto", "disable"),
              "release disable: the same command goes on after a stop"),
     Variable("SIOP_STOP_GRACE_S", "train quickstart", "30", "seconds that a run goes on after Ctrl-C or SIGTERM if its step can be saved in them; 0: stops at once", check=whole(0)),
+    Variable("EVAL_N", "eval", "1", "samples of a question, for avg@n and pass@n; above 1 needs `EVAL_TEMPERATURE`", f"{ROLLOUT}.val_kwargs.n", whole(1, 4096)),
     Variable("EVAL_TEMPERATURE", "eval", "0: greedy", "sampling temperature of the evaluation", f"{ROLLOUT}.val_kwargs.temperature", number(0, 100),
              also=lambda value: [f"{ROLLOUT}.val_kwargs.do_sample={str(float(value) > 0).lower()}"]),
     # --- scorer
@@ -183,20 +197,20 @@ TABLE = (
     Variable("SIOP_START_TIMEOUT", "scorer quickstart", "600", "seconds to wait until it is healthy", check=whole(1)),
     Variable("VLLM_CPU_KVCACHE_SPACE", "scorer", "2", "GiB of cache, vLLM on a CPU", check=whole(1, 65536)),
     # --- retriever
-    Variable("RETRIEVER_CORPUS_DIR", "retriever", "none", "folder with `wiki-18.jsonl` and `e5_Flat.index`"),
+    Variable("RETRIEVER_CORPUS_DIR", "retriever", "none", "folder with `wiki-18.jsonl` and, for e5, `e5_Flat.index`"),
     Variable("RETRIEVER_CORPUS_FILE", "retriever", "`$RETRIEVER_CORPUS_DIR/wiki-18.jsonl`; toy world's", 'JSONL, `{"id", "contents"}` per line'),
-    Variable("RETRIEVER_NAME", "retriever", "bm25; e5 with `RETRIEVAL_SERVER_SCRIPT`", "kind of retriever", check=None, why="release e5: the server of this project has BM25"),
-    Variable("RETRIEVER_INDEX_DIR", "retriever", "beside the corpus", "BM25 index, built once"),
+    Variable("RETRIEVER_NAME", "retriever", "e5 where `RETRIEVER_INDEX_FILE` is, else bm25", "bm25: by words; e5: by vectors, of another encoder with `RETRIEVER_MODEL`; your own server takes any", why="release e5, which needs an encoder and hours of a GPU"),
+    Variable("RETRIEVER_INDEX_DIR", "retriever", "beside the corpus", "folder of the index, built once; alone, an index as it is"),
     Variable("RETRIEVER_HOST", "retriever", "127.0.0.1", "address to listen on; 0.0.0.0 for other nodes", why="release 0.0.0.0: not open to the network unasked"),
     Variable("RETRIEVER_PORT", "retriever", "8000", "port", check=whole(1, 65535)),
     Variable("RETRIEVER_TOPK", "retriever", "3", "passages per query if the request names none, 1 to 100", check=whole(1)),
     Variable("RETRIEVER_START_TIMEOUT", "retriever quickstart eval", "1800", "seconds to wait until it answers; eval: that of `--toy-seed`", check=whole(1)),
     Variable("RETRIEVER_CONDA_ENV", "retriever", "`CONDA_ENV`", "conda environment of the retriever", why="release retriever: what is activated wins"),
-    Variable("RETRIEVER_GPUS", "retriever", "`CUDA_VISIBLE_DEVICES`", "GPUs of your own server, as 0,1"),
+    Variable("RETRIEVER_GPUS", "retriever", "`CUDA_VISIBLE_DEVICES`", "GPUs of dense retrieval, or of your own server, as 0,1"),
     Variable("RETRIEVAL_SERVER_SCRIPT", "retriever", "none", "your own server in place of ours, started with Search-R1's arguments: --index_path, --corpus_path, --topk, --retriever_name, --retriever_model, --faiss_gpu"),
-    Variable("RETRIEVER_INDEX_FILE", "retriever", "`$RETRIEVER_CORPUS_DIR/e5_Flat.index`", "index of your own server"),
-    Variable("RETRIEVER_MODEL", "retriever", "intfloat/e5-base-v2", "encoder of your own server"),
-    Variable("RETRIEVER_FAISS_GPU", "retriever", "1 where there are GPUs", "1: your own server gets --faiss_gpu", check=whole(0, 1)),
+    Variable("RETRIEVER_INDEX_FILE", "retriever", "`$RETRIEVER_CORPUS_DIR/e5_Flat.index` if it is there", "vectors of the corpus as Search-R1 publishes them, imported once; or the index of your own server"),
+    Variable("RETRIEVER_MODEL", "retriever", "intfloat/e5-base-v2", "encoder of dense retrieval or of your own server: folder or hub id"),
+    Variable("RETRIEVER_FAISS_GPU", "retriever", "1 where there are GPUs", "0: dense retrieval on the CPU; 1: your own server gets --faiss_gpu", check=whole(0, 1)),
     # --- quickstart
     Variable("QUICKSTART_STEPS", "quickstart", "60", "training steps", check=whole(1)),
     Variable("PYTHON", "quickstart", "the first found on `PATH`", "interpreter for the creation of `.venv`, 3.10 to 3.12"),
@@ -204,17 +218,20 @@ TABLE = (
 
 # Variables of the first release, or of this project before it took the release's names: what to use instead.
 REPLACED = {
-    "TRAIN_FILES": "TRAIN_FILE",
-    "VAL_FILES": "VAL_FILE",
-    "OUT_DIR": "OUTPUT_DIR",
-    "EXPERIMENT": "EXPERIMENT_NAME",
-    "N_GPUS": "N_GPUS_PER_NODE",
-    "RETRIEVER_INDEX_PATH": "RETRIEVER_INDEX_FILE",
-    "GENERATE_TIMEOUT_S": "nothing: verl 0.9.1 has no time limit for one generation; MAX_RESPONSE_LENGTH bounds it",
-    "SERPER_MOCK": "SERPER_CACHE_DIR, whose results are replayed without a key",
+    "TRAIN_FILES": "use TRAIN_FILE",
+    "VAL_FILES": "use VAL_FILE",
+    "OUT_DIR": "use OUTPUT_DIR",
+    "EXPERIMENT": "use EXPERIMENT_NAME",
+    "N_GPUS": "use N_GPUS_PER_NODE",
+    "RETRIEVER_INDEX_PATH": "use RETRIEVER_INDEX_FILE",
+    "GENERATE_TIMEOUT_S": "unset it: verl 0.9.1 has no time limit for one generation, MAX_RESPONSE_LENGTH bounds it",
+    "SERPER_MOCK": "use SERPER_CACHE_DIR, whose results are replayed without a key",
 }
 # Read by another program of the same name, so that only a launcher that would use it refuses it.
 _REPLACED_IN = {"RETRIEVER_INDEX_PATH": "retriever", "GENERATE_TIMEOUT_S": "train eval", "SERPER_MOCK": "train eval"}
+
+# Read by others, and close to one of ours.
+_OTHERS = {"PYTHONPATH"}
 
 # Of training alone: an evaluation says that it does not use them.
 _NO_EFFECT = {"ROLLOUT_TEMPERATURE": "EVAL_TEMPERATURE"}
@@ -225,11 +242,30 @@ def of(program: str) -> list[Variable]:
     return [row for row in TABLE if program in row.programs.split()]
 
 
+def misspelt(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that nothing reads and that are almost one of the table's: name -> what was probably meant."""
+    names = {row.name for row in TABLE} | REPLACED.keys()
+    return {
+        name: meant[0]
+        for name, value in environment.items()
+        if value and name not in names and name not in _OTHERS
+        # Of names as short as NNODES one letter may be missing or too many.
+        if (meant := difflib.get_close_matches(name, names, n=1, cutoff=0.88))
+    }
+
+
+def _on_cpu(environment: Mapping[str, str]) -> bool:
+    """As the launchers choose the device; ``SEEN_GPUS`` is what they count."""
+    return (environment.get("N_GPUS_PER_NODE") or environment.get("SEEN_GPUS")) == "0"
+
+
 def problem(program: str, environment: Mapping[str, str]) -> str | None:
     """The first variable that is wrong or means nothing, as a message that names what is allowed."""
     for name, instead in REPLACED.items():
         if environment.get(name) and program in _REPLACED_IN.get(name, " ".join(PROGRAMS)).split():
-            return f"{name}={environment[name]} is not used here; use {instead}"
+            return f"{name}={environment[name]} is not used here; {instead}"
+    for name, meant in misspelt(environment).items():
+        return f"{name} is set, but nothing here reads it; did you mean {meant}? (If it belongs to something else, unset it)"
     for row in of(program):
         value = environment.get(row.name, "")
         allowed = row.check(value) if row.check and value else None
@@ -237,6 +273,16 @@ def problem(program: str, environment: Mapping[str, str]) -> str | None:
             return f"{row.name}={value} is not allowed: {allowed}"
         if "\n" in value:
             return f"{row.name} is not allowed: it has a line break"
+        if value and row.gpu and _on_cpu(environment):
+            return f"{row.name}={value} has no effect on a CPU (no GPU is seen, or N_GPUS_PER_NODE=0); unset it"
+        if "${" in value and row.target and not row.target.startswith("--"):
+            return f"{row.name}={value} is not allowed: ${{ begins an interpolation of the configuration"
+    samples, temperature = (environment.get(name) or "0" for name in ("EVAL_N", "EVAL_TEMPERATURE"))
+    if program == "eval" and int(samples) > 1 and float(temperature) == 0:
+        return (
+            f"EVAL_N={samples} is not allowed: with EVAL_TEMPERATURE={temperature} decoding is greedy, and all samples of a "
+            "question would be equal; set EVAL_TEMPERATURE above 0, as 1"
+        )
     return None
 
 
@@ -252,11 +298,31 @@ def notes(program: str, environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def quoted(value: str) -> str:
-    """A value as Hydra reads it back; lists as they are."""
-    if re.fullmatch(r"[\w./:@%+~-]+|\[.*\]", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _is_plain(text: str) -> bool:
+    """Whether Hydra reads this as the text that it is, without quotes: no number, no null, nothing of its grammar."""
+    if not re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*", text) or text.lower() in ("null", "true", "false"):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it back."""
+    if _is_plain(text):
+        return text
+    # In its quotes a backslash is one, but for those before a quote.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _files(value: str) -> str:
+    """A path, or ``[a,b]`` with several."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return quoted(value)
+    return "[" + ",".join(quoted(path.strip()) for path in value[1:-1].split(",")) + "]"
 
 
 def overrides(program: str, environment: Mapping[str, str]) -> list[str]:
@@ -264,14 +330,16 @@ def overrides(program: str, environment: Mapping[str, str]) -> list[str]:
     found = []
     for row in of(program):
         value = environment.get(row.name, "")
-        if not value or not row.target:
+        if not value or not row.target or (row.gpu and _on_cpu(environment)):
             continue
         if row.target.startswith("--"):
             found += [row.target, value]
             continue
         if row.check is loggers:
-            value = f"[{value.strip('[]').replace(' ', '')}]"
-        found += [f"{row.target}={quoted(value)}", *(row.also(value) if row.also else [])]
+            value = f"[{','.join(_names(value))}]"
+        if row.check is None or row.check is file_name:
+            value = _files(value) if row.name in ("TRAIN_FILE", "VAL_FILE") else quoted(value)
+        found += [f"{row.target}={value}", *(row.also(value) if row.also else [])]
     return found
 
 

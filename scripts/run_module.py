@@ -7,6 +7,7 @@ That takes some seconds, in which Python would print where it was. The module's 
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import signal
@@ -26,6 +27,8 @@ if __name__ == "__main__":
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _stop)
+    # verl tells at each start that VERL_PLATFORM is set, which the launchers do.
+    logging.getLogger("verl.plugin.platform.platform_manager").addFilter(lambda record: record.levelno > logging.INFO)
     del sys.argv[0]
     sys.path[0] = os.getcwd()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

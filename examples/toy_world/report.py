@@ -28,7 +28,7 @@ def _read(folder: Path, data: Path) -> dict[str, dict[str, list[float]]]:
     """EM and F1 of every rollout, by template."""
     template_of = _template_of(data)
     scores: dict[str, dict[str, list[float]]] = {}
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in sorted(folder.glob("[0-9]*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
             entry = scores.setdefault(template_of(row["input"]), {"em": [], "f1": []})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import itertools
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -11,9 +13,11 @@ from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.nli_clustering import (
     entailment_index,
     greedy_clusters,
+    identity_key,
     label_indices,
     loose_equivalent,
     normalize_answer,
+    plain_form,
     strict_equivalent,
 )
 
@@ -79,6 +83,94 @@ def test_identical_answers_are_equivalent_without_a_call() -> None:
 
 def test_answers_of_punctuation_alone_are_not_all_the_same() -> None:
     assert greedy_clusters(["+", "-", "The", "+"], lambda i, j: False) == [0, 1, 2, 0]
+    assert greedy_clusters([",", ";", '"', "'", ","], lambda i, j: False) == [0, 1, 2, 3, 0]
+
+
+SAME = [
+    ("Paris", "the PARIS."),
+    ("Paris", "Paris!"),
+    ("Paris", "\u200bParis\ufeff"),
+    ("Paris, France", "Paris , France."),
+    ("July 4, 1776", "july 4 1776"),
+    ("Panic! at the Disco", "Panic at the Disco"),
+    ("3.5", "3.5."),
+    # HTML entities.
+    ("AT&T", "AT&amp;T"),
+    ("Emma", "&quot;Emma&quot;"),
+    ("D'Arc", "D&#39;Arc"),
+    ("D'Arc", "D&#x2019;Arc"),
+    ("New York", "New&nbsp;York"),
+    # Quotes.
+    *(
+        ("Emma", f"{a}Emma{b}")
+        for a, b in ('""', "''", "“”", "„“", "‘’", "«»", "‹›", "「」", ("``", "''"), ("''", "''"))
+    ),
+    *(("1984", f"{a}1984{b}") for a, b in ('""', "''", "“”", "‘’", "«»")),
+    ("Emma", "\"'Emma'\""),
+    ("Emma", "'\"Emma\"'"),
+    ("Emma", '"Emma'),
+    ("Emma", "“Emma.”"),
+    ("Levi's", "Levi’s"),
+    ("rock 'n' roll", "rock ’n’ roll"),
+    ("Hawai'i", "Hawaiʻi"),
+    # Unicode forms, dashes, width.
+    ("Zürich", "Zu\u0308rich"),
+    ("\u1e69", "s\u0307\u0323"),
+    ("Å", "\u212b"),
+    ("Straße", "STRASSE"),
+    ("-5", "−5"),
+    ("1990-1995", "1990–1995"),
+    ("C++", "Ｃ＋＋"),
+    ("バ", "ﾊﾞ"),
+    ("fin", "\ufb01n"),
+]
+# The first is the SQuAD normal form's own, the rest is its kind.
+DIFFERENT = [
+    ("-5", "5"), ("−5", "5"), ("+5", "5"), ("±5", "5"), ("~5", "5"), ("<5", ">5"), ("5-", "5"), ("5e-3", "5e3"),
+    ("3.5", "35"), ("3,5", "35"), (".5", "5"), ("0.5", "05"), ("1.000", "1000"), ("3 . 5", "3 5"),
+    ("C++", "C#"), ("C++", "C"), ("C#", "C"), ("F#", "F"), ("A+", "A"), ("A+", "A-"), ("A*", "A"), (".NET", "NET"),
+    ("5%", "5"), ("$5", "5"), ("$5", "€5"), ("#1", "1"), ("5°", "5"), ("5'", '5"'), ("5'", "5"), ("5'10\"", "510"),
+    ("1/2", "12"), ("1:2", "12"), ("1-2", "12"), ("2^3", "23"), ("10²", "102"), ("½", "12"), ("x₂", "x"),
+    ("5!", "5"), ("n!", "n"), ("(n+1)!", "(n+1)"), ("e4!", "e4?"), ("f(x)", "fx"), ("(0, 1)", "[0, 1]"),
+    ("AT&T", "ATT"), ("R&D", "RD"), ("it's", "its"), ("a_b", "ab"), ("M*A*S*H", "MASH"), ("@x", "x"),
+    ("vitamin A", "vitamin"), ("Zürich", "Zurich"), ("+", "-"), ("?", "!"), ("The", "A"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_what_only_looks_different_is_one_cluster(one: str, other: str) -> None:
+    assert greedy_clusters([one, other, "x"], lambda i, j: False) == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_signs_points_and_symbols_never_merge_before_a_model_is_asked(one: str, other: str) -> None:
+    assert greedy_clusters([one, other], lambda i, j: False) == [0, 1]
+    assert greedy_clusters([f"about {one} here", f"about {other} here"], lambda i, j: False) == [0, 1]
+
+
+PIECES = ["a", "B", "é", "Ü", "5", ".", "-", "+", "#", "%", "&", "/", " ", "²", "ü\u0323", "が", "각", "ß", "the "]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(plain_form))
+def test_neither_form_nor_markup_nor_quotes_split(text: str) -> None:
+    key = identity_key(text)
+    for form in ("NFC", "NFD"):
+        assert identity_key(unicodedata.normalize(form, text)) == key
+    assert identity_key(html.escape(text)) == key
+    assert identity_key(f" “{text.strip()}”") == identity_key(f"'{text.strip()}'") == key
+
+
+@given(st.text(max_size=20))
+def test_no_text_is_nothing(text: str) -> None:
+    assert (identity_key(text) != "") == (text.strip() != "")
+    assert identity_key(unicodedata.normalize("NFD", text)) == identity_key(unicodedata.normalize("NFC", text))
+
+
+def test_a_long_run_of_marks_is_sorted_in_pieces() -> None:
+    """Canonical order takes the square of the length of a run: 200 kB of marks would take a minute."""
+    form = plain_form("a" + "\u0301\u0316" * 99)
+    runs = "".join(character if unicodedata.combining(character) else " " for character in form).split()
+    assert len(runs) > 1 and max(map(len, runs)) <= 31
 
 
 def test_membership_is_decided_by_the_opener_alone() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,28 @@ def test_all_checks_are_made_also_after_failures(parts: Parts, tmp_path: Path) -
     assert found["data rows"].text.startswith("not checked, for it needs what failed above (")
     assert "cannot be written" in found["disk"].text
     assert "ppo_micro_batch_size" in found["verl"].text
+
+
+def test_an_output_folder_in_use_is_told(parts: Parts) -> None:
+    folder = Path(parts["trainer.default_local_dir"])
+    code = "import sys, pathlib, time; from verl.trainer.siop.run.lock import output_lock\n"
+    code += "with output_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        while "held" not in holder.stdout.readline():
+            assert holder.poll() is None
+        starts, found = _findings(parts, algorithm__adv_estimator="grpo")
+        holder.kill()
+    assert not starts and f"the output folder of another run: process {holder.pid} on " in found["output folder"].text
+    assert _findings(parts, algorithm__adv_estimator="grpo")[0]
+
+
+def test_after_a_wrong_type_nothing_is_reported_that_only_calculates_with_it(parts: Parts) -> None:
+    starts, found = _findings(parts, algorithm__adv_estimator="grpo", data__train_batch_size="abc")
+    assert not starts
+    assert found["keys and values"].text == "data.train_batch_size=abc is not allowed: needs a whole number"
+    others = {finding.text for finding in found.values() if finding.failed} - {found["keys and values"].text}
+    assert others == {"not checked, for it needs what failed above (keys and values)"}
 
 
 def test_a_check_that_hangs_is_left(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

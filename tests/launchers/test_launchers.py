@@ -80,6 +80,8 @@ def test_the_trainer_gets_the_visible_gpus(tmp_path: Path, trainer: Environment)
         ("train_siop.sh", "TRAINER_LOGGER", "console,wandv", "a list as console,tensorboard"),
         ("train_siop.sh", "SIOP_LAMBDA", "1.5", "a number from 0 to 1"),
         ("eval_siop.sh x", "EVAL_TEMPERATURE", "hot", "a number from 0"),
+        ("eval_siop.sh x", "EVAL_N", "0", "from 1 to"),
+        ("eval_siop.sh x", "EVAL_N", "4", "with EVAL_TEMPERATURE=0 decoding is greedy"),
         ("launch_siop_scorer.sh", "SIOP_NLI_DEVICE", "gpu", "one of cpu, cuda"),
         ("quickstart.sh", "QUICKSTART_STEPS", "0", "from 1 to"),
         ("eval_siop.sh x", "N_GPUS_PER_NODE", "-1", "from 0 to"),

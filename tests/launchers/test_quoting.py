@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 def _read(override: str) -> Any:
     value = OverridesParser.create().parse_override(override).value()
-    return OmegaConf.to_object(OmegaConf.create({"value": value}))["value"]
+    config = OmegaConf.create({"value": value})
+    return OmegaConf.to_container(config.value) if OmegaConf.is_list(config.value) else config.value
 
 
 NUMBERS = ["2024_05_01", "42", "1e5", ".5", "1_0", "-1", "nan", "Infinity", "null", "True"]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from launching import Environment, bash
 from scorer_process import free_port
+from verl.trainer.siop.evaluation.manifest import read_evaluation
+from verl.trainer.siop.report import read_metrics, report
 
 from examples.toy_world import build
 
@@ -83,3 +85,20 @@ def test_the_commands_of_the_release(release: Environment, tmp_path: Path) -> No
     assert "toy_two_hop" in table and "mean turns" in table
     rows = (tmp_path / "eval" / "validation" / "0.jsonl").read_text().splitlines()
     assert len(rows) == 8 and (logs / "siop_eval.log").is_file()
+
+    # What the evaluation left agrees with what verl counted, and names what was evaluated.
+    manifest, samples = read_evaluation(tmp_path / "eval")
+    metrics = read_metrics(tmp_path / "eval" / "validation")
+    assert report(tmp_path / "eval") == table[table.index("data source ") :].rstrip("\n")
+    assert len(samples) == 8 and {sample.data_source for sample in samples} == {"toy_two_hop"}
+    for name in ("em", "f1"):
+        scored = manifest.average.scores[name].value
+        assert scored == pytest.approx(metrics[f"val-core/average/{name}/mean@1"])
+    assert manifest.average.means["turns"] == pytest.approx(metrics["val-aux/turns/mean"])
+    assert manifest.average.means["response_tokens"] == pytest.approx(metrics["val-aux/response_tokens/mean"])
+    outputs = [json.loads(row)["output"] for row in rows]
+    assert all(any(sample.answer in output for output in outputs) for sample in samples)
+    assert manifest.model["step"] == 2 and manifest.model["checkpoint"].startswith(f"{tmp_path}/siop/global_step_2")
+    assert manifest.decoding["temperature"] == 0 and manifest.decoding["n"] == 1
+    (health,) = manifest.retriever.values()
+    assert health["documents"] == len((data / "wiki-18.jsonl").read_text().splitlines())

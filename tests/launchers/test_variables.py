@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import launch_variables as variables
 import pytest
@@ -42,7 +43,8 @@ TRAINING = [
         "8",
         [f"{REF}.log_prob_micro_batch_size_per_gpu=8", f"{REF}.log_prob_use_dynamic_bsz=false"],
     ),
-    ("KL_LOSS_COEF", "0.01", ["actor_rollout_ref.actor.kl_loss_coef=0.01"]),
+    ("KL_LOSS_COEF", "0.01", ["actor_rollout_ref.actor.kl_loss_coef=0.01", "actor_rollout_ref.actor.use_kl_loss=true"]),
+    ("KL_LOSS_COEF", "0", ["actor_rollout_ref.actor.kl_loss_coef=0", "actor_rollout_ref.actor.use_kl_loss=false"]),
     ("ROLLOUT_N", "8", [f"{ROLLOUT}.n=8"]),
     ("ROLLOUT_TP_SIZE", "4", [f"{ROLLOUT}.tensor_model_parallel_size=4"]),
     ("ROLLOUT_GPU_MEM", "0.4", [f"{ROLLOUT}.gpu_memory_utilization=0.4"]),
@@ -54,6 +56,7 @@ TRAINING = [
     ("SIOP_NUM_REFS", "1", ["algorithm.siop_num_refs=1"]),
     ("TRAINER_LOGGER", "console,wandb", ["trainer.logger=[console,wandb]"]),
     ("TRAINER_LOGGER", "[console, wandb]", ["trainer.logger=[console,wandb]"]),
+    ("TRAINER_LOGGER", """['console', "wandb"]""", ["trainer.logger=[console,wandb]"]),
     ("PROJECT_NAME", "p", ["trainer.project_name=p"]),
     ("EXPERIMENT_NAME", "e", ["trainer.experiment_name=e"]),
     ("VAL_BEFORE_TRAIN", "true", ["trainer.val_before_train=true"]),
@@ -65,6 +68,29 @@ TRAINING = [
 ]
 
 
+ON_GPUS = {"ROLLOUT_TP_SIZE": "4", "ROLLOUT_GPU_MEM": "0.4"}
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+@pytest.mark.parametrize("script", ["train_siop.sh", "eval_siop.sh"])
+@pytest.mark.parametrize("gpus", ["0", ""])
+def test_what_has_no_effect_on_a_cpu_is_refused(
+    tmp_path: Path, trainer: Environment, name: str, script: str, gpus: str
+) -> None:
+    path = nvidia_smi(tmp_path / "smi", "exit 9")
+    env = {**trainer, **NAMED, "N_GPUS_PER_NODE": gpus, "PATH": path, name: ON_GPUS[name]}
+    refused = bash(script, env=env)
+    assert refused.returncode == 1 and not (tmp_path / "calls").exists()
+    assert refused.stderr.startswith(f"error: {name}={ON_GPUS[name]} has no effect on a CPU")
+
+
+@pytest.mark.parametrize("row", variables.TABLE, ids=lambda row: row.name)
+def test_an_empty_variable_is_an_unset_one(row: variables.Variable) -> None:
+    script = f"source scripts/common.sh; echo ${{{row.name}-unset}}"
+    shown = bash("-c", script, env={row.name: ""}).stdout.strip()
+    assert shown == ("" if row.name == "SERPER_CACHE_DIR" else "unset")
+
+
 def called(tmp_path: Path) -> list[str]:
     return (tmp_path / "calls").read_text().splitlines()
 
@@ -74,7 +100,8 @@ def test_a_variable_of_the_release_reaches_the_trainer(
     tmp_path: Path, trainer: Environment, name: str, value: str, told: list[str]
 ) -> None:
     value, told = value.replace("{tmp}", str(tmp_path)), [word.replace("{tmp}", str(tmp_path)) for word in told]
-    done = bash("train_siop.sh", env={**trainer, **NAMED, name: value})
+    gpus = "1" if name in ON_GPUS else "0"
+    done = bash("train_siop.sh", env={**trainer, **NAMED, "N_GPUS_PER_NODE": gpus, name: value})
     assert done.returncode == 0, done.stderr
     assert set(told) <= set(called(tmp_path))
 
@@ -84,7 +111,7 @@ def test_a_name_that_means_nothing_is_refused_with_the_one_to_use(tmp_path: Path
     script = "launch_retriever.sh" if name.startswith("RETRIEVER") else "train_siop.sh"
     done = bash(script, env={**NAMED, name: "x", "LOG_DIR": tmp_path / "logs"})
     assert done.returncode == 1 and not (tmp_path / "logs").exists()
-    assert done.stderr == f"error: {name}=x is not used here; use {variables.REPLACED[name]}\n"
+    assert done.stderr == f"error: {name}=x is not used here; {variables.REPLACED[name]}\n"
 
 
 def test_overrides_come_with_and_without_dashes_and_our_keys_with_a_plus(tmp_path: Path, trainer: Environment) -> None:
@@ -95,6 +122,36 @@ def test_overrides_come_with_and_without_dashes_and_our_keys_with_a_plus(tmp_pat
         assert called(tmp_path)[-5:] == plain
     refused = bash("train_siop.sh", "release", env={**trainer, **NAMED})
     assert refused.returncode == 1 and "unknown argument 'release'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MODEL_PAHT", "MODEL_PATH"),
+        ("SIOP_LAMDA", "SIOP_LAMBDA"),
+        ("TRAINFILE", "TRAIN_FILE"),
+        ("TRAIN_BATCHSIZE", "TRAIN_BATCH_SIZE"),
+        ("RETRIVER_URL", "RETRIEVER_URL"),
+        ("KL_LOSS_COEFF", "KL_LOSS_COEF"),
+        ("NNODE", "NNODES"),
+        ("NGPUS", "N_GPUS"),
+    ],
+)
+def test_a_name_that_is_almost_one_of_ours_is_refused(tmp_path: Path, name: str, meant: str) -> None:
+    done = bash("train_siop.sh", "--dry-run", env={"LOG_DIR": tmp_path / "logs", name: "x"})
+    assert done.returncode == 1 and not (tmp_path / "logs").exists()
+    assert done.stderr.startswith(f"error: {name} is set, but nothing here reads it; did you mean {meant}?")
+
+
+def test_names_of_others_are_left_alone() -> None:
+    others = (
+        "PYTHONPATH PATH HOME SLURM_NNODES RAY_ADDRESS HF_HOME MODEL TRAIN SEED_OFFSET RETRIEVER_SERVICE_HOST CUDA_HOME"
+    )
+    assert variables.misspelt(dict.fromkeys(others.split(), "x")) == {}
+    # Nor do the project's own names look like each other.
+    names = {row.name for row in variables.TABLE}
+    internal = ("SIOP_API_TOKEN", "SIOP_CONSOLE", "SIOP_LOG", "SIOP_SERVICE", "TENSORBOARD_DIR", "VERL_PLATFORM")
+    assert variables.misspelt({**dict.fromkeys(names, "x"), **dict.fromkeys(internal, "x")}) == {}
 
 
 # --- the toy world only when nothing else is named -------------------------------------------------------------------
@@ -136,6 +193,10 @@ def test_an_evaluation_as_the_release_names_it(tmp_path: Path, trainer: Environm
     assert "note: ROLLOUT_TEMPERATURE has no effect on an evaluation; use EVAL_TEMPERATURE" in done.stdout
     assert bash("eval_siop.sh", env={**env, "EVAL_TEMPERATURE": "0.7"}).returncode == 0
     assert {f"{ROLLOUT}.val_kwargs.temperature=0.7", f"{ROLLOUT}.val_kwargs.do_sample=true"} <= set(called(tmp_path))
+    assert bash("eval_siop.sh", env={**env, "EVAL_TEMPERATURE": "0.7", "EVAL_N": "4"}).returncode == 0
+    assert f"{ROLLOUT}.val_kwargs.n=4" in called(tmp_path)
+    refused = bash("eval_siop.sh", env={**env, "EVAL_TEMPERATURE": "0.0", "EVAL_N": "4"})
+    assert refused.returncode == 1 and "error: EVAL_N=4 is not allowed: with EVAL_TEMPERATURE=0.0" in refused.stderr
     asked = bash("eval_siop.sh", env={**env, "VAL_FILE": "", "CHECKPOINT_PATH": checkpoint})
     assert asked.returncode == 1 and "error: set VAL_FILE" in asked.stderr
 
@@ -237,14 +298,54 @@ def test_a_retriever_as_the_release_starts_it(tmp_path: Path, trainer: Environme
     assert f"{expected}--retriever_name e5 --retriever_model intfloat/e5-base-v2 \n" in done.stdout
     gpus = bash("launch_retriever.sh", "--dry-run", env={**env, "PATH": nvidia_smi(tmp_path / "smi", FOUR_GPUS)})
     assert "--faiss_gpu" in gpus.stdout
-    ours = bash("launch_retriever.sh", "--dry-run", env={**trainer, "RETRIEVER_CORPUS_DIR": data})
-    assert f"--corpus {data}/wiki-18.jsonl" in ours.stdout
-    refused = bash("launch_retriever.sh", env={**trainer, "RETRIEVER_CORPUS_DIR": data, "RETRIEVER_NAME": "e5"})
-    assert refused.returncode == 1 and "RETRIEVER_NAME=e5 is not allowed" in refused.stderr
-    unused = bash("launch_retriever.sh", env={**trainer, "RETRIEVER_CORPUS_DIR": data, "RETRIEVER_GPUS": "0"})
-    assert unused.returncode == 1 and "RETRIEVER_GPUS=0 has no effect" in unused.stderr
     conda = bash("launch_retriever.sh", env={**env, "RETRIEVER_CONDA_ENV": "doesnotexist", "PATH": os.environ["PATH"]})
     assert conda.returncode == 1 and "CONDA_ENV=doesnotexist" in conda.stderr
+
+
+def test_the_retriever_that_the_variables_name(tmp_path: Path, trainer: Environment) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    corpus = data / "wiki-18.jsonl"
+    corpus.touch()
+
+    def dry(**variables: Any) -> str:
+        done = bash("launch_retriever.sh", "--dry-run", env={**trainer, **variables})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def refused(**variables: Any) -> str:
+        done = bash("launch_retriever.sh", "--dry-run", env={**trainer, **variables})
+        assert done.returncode == 1
+        return done.stderr
+
+    module = "-m verl.utils.siop.retriever"
+    folder = {"RETRIEVER_CORPUS_DIR": data}
+    # By words; small corpora are indexed by the server.
+    assert "first: " not in dry(**folder) and f"{module}.server --corpus {corpus} --host" in dry(**folder)
+    with corpus.open("wb") as file:
+        file.truncate(200 * 2**20)
+    assert f"{module}.build bm25 --corpus {corpus}\n" in dry(**folder)
+    assert "RETRIEVER_GPUS=0 has no effect" in refused(**folder, RETRIEVER_GPUS="0")
+    assert "RETRIEVER_MODEL=m has no effect" in refused(**folder, RETRIEVER_MODEL="m")
+    # By vectors: computed, or those that are published.
+    shown = dry(**folder, RETRIEVER_NAME="e5", RETRIEVER_MODEL="m", RETRIEVER_FAISS_GPU="0")
+    assert f"{module}.build encode --corpus {corpus} --index {corpus}.flat --model m\n" in shown
+    assert f"{module}.server --corpus {corpus} --index {corpus}.flat --model m --devices cpu --host" in shown
+    index = data / "e5_Flat.index"
+    index.touch()
+    assert f"{module}.build import --faiss {index} --corpus {corpus} --index {corpus}.flat\n" in dry(**folder)
+    assert "import" not in dry(**folder, RETRIEVER_NAME="bm25")
+    other = {"RETRIEVER_INDEX_FILE": tmp_path / "v", "RETRIEVER_CORPUS_FILE": corpus}
+    assert "v: there is no such file" in refused(**other)
+    assert f"RETRIEVER_INDEX_FILE={tmp_path}/v has no effect" in refused(**other, RETRIEVER_NAME="bm25")
+    assert "RETRIEVER_FAISS_GPU=1, but this machine has no GPU" in refused(**folder, RETRIEVER_FAISS_GPU="1")
+    assert "RETRIEVER_NAME=colbert is not allowed: bm25 or e5" in refused(**folder, RETRIEVER_NAME="colbert")
+    # An index as it is.
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    (ready / "manifest.json").touch()
+    shown = dry(RETRIEVER_INDEX_DIR=ready, RETRIEVER_MODEL="m")
+    assert "first: " not in shown and f"{module}.server --index {ready} --model m --host" in shown
 
 
 def test_a_dry_run_shows_the_configuration_and_starts_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The BM25 index and the retriever service, as a real process over HTTP."""
+"""The retriever service, as a real process over HTTP."""
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -18,8 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from verl.utils.siop.retriever.bm25 import Bm25Index, Hits
-from verl.utils.siop.retriever.corpus import CorpusError
+from verl.utils.siop.retriever.index import Hits
 from verl.utils.siop.retriever.server import create_app, main
 
 PASSAGES = [
@@ -35,10 +33,6 @@ def write_corpus(path: Path, passages: list[str]) -> Path:
     lines = [json.dumps({"id": f"p{i}", "contents": text}) for i, text in enumerate(passages)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def found(index: Bm25Index, query: str, k: int) -> list[str]:
-    return [document["id"] for document, _ in index.search([query], k)[0]]
 
 
 def command(*args: str) -> list[str]:
@@ -120,77 +114,6 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_search_ranks_by_shared_words_and_returns_only_matches(tmp_path: Path) -> None:
-    index = Bm25Index.build(write_corpus(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index", show_progress=False)
-    assert len(index) == len(PASSAGES)
-    assert found(index, "FOUNDER kovaco tozex", 3) == ["p0", "p1"]
-    assert found(index, "born nila bodson", 1) == ["p2"]
-    assert found(index, "zebra", 3) == [] and found(index, "", 3) == [] and found(index, "?!", 3) == []
-    # Stop words are ignored beside other words, and used when there is nothing else.
-    assert found(index, "the zebra", 3) == []
-    assert len(found(index, "the", 5)) == 3
-
-
-def test_equal_scores_come_in_corpus_order(tmp_path: Path) -> None:
-    index = Bm25Index.from_documents([{"id": i, "contents": f"same words {i}"} for i in range(50)])
-    assert [d["id"] for d, _ in index.search(["same words"], 7)[0]] == list(range(7))
-    scores = [score for _, score in index.search(["same words 31"], 3)[0]]
-    assert scores == sorted(scores, reverse=True) and scores[0] > scores[1]
-
-
-def test_documents_keep_their_other_keys_and_text_in_any_script(tmp_path: Path) -> None:
-    documents = [{"id": 7, "contents": "Größe 大きさ\n\nline", "title": "x"}, {"id": "b", "contents": ""}]
-    path = tmp_path / "c.jsonl"
-    path.write_text("\n\n".join(json.dumps(d, ensure_ascii=False) for d in documents), encoding="utf-8")
-    index = Bm25Index.build(path, tmp_path / "i", show_progress=False)
-    assert index.search(["größe"], 5)[0][0][0] == documents[0]
-
-
-def test_index_is_reused_until_the_corpus_changes(tmp_path: Path) -> None:
-    corpus, folder = write_corpus(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index"
-    Bm25Index.open(corpus, folder, show_progress=False)
-    built = (folder / "data.csc.index.npy").stat().st_mtime_ns
-    assert found(Bm25Index.open(corpus, folder, show_progress=False), "twin", 3) == ["p4"]
-    assert (folder / "data.csc.index.npy").stat().st_mtime_ns == built
-    write_corpus(corpus, [*PASSAGES[:4], "A zebra."])
-    os.utime(corpus, ns=(1, 1))
-    with pytest.raises(CorpusError, match="has changed"):
-        Bm25Index.load(folder)
-    changed = Bm25Index.open(corpus, folder, show_progress=False)
-    assert found(changed, "twin", 3) == [] and found(changed, "zebra", 3) == ["p4"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "index"]
-
-
-def test_index_never_replaces_a_foreign_folder(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", PASSAGES)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(CorpusError, match="mine is not empty"):
-        Bm25Index.open(corpus, tmp_path / "mine", show_progress=False)
-    assert (tmp_path / "mine" / "thesis.tex").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("\n\n", "is empty"),
-        ('{"id": 1, "contents": "a"}\n{"id": 2, "contents"', "line 2: not valid JSON"),
-        ('{"id": 1, "contents": "a"}\n\n["b"]', "line 3: expected an object"),
-        ('{"id": 1, "text": "a"}', "line 1: 'contents' must be a string, got None"),
-        ('{"contents": "a"}', "line 1: 'id' must be"),
-        ('{"id": 1, "contents": "a"}\n{"id": 2, "contents": "\\ud83d"}', "line 2: half a surrogate pair"),
-    ],
-)
-def test_bad_corpus_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "c.jsonl"
-    path.write_text(text)
-    with pytest.raises(CorpusError, match=message) as caught:
-        Bm25Index.open(path, tmp_path / "index", show_progress=False)
-    assert "c.jsonl" in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
-
-
 def test_wire_format(service: str) -> None:
     body = {"queries": ["founder kovaco tozex", "zebra"], "topk": 3, "return_scores": True}
     (first, second) = httpx.post(service + "/retrieve", json=body).json()["result"]
@@ -200,7 +123,9 @@ def test_wire_format(service: str) -> None:
     assert httpx.post(service + "/retrieve", json=body).json() == {"result": [[{"id": "p0", "contents": PASSAGES[0]}]]}
     # Without topk, the server's own default of 3.
     assert len(httpx.post(service + "/retrieve", json={"queries": ["kovaco nila peruo"]}).json()["result"][0]) == 3
-    assert httpx.get(service + "/health").json() == {"status": "healthy", "documents": len(PASSAGES)}
+    health = httpx.get(service + "/health").json()
+    assert len(health.pop("corpus_sha256")) == 64
+    assert health == {"status": "healthy", "documents": len(PASSAGES), "topk": 3, "kind": "bm25"}
 
 
 @pytest.mark.parametrize(
@@ -335,7 +260,7 @@ def test_health_is_answered_while_every_thread_searches() -> None:
         limits = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=50))
         asked = [threads.submit(limits.post, url + "/retrieve", json={"queries": ["a"]}) for _ in range(45)]
         wait_for(lambda: len(index.searched) == 40)
-        assert httpx.get(url + "/health", timeout=20).json() == {"status": "healthy", "documents": 1}
+        assert httpx.get(url + "/health", timeout=20).json() == {"status": "healthy", "documents": 1, "topk": 3}
         index.go_on.set()
         assert {answer.result().status_code for answer in asked} == {200}
 

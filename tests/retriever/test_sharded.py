@@ -1,13 +1,19 @@
 """Parts of an index behind retrievers of their own."""
 
+import contextlib
 import itertools
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +21,7 @@ from hypothesis import strategies as st
 from scorer_process import free_port
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.retriever.index import Hits
+from verl.utils.siop.retriever.server import main
 from verl.utils.siop.retriever.sharded import ShardedIndex, ShardUnavailable, merge
 
 
@@ -125,3 +132,42 @@ def test_parts_whose_scores_cannot_be_compared_are_refused() -> None:
         ShardedIndex([])
     with pytest.raises(ShardUnavailable):
         ShardedIndex([f"http://127.0.0.1:{free_port()}"])
+
+
+def test_the_server_over_parts_and_with_documents(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "a", "contents": "Title\\nText."}\n')
+    port = free_port()
+    with serving(Shard({"a": 1.0}), Shard({"b": 2.0})) as urls:
+        command = [sys.executable, "-m", "verl.utils.siop.retriever.server", "--shards", *urls, "--port", str(port)]
+        process = subprocess.Popen([*command, "--corpus", str(corpus), "--read"], stderr=subprocess.PIPE, text=True)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(300):
+                assert process.poll() is None
+                with contextlib.suppress(httpx.TransportError):
+                    health = httpx.get(f"{url}/health").json()
+                    break
+                time.sleep(0.2)
+            assert health["documents"] == 2 and health["kind"] == "sharded" and list(health["shards"]) == urls
+            found = httpx.post(f"{url}/retrieve", json={"queries": ["x"], "topk": 1}).json()
+            assert found == {"result": [[{"id": "b", "contents": "b"}]]}
+            assert httpx.post(f"{url}/read", json={"title": "title"}).json()["result"]["text"] == "Text."
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shards", "http://a", "--index", "x"], "have no effect with --shards"),
+        (["--shards", "http://a", "--corpus", "x"], "--corpus has no effect with --shards"),
+        (["--index", "x", "--read"], "--read needs --corpus"),
+        ([], "give --index, --shards, or --corpus"),
+    ],
+)
+def test_options_without_effect(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(options)
+    assert message in capsys.readouterr().err

@@ -192,6 +192,7 @@ def test_client_gives_the_same_values_from_several_event_loops(scorer, engine, m
     one = local(engine, rollouts)
     assert scorer_client.computed_tokens == 4 * one.computed_tokens
     assert scorer_client.requested_tokens == 4 * one.requested_tokens
+    assert scorer_client.nli.endswith(str(models[1]))
 
 
 def change(field: str, value) -> dict:
@@ -622,7 +623,7 @@ def test_without_a_language_model_only_clusters_and_entailment_are_answered():
     assert (health["engine"], health["model"], health["nli"]) == ("none", "none", "lexical")
     for response in refused:
         assert response.status_code == 422 and "this scorer has no language model" in response.json()["detail"]
-    assert entailment.json()["scores"] == [1.0]
+    assert (entailment.json()["scores"], entailment.json()["nli"]) == ([1.0], "lexical")
 
 
 def test_a_model_that_cannot_be_packed_ends_the_service_by_name(tmp_path):

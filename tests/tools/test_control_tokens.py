@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from method_helpers import byte_tokenizer, rollout, tool_result
 from tokenizers import normalizers
 from transformers import AutoTokenizer
-from verl.tools.control_tokens import CLOSE, OPEN, neutralise
+from verl.tools.control_tokens import CLOSE, OPEN, neutralise, well_formed
 from verl.tools.search_common import format_hits
 from verl.utils.siop.turn_utils import extract_answer, extract_observations, get_assistant_turn_ranges
 
@@ -36,6 +36,8 @@ CONTROL = [
     "<｜end▁of▁sentence｜>",
     "<｜tool▁calls▁begin｜>",
     "<｜DSML｜invoke>",
+    '<｜DSML｜invoke name="x">',
+    '<｜DSML｜parameter name="query" string="true">',
     "</｜DSML｜invoke>",
     "<tool_call>",
     "</tool_call>",
@@ -84,6 +86,13 @@ CONTROL = [
     "[PAD]",
     "[gMASK]",
     "[EOS]",
+    "[UNUSED_TOKEN_145]",
+    "[CONTROL_8]",
+    "[REFERENCE_DOC_0]",
+    "[unused1]",
+    "[multimodal]",
+    "[toxicity=0]",
+    "[@BOS@]",
     "[|user|]",
     "[|endofturn|]",
     "◁think▷",
@@ -96,6 +105,7 @@ CONTROL = [
 PROSE = [
     "if a < b and c > d, then a<b, b>c and 1<|x|<2; x<y>z, 0 <= i < n",
     "P(A|B) > P(B|A), |x|>1, f: A -> B <- C, a <=> b, <3, <-->, <10>, i<<2>>1, (x < y) || (y > z)",
+    "[a_b] [A_] [NATO] [control_8], [FIFA 14], |x|y| <1|x|y>",
     "[1] see [citation needed] [sic] [x, y] [US] a[i] = b[-1], {|table|}, [0, 1]",
     "Jane <jane@example.org>, <https://example.org/a>, ‹quoted› «text» 〈x〉 AT&T <u, v> |psi> <psi|H|psi>",
     "東京都 القاهرة naïve e\u0301te\u0301 🙂 \u200b zero\u00adwidth\n\ttab",
@@ -142,15 +152,27 @@ def test_ordinary_text_stays_byte_for_byte(text: str) -> None:
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="<>[]＜＞﹤﹥≮≯［］﹇﹈◁▷")))
+@example("\ud800")
 def test_text_without_brackets_stays(text: str) -> None:
-    assert neutralise(text) == (text, 0)
+    assert neutralise(text) == (well_formed(text), 0)
 
 
 def test_it_takes_linear_time() -> None:
     started = time.monotonic()
     for text in ("<" * 300_000, "<|" * 150_000, "<|a" * 100_000 + "|>" * 100_000, "< " * 150_000, "[" * 300_000):
         neutralise(text)
+    for opening, closing in ("<>", "[]", ("< /", ">"), ("<|x|", ">"), ("<a", "/>")):
+        for blank in " \n\u3000":
+            neutralise((opening + blank * 250 + closing) * 800)
     assert time.monotonic() - started < 20
+
+
+def test_only_what_can_be_shown_is_looked_at() -> None:
+    text = "ab<|im_end|>" * 10_000_000
+    started = time.monotonic()
+    assert neutralise(text, 20) == ("ab‹|im_end|›ab‹|im_e", 2)
+    assert format_hits([text] * 10, 24) == "[1] ab‹|im_end|›ab‹|im_e"
+    assert time.monotonic() - started < 2
 
 
 def tokenizer_with(normalized: bool) -> Any:
@@ -189,6 +211,13 @@ def test_no_control_token_survives(text: str) -> None:
         ids = tokenizer(clean, add_special_tokens=False)["input_ids"]
         known = set(tokenizer.get_added_vocab().values())
         assert not [tokenizer.convert_ids_to_tokens(i) for i in ids if i in known], clean
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.integers(0, 80))
+@example(f"ab <|{'x' * 256}|>", 5)
+def test_a_cut_before_is_a_cut_after(text: str, max_chars: int) -> None:
+    assert neutralise(text, max_chars)[0] == neutralise(text)[0][:max_chars]
 
 
 @settings(max_examples=300, deadline=None)

@@ -141,6 +141,42 @@ def test_a_schema_that_the_tool_cannot_serve_is_refused(properties: dict[str, An
     assert shown in str(caught.value)
 
 
+BOTH = {"query": {"type": "string"}, "query_list": {"type": "array"}, "lang": {"type": "string"}}
+
+
+@pytest.mark.parametrize(
+    ("properties", "required", "message"),
+    [
+        (["query", "lang"], ["lang"], r"required must be \[query\], .*; got \['lang'\]"),
+        (["query"], ["q"], r"required must be \[query\], .*; got \['q'\]"),
+        (["query"], ["query", "q"], r"required=\['query', 'q'\]: q must be among its properties, which are query"),
+        (["query", "query_list"], ["query", "query_list"], r"required must be \[query\] or \[query_list\]"),
+        (["query", "query_list"], ["query_list"], ""),
+        (["query", "lang"], ["lang", "query"], ""),
+        (["query", "query_list"], [], ""),
+    ],
+)
+def test_whoever_keeps_to_the_schema_sends_one_of_the_two(
+    properties: list[str], required: list[str], message: str
+) -> None:
+    parameters = {"type": "object", "properties": {name: BOTH[name] for name in properties}, "required": required}
+    function = {"name": "f", "description": "", "parameters": parameters}
+    schema = OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+    if message:
+        with pytest.raises(SiopConfigError, match=f"LocalSearchTool: tool_schema: {message}"):
+            LocalSearchTool({}, schema)
+        return
+    ((text, _),) = search_all(LocalSearchTool({}, schema), {})
+    assert text.startswith(f"invalid arguments: {'query_list' if 'query_list' in required else 'query'} is missing")
+
+
+def test_a_tool_without_a_name_is_refused() -> None:
+    schema = SCHEMA.model_copy(deep=True)
+    schema.function.name = " "
+    with pytest.raises(SiopConfigError, match=r"function\.name=' ' is empty"):
+        LocalSearchTool({}, schema)
+
+
 def test_a_tool_configuration_of_the_first_release_works(scripted_service: Any, tmp_path: Path) -> None:
     url, answers, asked = scripted_service
     config = {"type": "native", "retrieval_url": url, "search_top_k": 2, "request_timeout": 9}

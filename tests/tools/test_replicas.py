@@ -92,7 +92,8 @@ def test_searches_at_once_are_spread() -> None:
 
 
 @pytest.mark.parametrize("failing", [503, None])
-def test_a_replica_that_fails_is_left_alone_for_a_while(failing: int | None) -> None:
+def test_a_replica_that_fails_is_left_alone_for_a_while(failing: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_search_tool, "REST_S", 600.0)  # the test may take more than ten seconds
     good, bad = Replica("good", 0, 200), Replica("bad", 0, failing or 200)
     with replicas(good, bad) as urls:
         if failing is None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def serper(url: str, key: str = "s3cret", **config: Any) -> SerperSearchTool:
 
 def test_a_search_is_paid_for_once_and_replayed_without_a_key(scripted_service: Any, folder: Path) -> None:
     url, answers, asked = scripted_service
-    answers += [(200, {"organic": HITS, "searchParameters": {"key": "s3cret"}}), (200, {})]
+    answers += [(200, {"organic": HITS, "searchParameters": {"key": "s3cret"}}), (200, {"searchParameters": {}})]
     tool = serper(url)
     assert not folder.exists()  # building a tool writes nothing
     first, empty = search_all(tool, {"query": "x"})[0], search_all(tool, {"query": "nothing"})[0]
@@ -76,8 +77,9 @@ def test_another_key_or_password_is_not(scripted_service: Any, folder: Path) -> 
 
 def test_failures_are_not_stored(scripted_service: Any, folder: Path) -> None:
     url, answers, _ = scripted_service
-    answers += [(500, {}), (403, {}), (200, {"organic": "x"}), (200, {"organic": [{"title": 3}]})]
-    for _ in range(4):
+    answers += [(500, {}), (403, {}), (200, {"organic": "x"}), (200, {"organic": [{"title": 3}]}),
+                (200, {"message": "rate limit exceeded"}), (200, {}), (200, []), (200, None)]  # fmt: skip
+    for _ in range(8):
         assert isinstance(search_all(serper(url), {"query": "x"})[0], Exception)
     assert not folder.exists()
 
@@ -93,21 +95,65 @@ def test_without_a_key_a_miss_names_key_and_folder(scripted_service: Any, folder
     assert "SERPER_API_KEY" in str(error) and str(folder) in str(error) and "'other'" in str(error)
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", '{"body": {}, "organic": []}', '{"organic": 3}', "\xff", "[" * 9999])
+WRONG_HITS: list[Any] = [{}, "", None, [3], [{"title": 5}], [{"snippet": ["S"]}]]
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"body": {}, "organic": []}', '{"organic": 3}', "\xff", "[" * 9999,
+                                    *WRONG_HITS])  # fmt: skip
 def test_a_damaged_entry_is_fetched_again_and_said(
-    scripted_service: Any, folder: Path, broken: str, caplog: pytest.LogCaptureFixture
+    scripted_service: Any, folder: Path, broken: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, answers, asked = scripted_service
     answers += [(200, {"organic": HITS})] * 2
     search_all(serper(url), {"query": "x"})
     (entry,) = folder.rglob("*.json")
     whole = entry.read_text()
+    if broken in WRONG_HITS:
+        broken = json.dumps({**json.loads(whole), "organic": broken})
     entry.write_bytes(broken.encode("latin-1"))
     with caplog.at_level(logging.WARNING):
         (without_key,) = search_all(serper(url, key=""), {"query": "x"})
         assert isinstance(without_key, SiopConfigError)
         assert search_all(serper(url), {"query": "x"})[0][0] == "[1] T: S"
     assert str(entry) in caplog.text and len(asked) == 2 and entry.read_text() == whole
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_a_miss_and_not_waited_for(scripted_service: Any, folder: Path, make: Any) -> None:
+    url, answers, _ = scripted_service
+    answers += [(200, {"organic": HITS})] * 2
+    search_all(serper(url), {"query": "x"})
+    (entry,) = folder.rglob("*.json")
+    entry.unlink()
+    make(entry)
+    assert search_all(serper(url), {"query": "x"})[0][0] == "[1] T: S"
+
+
+def test_the_home_of_the_user_is_meant_by_its_sign(
+    scripted_service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, answers, _ = scripted_service
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SERPER_CACHE_DIR", "~/cache")
+    answers.append((200, {"organic": HITS}))
+    search_all(serper(url), {"query": "x"})
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and len(list(tmp_path.rglob("home/cache/*/*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["~no_such_user/cache", "x" * 300])
+def test_a_folder_that_cannot_be_named(name: str) -> None:
+    with pytest.raises(SiopConfigError, match=r"SERPER_CACHE_DIR=.*must be a folder"):
+        SearchCache(name, writable=True)
+
+
+def test_what_the_service_says_in_place_of_a_result(scripted_service: Any, folder: Path) -> None:
+    url, answers, asked = scripted_service
+    answers += [(200, {"message": "rate limit of s3cret exceeded"}), (200, {"organic": HITS})]
+    assert search_all(serper(url, max_retries=1), {"query": "x"})[0][0] == "[1] T: S" and len(asked) == 2
+    answers.append((200, {"message": "rate limit of s3cret exceeded"}))
+    (error,) = search_all(serper(url), {"query": "y"})
+    assert isinstance(error, SearchUnavailable) and "rate limit of [secret] exceeded" in str(error)
 
 
 def test_no_cache_and_no_mock(scripted_service: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

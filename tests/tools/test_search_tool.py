@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,7 +22,7 @@ from scorer_process import free_port
 from search_calls import search_all
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
-from verl.tools.http_tool import SearchRefused, SearchUnavailable
+from verl.tools.http_tool import SearchRefused, SearchUnavailable, _read
 from verl.tools.local_search_tool import LocalSearchTool
 from verl.tools.search_common import MAX_QUERY_CHARS, format_hits
 from verl.tools.serper_search_tool import SerperSearchTool
@@ -66,6 +69,38 @@ def test_long_results_are_cut(retriever: str) -> None:
     tool = LocalSearchTool({"retrieval_service_url": retriever, "max_chars": 20})
     assert search_all(tool, {"query": "maro"})[0][0] == f"[1] {PASSAGES[1]}"[:20]
     assert format_hits(["a\n", "b"], 99) == "[1] a\n[2] b"
+
+
+@pytest.mark.parametrize(
+    ("passage", "shown"),
+    [
+        ('"Paris"\nThe capital.\n\nIt has 2 towers.', '"Paris"\nThe capital.\n\nIt has 2 towers.'),
+        ("a\n[2] b", "a [2] b"),
+        ("a\r\n \n [ 12 ] b", "a     [ 12 ] b"),
+        ("a\u2028\u200b[2] b", "a \u200b[2] b"),
+        ("a\n［２］ b", "a ［２］ b"),
+        ("a\n\nQuery 2:\n[1] b", "a  Query 2: [1] b"),
+        ("a\nquery  2:\nNothing found", "a query  2: Nothing found"),
+        ("a\n1990 [2] query 2", "a\n1990 [2] query 2"),
+    ],
+)
+def test_no_passage_writes_the_heading_of_another(passage: str, shown: str) -> None:
+    assert format_hits([passage, "z"], 99) == f"[1] {shown}\n[2] z"
+
+
+def test_headings_are_looked_for_in_linear_time() -> None:
+    started = time.monotonic()
+    for text in ("\n" * 300_000, "\n[" * 150_000, "\n \u200b" * 100_000, "\n" + "[" * 300_000, "\nquery" * 50_000):
+        format_hits([f"a{text}b"], 10**6)
+    assert time.monotonic() - started < 20
+
+
+def test_what_is_not_asked_for_or_empty_is_no_hit(scripted_service: Any) -> None:
+    url, answers, _ = scripted_service
+    found = ["", " \n", "\u200b", "a", "b", "c"]
+    answers.append((200, {"result": [[{"document": {"contents": text}} for text in found]]}))
+    tool = LocalSearchTool({"retrieval_service_url": url, "topk": 2})
+    assert search_all(tool, {"query": "x"}) == [("[1] a\n[2] b", {"search/hits": 2, "search/invalid_calls": 0})]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +239,68 @@ def test_verl_ends_the_rollout_when_the_retriever_is_down() -> None:
     assert response.text == "invalid arguments: query is missing"
 
 
+@contextlib.contextmanager
+def _answering(head: bytes, chunks: Iterable[bytes]) -> Iterator[str]:
+    """A server that gives one answer, as far as somebody reads it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + head + b"\r\n")
+                    for chunk in chunks:
+                        connection.sendall(chunk)
+
+        Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/retrieve"
+
+
+def _bomb() -> bytes:
+    """A GB of spaces, packed, in a MB."""
+    packer = zlib.compressobj(wbits=31)
+    return b"".join([*(packer.compress(b" " * 2**20) for _ in range(1024)), packer.flush()])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_answer_that_is_too_large_is_not_read_to_its_end(packed: bool) -> None:
+    head = b"Content-Encoding: gzip\r\n" if packed else b""
+    chunks = [_bomb()] if packed else (b" " * 2**20 for _ in range(10**6))
+    with _answering(head, chunks) as url:
+        (error,) = search_all(LocalSearchTool({"retrieval_service_url": url, "max_retries": 0}), {"query": "x"})
+    assert isinstance(error, SearchRefused) and "more than 33,554,432 bytes (unpacked)" in str(error)
+
+
+def test_a_packed_answer_takes_no_more_memory_than_what_is_read() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield _bomb()
+
+    packed = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=chunks())
+    tracemalloc.start()
+    try:
+        assert len(asyncio.run(_read(packed, 10**6))) == 10**6 + 1
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+def test_packed_answers_are_read_and_only_gzip_is_asked_for(scripted_service: Any) -> None:
+    body = gzip.compress(json.dumps({"result": [[{"document": {"contents": "a"}}]]}).encode())
+    with _answering(b"Content-Encoding: gzip\r\n", [body[:20], body[20:]]) as url:
+        ((text, _),) = search_all(LocalSearchTool({"retrieval_service_url": url, "max_retries": 0}), {"query": "x"})
+    assert text == "[1] a"
+    for head, chunk in (("gzip", body[:-9]), ("gzip, gzip", body), ("br", body)):
+        with _answering(f"Content-Encoding: {head}\r\n".encode(), [chunk]) as url:
+            (error,) = search_all(LocalSearchTool({"retrieval_service_url": url, "max_retries": 0}), {"query": "x"})
+        assert isinstance(error, SearchUnavailable) and "DecodingError" in str(error), head
+    url, answers, asked = scripted_service
+    answers.append((500, "x" * 10**6))
+    (error,) = search_all(LocalSearchTool({"retrieval_service_url": url, "max_retries": 0}), {"query": "x"})
+    assert isinstance(error, SearchUnavailable) and len(str(error)) < 500
+    assert asked[0]["headers"]["Accept-Encoding"] == "gzip"
+
+
 def test_a_failing_retriever_is_tried_again(scripted_service: Any) -> None:
     url, answers, asked = scripted_service
     answers += [(503, {}), (500, {}), (200, {"result": [[{"document": {"contents": "a"}, "score": 1}]]})]
@@ -246,6 +343,9 @@ def test_a_wrong_answer_is_an_error_at_once(scripted_service: Any, status: int, 
         ({"retrieval_service_url": "127.0.0.1:8000"}, "retrieval_service_url must be an http"),
         ({"retrieval_service_url": "http://"}, "retrieval_service_url must be an http"),
         ({"retrieval_service_url": "http://[::1"}, "retrieval_service_url must be an http"),
+        ({"retrieval_service_url": "http://x:65536/"}, "a port from 1 to 65535, got 'http://x:65536/'"),
+        ({"retrieval_service_url": "http://x:0/"}, "a port from 1 to 65535"),
+        ({"retrieval_service_url": "http://x:-1/"}, "a port from 1 to 65535"),
     ],
 )
 def test_wrong_config_is_refused(config: dict[str, Any], message: str) -> None:
@@ -277,7 +377,12 @@ def test_serper(scripted_service: Any, caplog: pytest.LogCaptureFixture) -> None
     url, answers, asked = scripted_service
     tool = SerperSearchTool({"api_url": url, "api_key": "s3cret", "topk": 2, "max_retries": 0})
     hits = [{"title": "T", "snippet": "S"}, {"title": "U"}, {"title": "V", "snippet": "W"}]
-    answers += [(200, {"organic": hits}), (200, {}), (403, {"message": "bad key"}), (500, {})]
+    answers += [
+        (200, {"organic": hits}),
+        (200, {"searchParameters": {"q": "x"}}),
+        (403, {"message": "bad key"}),
+        (500, {}),
+    ]
     assert search_all(tool, {"query": "x"})[0][0] == "[1] T: S\n[2] U"
     assert asked[0]["headers"]["X-API-KEY"] == "s3cret"
     assert asked[0]["body"] == {"q": "x", "num": 2, "gl": "us", "hl": "en"}
@@ -297,7 +402,7 @@ def test_the_key_is_in_no_message(scripted_service: Any, caplog: pytest.LogCaptu
         refused, down, wrong = (search_all(tool, {"query": "x"})[0] for _ in range(3))
     assert [request["headers"]["X-API-KEY"] for request in asked] == ["s3cret"] * 3
     assert isinstance(refused, SearchRefused) and "unknown key [secret]" in str(refused)
-    assert isinstance(down, SearchUnavailable) and isinstance(wrong, SearchRefused) and "is not text" in str(wrong)
+    assert isinstance(down, SearchUnavailable) and isinstance(wrong, SearchRefused) and "texts as title" in str(wrong)
     assert "s3cret" not in f"{refused}{down}{wrong}{caplog.text}"
     for key in ("s3cret\nX: y", "s3cr\u00e9t", "s3 cret"):
         with pytest.raises(SiopConfigError, match="printable ASCII") as caught:

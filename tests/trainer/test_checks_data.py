@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,20 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no agent": ({**ROW, "agent_name": None}, {}, "'agent_name' is None"),
     "an unknown tool": (_extra(tool_selection=["calculator"]), {}, "names 'calculator'; the tools are search"),
     "a tool as text": (_extra(tool_selection="search"), {}, "extra_info.tool_selection is the text 'search'"),
+    "a number of tools": (_extra(tool_selection=1), {}, "extra_info.tool_selection is int 1, needs a list"),
+    "options in a list": (_extra(tools_kwargs=["search"]), {}, "tools_kwargs is .'search'., at which every call"),
+    "options as JSON": (_extra(tools_kwargs='{"search": {}}'), {}, "tools_kwargs is .* needs a struct of structs"),
+    "options as text": (_extra(tools_kwargs={"search": "x"}), {}, "tools_kwargs is .* needs a struct of structs"),
+    "an image": ({**ROW, "images": ["a.png"]}, {}, "'images' is not empty, and the model takes texts alone"),
+    "a video": ({**ROW, "videos": [{"video": "a.mp4"}]}, {}, "'videos' is not empty"),
+    "an image by another key": ({**ROW, "pictures": ["a"]}, {"data__image_key": "pictures"}, "'pictures' is not empty"),
+    "a number as question": (_extra(question=5), {}, "extra_info.question is 5, needs a text"),
+    "questions": (_extra(question=["who?", "why?"]), {}, "extra_info.question is ..who.*, needs a text"),
+    "cut by the engine": (
+        _said(("user", "x" * 20)),
+        {"actor_rollout_ref__rollout__prompt_length": "30", "data__filter_overlong_prompts": "true"},
+        "the prompt has 39 tokens, actor_rollout_ref.rollout.prompt_length is 30; raise it",
+    ),
 }  # fmt: skip
 
 
@@ -63,7 +79,7 @@ def test_a_bad_row_is_named_with_its_file_and_number(parts: Parts, tmp_path: Pat
     row, overrides, message = BAD_ROWS[name]
     good = {**ROW, "agent_name": "tool_agent"} if "agent_name" in row else ROW
     path = write_rows(tmp_path / "bad.parquet", [good, row, good, good])
-    only_in_training = ("no question", "an empty question", "no label for IGPO")
+    only_in_training = ("no question", "an empty question", "no label for IGPO", "a number as question", "questions")
     if key == "data.val_files" and name in only_in_training:
         with SCORER_IS_ASKED:
             check({**parts, key: path, **{k.replace("__", "."): v for k, v in overrides.items()}})
@@ -102,7 +118,8 @@ def test_labels_are_read_as_the_metrics_read_them(parts: Parts, tmp_path: Path, 
         check(parts, data__train_files=path)
     # A reward function of the user's reads labels of its own form.
     with SCORER_IS_ASKED:
-        check(parts, data__train_files=path, reward__custom_reward_function__path="mine.py")
+        (tmp_path / "mine.py").write_text("def compute_score(**kwargs): return 0.0")
+        check(parts, data__train_files=path, reward__custom_reward_function__path=str(tmp_path / "mine.py"))
 
 
 def test_rows_must_be_enough(parts: Parts, tmp_path: Path) -> None:
@@ -131,6 +148,45 @@ def test_rows_must_be_enough(parts: Parts, tmp_path: Path) -> None:
         )
 
 
+def test_rows_are_drawn_before_long_ones_are_left_out(parts: Parts, tmp_path: Path) -> None:
+    """As verl's RLHFDataset does, with its random numbers."""
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    path = write_rows(tmp_path / "rows.parquet", [*[_said(("user", "x" * 90))] * 6, *[ROW] * 6])
+    parts = {**parts, "data.filter_overlong_prompts": "true", "data.train_max_samples": "6", "data.train_files": path}
+    with pytest.raises(DataError, match=r"data.train_files: 0 rows \(12 of 12 are left out .*train_batch_size is 2"):
+        check(parts, data__shuffle="false")
+    for seed in range(8):
+        drawn: Any = object.__new__(RLHFDataset)
+        drawn.__dict__ |= {"data_files": [path], "max_samples": 6, "shuffle": True, "seed": seed}
+        drawn.maybe_filter_out_long_prompts = lambda rows: rows.filter(lambda row: row["prompt"] == ROW["prompt"])
+        drawn._read_files_and_tokenize()
+        left = len(drawn.dataframe)
+        settings = {"data__seed": seed, "data__train_batch_size": left + 1}
+        with pytest.raises(DataError, match=rf"data.train_files: {left} rows"):
+            check(parts, **settings)
+        if left:
+            with SCORER_IS_ASKED:
+                check(parts, **{**settings, "data__train_batch_size": left})
+
+
+def test_an_evaluation_needs_a_question_that_it_can_write_down(parts: Parts, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "numbers.parquet", [_extra(question=5)] * 2)
+    evaluation = {"trainer__val_only": "true", "trainer__val_before_train": "true"}
+    with pytest.raises(DataError, match=r"row 0: extra_info\.question is 5, needs a text"):
+        check(parts, data__val_files=path, **evaluation)
+
+
+def test_media_in_messages_and_empty_ones(parts: Parts, tmp_path: Path) -> None:
+    picture = _said(("user", [{"type": "image", "image": "a.png"}]))
+    path = write_rows(tmp_path / "picture.parquet", [picture] * 2)
+    with pytest.raises(DataError, match=r"row 0: 'prompt' holds a part of type 'image', and the model takes texts al"):
+        check(parts, data__val_files=path)
+    path = write_rows(tmp_path / "empty.parquet", [{**ROW, "images": [], "videos": None}] * 2)
+    with SCORER_IS_ASKED:
+        check(parts, data__train_files=path)
+
+
 def test_grpo_needs_labels(parts: Parts, tmp_path: Path) -> None:
     none = {"style": "rule", "ground_truth": None}
     some = [_labelled({"style": "rule", "ground_truth": "a"}), _labelled(none)]
@@ -148,6 +204,9 @@ def test_grpo_needs_labels(parts: Parts, tmp_path: Path) -> None:
         ({"extra_info": "{}"}, "column 'extra_info' has type string, needs struct"),
         ({"agent_name": 1}, "column 'agent_name' has type int64, needs string"),
         ({"num_turns": 1}, "column 'num_turns' would take the place of verl's own"),
+        ({"self": "a"}, "column 'self' would take the place of verl's own"),
+        ({"priority": 1}, "column 'priority' would take the place of verl's own"),
+        ({"__rollout_n__": 3}, "column '__rollout_n__' would take the place of verl's own"),
     ],
 )
 def test_columns(parts: Parts, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -158,12 +217,22 @@ def test_columns(parts: Parts, tmp_path: Path, change: dict[str, Any], message: 
 
 def test_reserved_columns_are_those_that_verl_would_take_from_the_data() -> None:
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+    from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
+    from verl.trainer.ppo.v1 import agent_loop_tq
 
     output = AgentLoopOutput(
         prompt_ids=[1], response_ids=[1], response_mask=[1], response_logprobs=[0.0], reward_score=0.0, num_turns=2,
         metrics=AgentLoopMetrics(),
     ).as_dict()  # fmt: skip
     assert set(output) <= RESERVED
+    # A row's columns are passed on as arguments, beside verl's own; agent_name is the one that a row may give.
+    worker: Any = vars(agent_loop_tq.AgentLoopWorkerTQ)["__ray_metadata__"].modified_class
+    for function in (worker._run_agent_loop, worker._agent_loop_postprocess, ToolAgentLoop.run.__wrapped__):
+        parts = inspect.signature(function).parameters.values()
+        named = {part.name for part in parts if part.kind is not part.VAR_KEYWORD and not part.name.startswith("_ray")}
+        assert named - {"agent_name"} <= RESERVED
+    popped = re.findall(r"prompt\.pop\(\"(\w+)\"", inspect.getsource(worker._run_prompt))
+    assert popped and set(popped) <= RESERVED
 
 
 def test_a_file_by_another_name_is_refused(parts: Parts, tmp_path: Path) -> None:

@@ -226,6 +226,12 @@ BAD_TOOLS: dict[str, tuple[str, str]] = {
     "no variable": ("tools: [{class_name: x.y, config: {type: '${oc.env:NOWHERE_SET}'}}]", r"NOWHERE_SET"),
     "no key for the service": ("tools: [{class_name: verl.tools.serper_search_tool.SerperSearchTool, config: "
                                "{type: native}}]", r"set the environment variable SERPER_API_KEY"),
+    "a key with a typo": ("tools: [{class_name: verl.tools.local_search_tool.LocalSearchTool, config: {type: native}, "
+                          "tool_shema: {}}]", r"tools\[0\]: unknown key\(s\) tool_shema; allowed: class_name, "),
+    "no tool": ("tools: [{class_name: pathlib.Path, config: {type: native}}]",
+                r"class_name=pathlib.Path is not a tool: it must be a subclass of verl's BaseTool"),
+    "no name": ("tools: [{class_name: verl.tools.base_tool.BaseTool, config: {type: native}, tool_schema: {type: "
+                "function, function: {name: '', description: ''}}}]", r"a tool has an empty name"),
     "one name twice": ("tools: [{class_name: verl.tools.local_search_tool.LocalSearchTool, config: {type: native}}, "
                        "{class_name: verl.tools.local_search_tool.LocalSearchTool, config: {type: native}}]",
                        r"two tools are called 'search'"),

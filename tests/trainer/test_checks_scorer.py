@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.siop.checks.policy import load_policy
-from verl.utils.siop.errors import SiopConfigError
+from verl.trainer.siop.checks.services import check_scorer
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
+from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
 
 from examples.toy_world.tokenizer import build_tokenizer
@@ -68,6 +71,7 @@ def test_a_scorer_with_the_policys_tokenizer_passes(parts: Parts, caplog: pytest
     [
         ({"tokenizer": "0" * 64}, "their tokenizers differ, so that the policy's token ids would be scored as other"),
         ({"vocab_size": 100}, r"ids up to 25\d, the scorer's embedding has 100 rows"),
+        ({"vocab_size": "10"}, r"the scorer says vocab_size='10', which is no whole number"),
     ],
 )
 def test_another_tokenizer_is_refused_with_both_models(parts: Parts, health: dict[str, Any], message: str) -> None:
@@ -83,6 +87,29 @@ def test_a_scorer_that_tells_no_digest_is_warned_about(parts: Parts, caplog: pyt
     with health_of_scorer(engine="vllm", model="old") as url:
         check(parts, algorithm__siop_scorer_url=url)
     assert "tells no digest of its tokenizer" in caplog.text and "majority voting" in caplog.text
+
+
+def test_what_a_scorer_that_compares_words_cannot_do_is_said_once(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    with health_of_scorer(engine="vllm", model="same", nli="lexical") as url:
+        check(parts, algorithm__siop_scorer_url=url)
+    assert caplog.text.count("has no NLI model and compares words") == 1 and "SIOP_NLI_MODEL" in caplog.text
+    caplog.clear()
+    with health_of_scorer(engine="vllm", model="same", nli="org/deberta") as url:
+        check(parts, algorithm__siop_scorer_url=url)
+    with health_of_scorer(engine="vllm", model="same", nli="lexical") as url:
+        check(parts, algorithm__siop_scorer_url=url, algorithm__siop_use_gold_ref="true")  # asks for neither
+    assert "compares words" not in caplog.text
+
+
+def test_answers_that_are_no_scores_are_told_with_their_address(parts: Parts) -> None:
+    """The doctor's question, to something that answers everything with a page of its own."""
+    policy = load_policy(changed(parts))
+    with health_of_scorer(engine="vllm", model="m") as url:
+        siop = SiopConfig(siop_scorer_url=url)
+        with pytest.raises((ScorerError, ScorerUnavailable), match=rf"{url}/support.*HTTP 501"):
+            asyncio.run(check_scorer(siop, policy, lambda text: None, 2.0, "who ?"))
 
 
 # --- with real scorers ------------------------------------------------------------------------------------------------

@@ -276,6 +276,10 @@ def test_model_without_chat_template(parts: Parts, tmp_path: Path, tiny_model: P
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(SiopConfigError, match=rf"model.path={bare}: the tokenizer has no chat template"):
         check(parts, actor_rollout_ref__model__path=str(bare))
+    shutil.copytree(tiny_model, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "model.safetensors").rename(tmp_path / "tokenizer" / "optimizer.pt")
+    with pytest.raises(SiopConfigError, match=r"tokenizer: the folder holds no weights \(\*.safetensors or \*.bin\)"):
+        check(parts, actor_rollout_ref__model__path=str(tmp_path / "tokenizer"))
     with pytest.raises(SiopConfigError, match="no tokenizer can be loaded"):
         check(parts, actor_rollout_ref__model__path=str(tmp_path / "nowhere"))
 

@@ -42,6 +42,19 @@ def test_all_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(cost[name] > 0 for name in cost)
 
 
+@pytest.mark.parametrize(
+    ("nli", "shown"),
+    [(None, {}), ("lexical", {"siop/evidence_backend": 0.0}), ("org/deberta", {"siop/evidence_backend": 1.0})],
+)
+def test_the_metrics_say_who_gave_the_evidence(
+    monkeypatch: pytest.MonkeyPatch, nli: str | None, shown: dict[str, float]
+) -> None:
+    trainer = _trainer(monkeypatch, ())
+    monkeypatch.setattr(FailingScorer, "nli", nli, raising=False)
+    cost = asyncio.run(trainer._score(ROLLOUTS))[3]
+    assert {key: value for key, value in cost.items() if key == "siop/evidence_backend"} == shown
+
+
 def test_the_scorer_gets_the_same_requests_whatever_the_uids_and_the_order_of_the_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

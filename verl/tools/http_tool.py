@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import logging
+import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +15,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.tools.search_config import SearchConfig, read_config, shown_url
+from verl.tools.search_config import SearchConfig, check_schema, read_config, shown_url
 from verl.utils.siop.errors import ServiceUnavailable, SiopError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ T = TypeVar("T")
 
 _MAX_WAIT_S = 5.0
 _MAX_CONNECTIONS = 100
+MAX_ANSWER_BYTES = 32 * 2**20  # unpacked
+_MAX_ERROR_BYTES = 4096
 
 
 class SearchUnavailable(ServiceUnavailable):
@@ -52,6 +56,7 @@ class HttpTool(BaseTool):
 
     def __init__(self, config: dict[str, Any], tool_schema: OpenAIFunctionToolSchema) -> None:
         self.settings = read_config(self.config_class, self.tool_name, config)
+        check_schema(self.tool_name, tool_schema)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the schema, in every process
             super().__init__(config, tool_schema)
         self._failures: dict[str, Exception] = {}
@@ -124,6 +129,7 @@ class HttpTool(BaseTool):
             self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
             self._http = httpx.AsyncClient(
                 timeout=None,  # _attempt limits it
+                headers={"Accept-Encoding": "gzip"},
                 limits=httpx.Limits(max_connections=_MAX_CONNECTIONS),
                 trust_env=self.trust_env,
             )
@@ -141,30 +147,53 @@ async def post(client: httpx.AsyncClient, url: str, secret: str = "", **kwargs: 
 
     Raises:
         TransientFailure: no connection, a garbled answer, HTTP 429 or 5xx.
-        SearchRefused: another HTTP error, or no JSON.
+        SearchRefused: another HTTP error, no JSON, or more than ``MAX_ANSWER_BYTES``.
     """
 
     def shown(text: str, size: int) -> str:
         return (text.replace(secret, "[secret]") if secret else text)[:size]
 
     try:
-        response = await client.post(url, **kwargs)
+        async with client.stream("POST", url, **kwargs) as response:
+            body = await _read(response, MAX_ANSWER_BYTES if response.is_success else _MAX_ERROR_BYTES)
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise TransientFailure(shown(f"{type(error).__name__}: {error}".rstrip(": "), 500)) from error
-    status, text = response.status_code, response.text
+    status, text = response.status_code, body[:_MAX_ERROR_BYTES].decode("utf-8", "replace")
     if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
         raise TransientFailure(f"HTTP {status}: {shown(text, 200)}")
     if not response.is_success:
         raise SearchRefused(f"{shown_url(url)} refused the search with HTTP {status}: {shown(text, 500)}")
+    if len(body) > MAX_ANSWER_BYTES:
+        raise SearchRefused(
+            f"{shown_url(url)} answered with more than {MAX_ANSWER_BYTES:,} bytes (unpacked), the most that is read"
+        )
     try:
-        return response.json()
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise SearchRefused(
             f"{shown_url(url)} answered with something that is not JSON: {shown(text, 200)!r}"
         ) from error
 
 
-def well_formed(text: str) -> str:
-    """The text without half surrogate pairs."""
-    # JSON may hold surrogates without their partner, which neither HTTP bodies nor tokenizers take.
-    return text.encode("utf-8", "replace").decode("utf-8")
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """The unpacked body, or a little more than ``limit`` bytes of it.
+
+    Raises:
+        httpx.DecodingError: it is packed in another way than asked for, or damaged.
+    """
+    encoding = response.headers.get("content-encoding", "identity").lower()
+    if encoding not in ("identity", "gzip"):
+        raise httpx.DecodingError(f"Content-Encoding {encoding!r:.50}; only gzip was asked for")
+    # By hand: httpx unpacks whatever comes, at once.
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if encoding == "gzip" else None
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        try:
+            body += unpacker.decompress(chunk, limit + 1 - len(body)) if unpacker else chunk
+        except zlib.error as error:
+            raise httpx.DecodingError(str(error)) from error
+        if len(body) > limit:
+            return bytes(body)
+    if unpacker and not unpacker.eof:
+        raise httpx.DecodingError("the gzip stream ends too early")
+    return bytes(body)

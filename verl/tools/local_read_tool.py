@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import httpx
-from verl.tools.control_tokens import neutralise
-from verl.tools.http_tool import HttpTool, SearchRefused, post, well_formed
+from verl.tools.control_tokens import neutralise, well_formed
+from verl.tools.http_tool import HttpTool, SearchRefused, post
 from verl.tools.local_search_tool import LocalSearchConfig
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.tools.search_config import shown_url
@@ -56,6 +56,9 @@ class LocalReadTool(HttpTool):
                 f"LocalReadTool: tool_schema: its parameters must be title (type string) and may be page (type "
                 f"integer), got {types}"
             )
+        required = schema.function.parameters.required
+        if required and "title" not in required:
+            raise SiopConfigError(f"LocalReadTool: tool_schema: required must name title, got {required}")
         super().__init__(config, schema)
         self._url = str(httpx.URL(self.settings.replicas[0]).join("read"))
 
@@ -88,12 +91,11 @@ class LocalReadTool(HttpTool):
         pages = found["pages"]
         if page > pages:
             return ToolResponse(text=f"invalid arguments: the document has {pages} page(s)"), 0.0, metrics
-        heading, in_heading = neutralise(well_formed(found["title"]))
-        text, in_text = neutralise(well_formed(found["text"]))
-        if in_heading + in_text:
-            metrics["search/neutralised"] = in_heading + in_text
-        text = f"{heading} (page {page} of {pages})\n{text}"[: self.settings.max_chars].rstrip()
-        return ToolResponse(text=text), 0.0, metrics
+        text = f"{found['title']} (page {page} of {pages})\n{found['text']}"
+        text, neutralised = neutralise(text, self.settings.max_chars)
+        if neutralised:
+            metrics["search/neutralised"] = neutralised
+        return ToolResponse(text=text.rstrip()), 0.0, metrics
 
     async def _fetch(self, client: httpx.AsyncClient, title: str, page: int) -> dict[str, Any] | None:
         # Room for the heading, which the service does not count.

@@ -100,6 +100,8 @@ class LocalSearchTool(SearchTool):
     def _least_loaded(self) -> str:
         now = time.monotonic()
         urls = self.settings.replicas
-        awake = [url for url in urls if self._rests_until.get(url, now) <= now] or urls
+        awake = [url for url in urls if self._rests_until.get(url, now) <= now]
+        if not awake:  # then by turns, so that further attempts come to one that works
+            return min(urls, key=lambda url: (self._open[url], self._rests_until[url]))
         # Among equals by chance: else the first searches of all processes meet at the first replica.
         return min(awake, key=lambda url: (self._open[url], random.random()))

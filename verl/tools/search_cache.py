@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,11 @@ from verl.utils.siop.errors import SiopConfigError
 logger = logging.getLogger(__name__)
 
 
+def is_hit(hit: Any) -> bool:
+    """Whether this is one of the service's organic results: title and snippet are texts, where they are there."""
+    return isinstance(hit, dict) and all(isinstance(hit.get(key) or "", str) for key in ("title", "snippet"))
+
+
 class SearchCache:
     """Hits by address and body of the request; the key of the service is no part of it and is stored nowhere.
 
@@ -25,19 +31,23 @@ class SearchCache:
     entry that cannot be read, or is one of another request, is a miss with a warning, and the next write replaces it.
 
     Args:
-        path: the folder; made at the first write.
+        folder: where it is; made at the first write. ``~`` is the user's home.
         writable: whether entries will be added, or only replayed.
 
     Raises:
         SiopConfigError: it is no folder, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
-        self.path = path.absolute()
-        existing = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if not existing.is_dir() or (writable and not os.access(existing, os.W_OK | os.X_OK)):
+    def __init__(self, folder: str | Path, *, writable: bool) -> None:
+        try:
+            self.path = Path(folder).expanduser().absolute()
+            existing = next(p for p in (self.path, *self.path.parents) if p.exists())
+            usable = existing.is_dir() and (not writable or os.access(existing, os.W_OK | os.X_OK))
+        except (OSError, RuntimeError):  # a name that is too long, no such user
+            usable = False
+        if not usable:
             raise SiopConfigError(
-                f"SERPER_CACHE_DIR={str(path)!r} must be a folder that can be written; an empty value switches it off"
+                f"SERPER_CACHE_DIR={str(folder)!r} must be a folder that can be written; an empty value switches it off"
             )
         self._reported = False
 
@@ -49,15 +59,18 @@ class SearchCache:
         """The stored hits, or None."""
         path = self._file(url, body)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError("not a file")  # a pipe would be waited for
             entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["body"] != body or not all(isinstance(hit, dict) for hit in entry["organic"]):
+            hits = entry["organic"]
+            if entry["body"] != body or not isinstance(hits, list) or not all(map(is_hit, hits)):
                 raise ValueError("not an answer to this request")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             logger.warning("the cached search %s is unusable (%s: %s)", path, type(error).__name__, error)
             return None
-        return list(entry["organic"])
+        return hits
 
     def write(self, url: str, body: dict[str, Any], organic: list[dict[str, Any]]) -> None:
         """Stores hits; if that fails, says so once, since the search itself was good."""

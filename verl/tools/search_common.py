@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
-from verl.tools.control_tokens import neutralise
-from verl.tools.http_tool import HttpTool, well_formed
+from verl.tools.control_tokens import LOOKAHEAD, neutralise, well_formed
+from verl.tools.http_tool import HttpTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.utils.siop.errors import SiopConfigError
 
@@ -30,6 +31,10 @@ SEARCH_SCHEMA = OpenAIFunctionToolSchema.model_validate(
 PARAMETERS = {"query": "string", "query_list": "array"}  # either can be in a tool's schema
 MAX_QUERY_CHARS = 4096  # the retriever's limit
 MAX_QUERIES = 10  # in one call; the first release took three
+
+_SPACES = re.compile(r"\s+")
+# What would read as the beginning of a hit, or of a query's hits.
+_HEADING = re.compile(rf"[^\w\[［﹇]{{0,9}}(?:[\[［﹇]\W{{0,9}}\d|query\W{{0,9}}\d|{NOTHING_FOUND})", re.IGNORECASE)
 
 
 class InvalidQuery(ValueError):
@@ -79,11 +84,36 @@ def _read_query(query: Any, name: str) -> str:
 
 
 def format_hits(contents: Sequence[str], max_chars: int) -> str:
-    """One numbered line per hit, ``[1] …``, without control tokens (:func:`~verl.tools.control_tokens.neutralise`).
+    """The hits with their numbers, ``[1] …``, without control tokens (:func:`~verl.tools.control_tokens.neutralise`).
 
-    Cut at ``max_chars`` characters, without white space at the end; a fixed text when there is no hit.
+    No line begins with such a number, or like the heading of :func:`format_results`, but those written here: in a hit
+    the line break before it becomes a space, while all other line breaks stay. Cut at ``max_chars`` characters, without
+    white space at the end; a fixed text when there is no hit. What is cut off costs no time.
+
+    >>> format_hits(["Paris\\nA city", "Lyon\\n[3] A town"], 99)
+    '[1] Paris\\nA city\\n[2] Lyon [3] A town'
     """
     return format_results([contents], max_chars)[0]
+
+
+def _folded(spaces: re.Match[str]) -> str:
+    """White space in a hit, without the line break before what reads as a heading."""
+    text = spaces.group()
+    breaks = text.splitlines() != [text]
+    return " " * len(text) if breaks and _HEADING.match(spaces.string, spaces.end()) else text
+
+
+def _one_result(contents: Sequence[str], max_chars: int) -> tuple[str, int]:
+    """The hits of one query, and how many control tokens were neutralised in what is shown of them."""
+    text, neutralised = "", 0
+    for i, content in enumerate(contents, start=1):
+        left = max_chars - len(text)
+        if left <= 0:
+            break
+        clean, count = neutralise(_SPACES.sub(_folded, content.strip()[: left + LOOKAHEAD]), left)
+        text += f"[{i}] {clean}\n"
+        neutralised += count
+    return (text or NOTHING_FOUND)[:max_chars].rstrip(), neutralised
 
 
 def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[str, int]:
@@ -96,14 +126,10 @@ def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[st
     >>> format_results([["a", "b"], []], 99)
     ('Query 1:\\n[1] a\\n[2] b\\n\\nQuery 2:\\nnothing found', 0)
     """
-    texts, neutralised = [], 0
-    for contents in results:
-        clean = [neutralise(well_formed(content)) for content in contents]
-        neutralised += sum(count for _, count in clean)
-        lines = [f"[{i}] {content.strip()}" for i, (content, _) in enumerate(clean, start=1)]
-        texts.append("\n".join(lines) or NOTHING_FOUND)
+    found = [_one_result(contents, max_chars) for contents in results]
+    texts, neutralised = [text for text, _ in found], sum(count for _, count in found)
     if len(texts) == 1:
-        return texts[0][:max_chars].rstrip(), neutralised
+        return texts[0], neutralised
     headings = [f"Query {i}:\n" for i in range(1, len(texts) + 1)]
     left = max_chars - sum(map(len, headings)) - 2 * (len(texts) - 1)
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -115,10 +141,11 @@ def format_results(results: Sequence[Sequence[str]], max_chars: int) -> tuple[st
 
 
 def offered_parameter(tool: str, schema: OpenAIFunctionToolSchema) -> str:
-    """The parameter of the schema that takes the queries: ``query``, or ``query_list`` where there is no ``query``.
+    """The parameter of the schema that takes the queries: the required one, else ``query`` if it is there.
 
     Raises:
-        SiopConfigError: neither is in the schema, or not with its type.
+        SiopConfigError: neither is in the schema, or not with its type; or whoever keeps to ``required`` would send
+            none, or both.
     """
     types = {name: value.type for name, value in schema.function.parameters.properties.items()}
     offered = [name for name in PARAMETERS if name in types]
@@ -126,7 +153,14 @@ def offered_parameter(tool: str, schema: OpenAIFunctionToolSchema) -> str:
         raise SiopConfigError(
             f"{tool}: tool_schema: its parameters must have query (type string) or query_list (type array), got {types}"
         )
-    return offered[0]
+    required = schema.function.parameters.required
+    wanted = [name for name in offered if name in required]
+    if required and len(wanted) != 1:
+        raise SiopConfigError(
+            f"{tool}: tool_schema: required must be [{'] or ['.join(offered)}], and may name other parameters beside "
+            f"it; got {required}"
+        )
+    return (wanted or offered)[0]
 
 
 class SearchTool(HttpTool):
@@ -197,13 +231,13 @@ class SearchTool(HttpTool):
         return ToolResponse(text=text), 0.0, metrics
 
     async def _search(self, queries: Sequence[str]) -> list[tuple[list[str], bool]]:
-        """Of each query the contents of its hits, and whether the cache had them."""
+        """Of each query the contents of its hits, ``topk`` at most and none empty, and whether the cache had them."""
 
         async def one(query: str) -> tuple[list[str], bool]:
             known = await self.cached(query)
-            return (
-                (await self.call(lambda client: self.fetch(client, query)), False) if known is None else (known, True)
-            )
+            contents = await self.call(lambda client: self.fetch(client, query)) if known is None else known
+            seen = [text for text in contents if any(c.isprintable() and not c.isspace() for c in text)]
+            return seen[: self.settings.topk], known is not None
 
         # All of them end before the first failure is raised, so that none goes on unwatched.
         found = await asyncio.gather(*map(one, queries), return_exceptions=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import httpx
+from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.utils.siop.errors import SiopConfigError
 
 
@@ -78,20 +79,39 @@ def read_config(cls: type[ConfigT], tool: str, config: Mapping[str, Any]) -> Con
     return cls(**{key: config[written] for key, written in given.items()})
 
 
+def check_schema(tool: str, schema: OpenAIFunctionToolSchema) -> None:
+    """Checks what the model is told of a tool.
+
+    Raises:
+        SiopConfigError: it has no name, or requires a parameter that is not there.
+    """
+    function = schema.function
+    if not function.name.strip():
+        raise SiopConfigError(f"{tool}: tool_schema: function.name={function.name!r} is empty; models call it by name")
+    missing = [name for name in function.parameters.required if name not in function.parameters.properties]
+    if missing:
+        raise SiopConfigError(
+            f"{tool}: tool_schema: required={function.parameters.required}: {', '.join(missing)} must be among its "
+            f"properties, which are {', '.join(function.parameters.properties)}"
+        )
+
+
 def check_url(tool: str, key: str, url: Any) -> None:
     """Checks an address in the configuration.
 
     Raises:
-        SiopConfigError: it is not an absolute http(s) address.
+        SiopConfigError: it is not an absolute http(s) address, or its port is none.
     """
     try:
-        valid = isinstance(url, str) and httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
+        parts = httpx.URL(url if isinstance(url, str) else "")
+        port = 80 if parts.port is None else parts.port
+        valid = parts.scheme in ("http", "https") and bool(parts.host) and 0 < port < 65536
     except httpx.InvalidURL:
         valid = False
     if not valid:
         # What stands before an @ may be a password.
         shown = url.rpartition("@")[2] if isinstance(url, str) else url
-        raise SiopConfigError(f"{tool}: {key} must be an http(s) address, got {shown!r}")
+        raise SiopConfigError(f"{tool}: {key} must be an http(s) address with a port from 1 to 65535, got {shown!r}")
 
 
 def shown_url(url: str) -> str:

@@ -6,13 +6,12 @@ import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
-from verl.tools.http_tool import SearchRefused, post
+from verl.tools.http_tool import SearchRefused, TransientFailure, post
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.tools.search_cache import SearchCache
+from verl.tools.search_cache import SearchCache, is_hit
 from verl.tools.search_common import SearchTool
 from verl.tools.search_config import SearchConfig, check_url, shown_url
 from verl.utils.siop.errors import SiopConfigError
@@ -69,7 +68,7 @@ class SerperSearchTool(SearchTool):
         self._key = self.settings.api_key or os.environ.get("SERPER_API_KEY", "")
         self._key = self._key.strip()  # keys read from files end with a line break
         folder = os.environ.get("SERPER_CACHE_DIR", CACHE_DIR)
-        self._cache = SearchCache(Path(folder), writable=bool(self._key)) if folder else None
+        self._cache = SearchCache(folder, writable=bool(self._key)) if folder else None
         self.caches = self._cache is not None
         if not self._key and (self._cache is None or self._cache.is_empty()):
             raise SiopConfigError(
@@ -105,10 +104,14 @@ class SerperSearchTool(SearchTool):
     async def fetch(self, client: httpx.AsyncClient, query: str) -> list[str]:
         url, body = self.settings.api_url, self._body(query)
         answer = await post(client, url, self._key, json=body, headers={"X-API-KEY": self._key})
-        # A search without results has no "organic" list.
+        if isinstance(answer, dict) and not {"organic", "searchParameters"} & set(answer):
+            # What it says in place of a result, for example {"message": "rate limit exceeded"}.
+            said = str(answer).replace(self._key, "[secret]")
+            raise TransientFailure(f"HTTP 200 without a search result: {said:.200}")
+        # A search without results repeats its searchParameters, and has no "organic" list.
         hits = answer.get("organic", []) if isinstance(answer, dict) else None
-        if not isinstance(hits, list) or not all(isinstance(hit, dict) for hit in hits):
-            raise SearchRefused(f"{self.address} sent no list of organic results")
+        if not isinstance(hits, list) or not all(map(is_hit, hits)):
+            raise SearchRefused(f"{self.address} sent no list of organic results with texts as title and snippet")
         texts = self._texts(hits)
         if self._cache is not None:
             await asyncio.to_thread(self._cache.write, url, body, hits)
@@ -119,8 +122,4 @@ class SerperSearchTool(SearchTool):
         return {"q": query, "num": settings.topk, "gl": settings.country, "hl": settings.language}
 
     def _texts(self, hits: list[dict[str, Any]]) -> list[str]:
-        parts = [[part for part in (hit.get("title"), hit.get("snippet")) if part] for hit in hits]
-        if not all(isinstance(part, str) for found in parts for part in found):
-            raise SearchRefused(f"{self.address} sent a hit whose title or snippet is not text")
-        texts = [": ".join(found) for found in parts]
-        return [text for text in texts if text][: self.settings.topk]
+        return [": ".join(part for part in (hit.get("title"), hit.get("snippet")) if part) for hit in hits]

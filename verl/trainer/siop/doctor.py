@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import copy
 import io
 import logging
 import os
@@ -25,12 +24,18 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.siop.checks import machine as machine
 from verl.trainer.siop.checks.services import check_scorer, check_search
 from verl.trainer.siop.checks.settings import measures_support
-from verl.trainer.siop.preflight import CHECKS, Run, check_overrides, needs_scorer
-from verl.utils.config import validate_config
+from verl.trainer.siop.preflight import (
+    CHECKS,
+    VALUES,
+    Run,
+    check_overrides,
+    forget_empty_variables,
+    needs_scorer,
+)
+from verl.trainer.siop.run.lock import check_free
 from verl.utils.siop.errors import SiopError
 
 SERVICE_WAIT_S = 10.0
@@ -47,12 +52,14 @@ class Finding:
         name: of the check.
         text: what was found, or what to do.
         failed: a run would not start.
+        unexpected: the check itself failed, as it may on values of a wrong type.
         warnings: what is worth a look.
     """
 
     name: str
     text: str
     failed: bool = False
+    unexpected: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -73,27 +80,41 @@ def _scorer(run: Run) -> str:
         return "not needed"
     scored = run.siop.siop_scorer == "server" and measures_support(run.siop)
     check = check_scorer(run.siop, run.policy, run.warn, SERVICE_WAIT_S, run.sample if scored else None)
-    return asyncio.run(asyncio.wait_for(check, 3 * SERVICE_WAIT_S))
+    limit = 3 * SERVICE_WAIT_S
+    try:
+        return asyncio.run(asyncio.wait_for(check, limit))
+    except asyncio.TimeoutError as error:
+        raise SiopError(f"the scorer at {run.siop.siop_scorer_url} does not answer within {limit:g} s") from error
 
 
-def _verl(run: Run) -> str:
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which it gives for its own defaults
-        config = copy.deepcopy(run.config)
-        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    return "its own checks pass"
+def _output(run: Run) -> str:
+    if not run.trains:
+        return "not needed"
+    return check_free(Path(run.config.trainer.default_local_dir))
 
 
+def _quiet(check: Check) -> Check:
+    """The check without what verl prints beside it."""
+
+    def made(run: Run) -> str:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return check(run)
+
+    return made
+
+
+_CHECKS = dict(CHECKS)
 # The machine first, then what every run checks before it starts, with a look into the services in place of a wait.
 ALL_CHECKS: tuple[tuple[str, Check], ...] = (
     ("Python and packages", lambda run: machine.check_packages(run.config)),
     ("verl plugin", lambda run: machine.check_plugin(run.config)),
+    (VALUES, _CHECKS.pop(VALUES)),
     ("GPUs", lambda run: machine.check_gpus(run.config, run.warn)),
     ("attention", lambda run: machine.check_attention(run.config)),
     ("Ray", lambda run: machine.check_ray(run.config, run.warn)),
     ("disk", lambda run: machine.check_disk(run.config, run.warn)),
-    *((name, check) for name, check in CHECKS if name != "scorer"),
-    ("verl", _verl),
+    ("output folder", _output),
+    *((name, _quiet(check) if name == "verl" else check) for name, check in _CHECKS.items() if name != "scorer"),
     ("scorer", _scorer),
     ("search", _search),
 )
@@ -113,6 +134,8 @@ def examine(config: DictConfig, report: Callable[[Finding], None]) -> bool:
     for name, check in ALL_CHECKS:
         finding = _made(name, check, run, DATA_WAIT_S if name == "data rows" else CHECK_WAIT_S)
         if finding.failed:
+            if finding.unexpected and VALUES in failures.values():
+                finding.text = f"not checked, for it needs what failed above ({VALUES})"
             # Several checks need the model, the data or the settings.
             if earlier := failures.get(finding.text):
                 finding.text = f"not checked, for it needs what failed above ({earlier})"
@@ -133,7 +156,8 @@ def _made(name: str, check: Check, run: Run, wait_s: float) -> Finding:
         except (SiopError, OmegaConfBaseException) as error:
             answers.put(Finding(name, str(error), failed=True))
         except Exception as error:  # noqa: BLE001  (the other checks are to be made also then)
-            answers.put(Finding(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", failed=True))
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            answers.put(Finding(name, text, failed=True, unexpected=True))
 
     threading.Thread(target=work, daemon=True).start()
     try:
@@ -173,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("\n".join(finding.lines()) + "\n")
         sys.stdout.flush()
 
+    forget_empty_variables()
     try:
         config = configuration(sys.argv[1:] if arguments is None else arguments)
     except (HydraException, OmegaConfBaseException, SiopError) as error:

@@ -20,14 +20,12 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.siop.plugin import require_registered
 from verl.trainer.siop.run.console import Console
 from verl.trainer.siop.run.lock import output_lock
 from verl.trainer.siop.run.progress import Progress
 from verl.trainer.siop.run.stopping import StartedProcesses, StopSignals, grace_seconds
 from verl.trainer.siop.run.watch import Watch
-from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 from verl.utils.siop.errors import SiopConfigError, SiopError
 
@@ -99,11 +97,6 @@ class Run(threading.Thread):
         require_registered()
         auto_set_device(config)
         check_before_start(config)
-        validate_config(
-            config=config,
-            use_reference_policy=need_reference_policy(config),
-            use_critic=need_critic(config),
-        )
         record_config(config)
         OmegaConf.resolve(config)  # here, where the user's environment is; a cluster's workers have another
         self._console.line("the checks have passed; starting Ray and loading the models")
@@ -129,6 +122,9 @@ def _introduce(config: DictConfig, console: Console, grace: float) -> None:
 
 def _supervise(config: DictConfig, console: Console) -> None:
     """Run with the lock on the output folder, until the end, an error, or a signal."""
+    from verl.trainer.siop.preflight import check_values
+
+    check_values(config)  # before anybody calculates with one
     start = time.monotonic()
     grace, progress = grace_seconds(), Progress.of(config)
     signals, processes = StopSignals(grace, progress), StartedProcesses()
@@ -201,7 +197,8 @@ def main() -> None:
     try:
         with Console.from_environment().silence():
             # verl's engines, which it imports, print about each that is missing.
-            from verl.trainer.siop.preflight import check_overrides
+            from verl.trainer.siop.preflight import check_overrides, forget_empty_variables
+        forget_empty_variables()
         check_overrides(sys.argv[1:])
     except SiopConfigError as error:
         sys.exit(f"error: {error}")

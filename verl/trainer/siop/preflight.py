@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,18 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.siop.checks.choices import check_choices
 from verl.trainer.siop.checks.data import DataError, check_files, check_rows, first_row
 from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_policy
 from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
 from verl.trainer.siop.checks.services import check_scorer
 from verl.trainer.siop.checks.settings import check_settings, measures_support
+from verl.trainer.siop.checks.values import check_dataclasses, check_values
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
+from verl.utils.config import validate_config
 from verl.utils.siop import cpu
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
-__all__ = ["CHECKS", "DataError", "Run", "check_before_start", "check_method", "check_overrides"]
+__all__ = [
+    "CHECKS",
+    "DataError",
+    "Run",
+    "check_before_start",
+    "check_method",
+    "check_overrides",
+    "check_values",
+    "forget_empty_variables",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +52,10 @@ REQUIRED = {
     "data.train_files": ("~/data/rlhf/gsm8k/train.parquet", "TRAIN_FILE"),
     "data.val_files": ("~/data/rlhf/gsm8k/test.parquet", "VAL_FILE"),
 }
+# The check on which all others build.
+VALUES = "keys and values"
+# What the configuration and the tools' files take from the environment.
+VARIABLES = ("SIOP_SCORER_URL", "RAY_ADDRESS", "RETRIEVER_URL", "TENSORBOARD_DIR", "MAX_TOOL_RESPONSE_LENGTH")
 
 
 @dataclass
@@ -91,6 +110,13 @@ class Run:
         return self.trains and self.config.algorithm.adv_estimator == "siop"
 
 
+def forget_empty_variables() -> None:
+    """Treat an empty variable as an unset one, where OmegaConf's ``oc.env`` would take the empty text."""
+    for name in VARIABLES:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+
+
 def check_overrides(arguments: Sequence[str]) -> None:
     """Refuse an unknown ``algorithm.siop_*`` key of the command line with our message; Hydra's would advise a ``+``.
 
@@ -124,12 +150,25 @@ def _settings(run: Run) -> str:
             raise SiopConfigError(f"{key} is not set; give it a value ({variable} of the launchers)")
     _check_platform(run.config)
     _check_rejection(run.config)
-    check_method(run.config, run.siop)
+    check_method(run.config, run.siop)  # (imports siop_import, which may register names)
+    check_choices(run.config)
     if run.trains_by_siop and run.config.actor_rollout_ref.rollout.n == 1:
         run.warn("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
     if run.trains_by_siop and run.siop.siop_scorer == "policy":
         _check_router_replay(run.config)
     return check_settings(run.config, run.siop)
+
+
+def _verl(run: Run) -> str:
+    check_dataclasses(run.config)
+    config = copy.deepcopy(run.config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that there is no critic
+            validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    except (AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        raise SiopConfigError(" ".join(str(error).split()) or type(error).__name__) from error
+    return "its own checks pass"
 
 
 def _tools(run: Run) -> str:
@@ -160,7 +199,9 @@ def _scorer(run: Run) -> str:
 
 
 CHECKS: tuple[tuple[str, Callable[[Run], str]], ...] = (
+    (VALUES, lambda run: check_values(run.config, run.warn)),
     ("settings", _settings),
+    ("verl", _verl),
     ("model and tools", _tools),
     ("data files", lambda run: check_files(run.config)),
     ("round trips", _round_trips),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,12 @@ class CheckedReplayBuffer(ReplayBuffer):
     did (with the retriever down, only rollouts that never search survive), so here a training question with a failed
     session is dropped whole and counted, and the run stops when more than half of a step's questions, or any
     validation question, are concerned.
+
+    Attributes:
+        on_validation: gets every validation batch while its rollouts are there.
     """
+
+    on_validation: Callable[[KVBatchMeta], None] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(poll_interval=float(kwargs["sampler_kwargs"].get("poll_interval", 2.0)), **kwargs)
@@ -115,6 +121,8 @@ class CheckedReplayBuffer(ReplayBuffer):
         masks = column(data, "response_mask")
         self._validation["turns"] += [len(get_assistant_turn_ranges(mask)) for mask in masks]
         self._validation["response_tokens"] += [int(mask.sum()) for mask in masks]
+        if self.on_validation is not None:
+            self.on_validation(batch)
 
     def take_validation_metrics(self) -> dict[str, float]:
         """Means over the validation rollouts since the last call: assistant turns and tokens the model generated."""

@@ -18,6 +18,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.siop.evaluation.recorder import Recorder
 from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE, core_metrics
@@ -30,7 +31,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
-from verl.utils.siop.scoring_client import ScoringClient
+from verl.utils.siop.scoring_client import LEXICAL, ScoringClient
 from verl.utils.siop.siop_process_reward import (
     GroupRewards,
     Rollout,
@@ -145,12 +146,14 @@ class SiopTrainer(SupervisedTrainer):
         return result
 
     def _seen(self, keys: list[str], data: TensorDict, records: list[dict[str, Any]], learns: bool | None) -> Step:
-        responses, masks = column(data, "responses"), column(data, "response_mask")
+        prompts, responses, masks = (column(data, name) for name in ("prompts", "responses", "response_mask"))
 
         def answer(row: int) -> str:
             known = self._records[keys[row]].get("answer")
+            if known is not None:
+                return known
             turns = get_assistant_turn_ranges(masks[row])
-            return known if known is not None else extract_answer(responses[row].tolist(), turns, self.tokenizer)
+            return extract_answer(responses[row].tolist(), turns, self.tokenizer, prompts[row].tolist())
 
         return Step(
             number=self.global_steps,
@@ -281,7 +284,7 @@ class SiopTrainer(SupervisedTrainer):
                     raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error
                 kept = [rollouts[row] for row in rows]
                 rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
-            return rewards, rows, dropped, scorer.metrics()
+            return rewards, rows, dropped, {**scorer.metrics(), **_evidence_backend(client)}
 
     def _policy_scorer(self, nli: SiopScorer) -> PolicyScorer:
         return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)
@@ -318,15 +321,30 @@ class SiopTrainer(SupervisedTrainer):
             )
 
     def _validate(self) -> dict[str, float]:
+        named = self.config.trainer.get("validation_data_dir")
+        folder, recorder = Path(named) if named else None, None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / METRICS_FILE).unlink(missing_ok=True)
+        # The weights of a validation in training are in no file.
+        if folder is not None and self.config.trainer.get("val_only", False):
+            recorder = Recorder(folder, self.config, self.tokenizer)
+            self.replay_buffer.on_validation = recorder.note
         metrics = super()._validate()
         metrics.update(core_metrics(metrics))
         metrics.update(self.replay_buffer.take_validation_metrics())
-        folder = self.config.trainer.get("validation_data_dir")
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        if recorder is not None:
+            recorder.finish()
+        if folder is not None:
             values = {name: float(value) for name, value in metrics.items()}
-            (Path(folder) / METRICS_FILE).write_text(json.dumps(values, indent=1, sort_keys=True))
+            (folder / METRICS_FILE).write_text(json.dumps(values, indent=1, sort_keys=True))
         return metrics
+
+
+def _evidence_backend(scorer: SiopScorer) -> dict[str, float]:
+    """``siop/evidence_backend``: 0 if words were compared, 1 if a model was asked; none if the scorer does not say."""
+    nli = getattr(scorer, "nli", None)
+    return {} if nli is None else {"siop/evidence_backend": float(nli != LEXICAL)}
 
 
 def _session(key: str) -> tuple[str, int, int]:

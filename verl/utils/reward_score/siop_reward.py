@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from verl.utils.siop.credit.answers import exact_match, f1_score, parse_aliases
 from verl.utils.siop.errors import RolloutError
 from verl.utils.siop.turn_utils import parse_answer
+
+# What the agent loop noted of a rollout (ToolRecord); verl hands it to the reward function inside of extra_info.
+_RECORD = "siop_tools"
 
 _OBSERVATION = re.compile(r"<tool_response>.*?(?:</tool_response>|\Z)", re.DOTALL)
 _ASSISTANT_HEADER = "<|im_start|>assistant"
@@ -35,6 +38,18 @@ def last_assistant_text(solution_str: str) -> str:
     return _BARE_ASSISTANT.split(with_text[-1].rpartition(_ASSISTANT_HEADER)[2])[-1]
 
 
+def final_answer(solution_str: str, extra_info: Mapping[str, Any] | None = None) -> str:
+    """The answer in :func:`last_assistant_text`, empty if there is none; see :func:`parse_answer`.
+
+    Args:
+        solution_str: the decoded response.
+        extra_info: whether the prompt opened the thinking stands in ``extra_info["siop_tools"]["thinking"]``, by the
+            agent loop of this project; without it, the turn begins outside.
+    """
+    record = (extra_info or {}).get(_RECORD) or {}
+    return parse_answer(last_assistant_text(solution_str), thinking=bool(record.get("thinking")))
+
+
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **kwargs: Any
 ) -> dict[str, float | None]:
@@ -44,7 +59,7 @@ def compute_score(
         data_source: not used; verl passes it.
         solution_str: the decoded response, tool output included; see :func:`last_assistant_text`.
         ground_truth: see :func:`parse_aliases`.
-        extra_info: not used.
+        extra_info: see :func:`final_answer`.
         **kwargs: not used.
 
     Returns:
@@ -55,7 +70,7 @@ def compute_score(
     aliases = parse_aliases(ground_truth)
     if not aliases:
         return {"score": 0.0, "em": None, "f1": None}
-    answer = parse_answer(last_assistant_text(solution_str))
+    answer = final_answer(solution_str, extra_info)
     em = exact_match(answer, aliases)
     return {"score": em, "em": em, "f1": f1_score(answer, aliases)}
 

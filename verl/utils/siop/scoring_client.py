@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LEXICAL = "lexical"  # what the service calls an NLI backend that compares words
 # 400: what this client sends is well-formed, so it was spoiled on its way. 408: so was its end, or it was slow.
 RETRIED_STATUS = (400, 408, 502, 503, 504)
 CONNECT_TIMEOUT_S = 5.0
@@ -79,6 +80,7 @@ class ScoringClient:
     Attributes:
         computed_tokens: tokens that went through the scorer's model for the answers received so far.
         requested_tokens: tokens of the same scores as separate full sequences.
+        nli: who gave the last evidence: ``lexical``, or the name of a model; None if there was none, or not said.
 
     Raises (all methods):
         ScorerUnavailable: no answer after the last attempt.
@@ -106,6 +108,7 @@ class ScoringClient:
         # A proxy that compresses would change the body, and so its digest.
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.computed_tokens = self.requested_tokens = 0
+        self.nli: str | None = None
         self._gzip = False  # until an answer offers it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
@@ -219,8 +222,12 @@ class ScoringClient:
         """P(premise entails hypothesis) of each (premise, hypothesis)."""
 
         async def chunk(part: Sequence[tuple[str, str]]) -> list[float]:
+            def read(data: Any) -> list[float]:
+                self.nli = data.get("nli")
+                return _numbers(data["scores"], len(part), 0.0, 1.0)
+
             body = {"pairs": [{"premise": premise, "hypothesis": hypothesis} for premise, hypothesis in part]}
-            return await self._post("/nli_score", body, lambda data: _numbers(data["scores"], len(part), 0.0, 1.0))
+            return await self._post("/nli_score", body, read)
 
         parts = [pairs[start : start + REQUEST_PAIRS] for start in range(0, len(pairs), REQUEST_PAIRS)]
         return [score for scores in await asyncio.gather(*map(chunk, parts)) for score in scores]

@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sock = bind(args.host, args.port, listen=True)
         if settings.nli_backend == "lexical":
             logger.warning(
-                "NLI backend: lexical. Answers are compared by their normalised words, without a model; "
-                "give --nli-model for clusters by meaning"
+                "NLI backend: lexical. It compares words: answers that say the same in other words are different "
+                "clusters, and a passage is evidence for an answer if it holds its words, whatever it says about them; "
+                "give --nli-model for both by meaning"
             )
         logger.info("starting %d worker(s) on %s for %s", num_workers, settings.device, json.dumps(settings.model))
         pool = WorkerPool(settings, num_workers, gpus_per_worker)

@@ -5,23 +5,33 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from verl.utils.siop.errors import RolloutError, SiopConfigError
-from verl.utils.siop.nli_clustering import identity_key
+from verl.utils.siop.nli_clustering import normalize_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BOUNDARY_MODES = ("before_answer", "assistant", "observation")
 
-_THINK_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
-# No tag of the pair inside, so that a stray tag before the answer does not swallow it.
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+# What stands around tool calls in the formats of verl's tool parsers.
+_CALLS = (
+    ("<tool_call>", "</tool_call>"),  # hermes, qwen3_coder, glm
+    ("<seed:tool_call>", "</seed:tool_call>"),
+    ("<minimax:tool_call>", "</minimax:tool_call>"),
+    ("<|tool_call_begin|>", "<|tool_call_end|>"),  # kimi
+    ("<|tool_call>", "<tool_call|>"),  # gemma4
+    ("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),  # deepseek_v4
+    (" to=functions.", "<|call|>"),  # gpt-oss
+)
+# Tokens before a turn in which the end of its generation prompt is looked for.
+_OPENING_TOKENS = 32
+_UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
 # A truncated observation has no closing tag.
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 
 # A normalised tool call.
@@ -87,15 +97,51 @@ def boundaries(turn_ranges: Sequence[tuple[int, int]], mode: str) -> list[int]:
     return [0, *starts[1:], starts[-1] if len(starts) > 1 else 0]
 
 
-def parse_answer(turn_text: str) -> str:
+def _outside(text: str, opening: str, closing: str) -> str:
+    """The text outside of ``opening … closing``; what is not closed reaches to the end. Linear time."""
+    kept, start = [], 0
+    while (begin := text.find(opening, start)) >= 0:
+        kept.append(text[start:begin])
+        end = text.find(closing, begin)
+        if end < 0:
+            return "".join(kept)
+        start = end + len(closing)
+    return "".join([*kept, text[start:]])
+
+
+def _visible(text: str) -> str:
+    """The text without surrounding white space; empty if nothing of it can be seen (a zero-width space)."""
+    seen = any(unicodedata.category(character) not in _UNSEEN for character in text)
+    return text.strip() if seen else ""
+
+
+def parse_answer(turn_text: str, thinking: bool = False) -> str:
     """The last ``<answer>…</answer>`` in the text of one assistant turn, without surrounding white space.
 
-    What stands inside ``<think>`` does not count, closed or not; neither does text before a ``</think>`` without an
-    opening tag (templates that put ``<think>`` into the generation prompt). Empty if there is no complete answer.
+    What stands inside ``<think>`` or inside a tool call does not count, closed or not; neither does text before a
+    ``</think>`` without an opening tag. Empty if there is no complete answer, or nothing visible in it. Takes time
+    linear in the length of the text, whatever it is.
+
+    Args:
+        turn_text: what the policy wrote.
+        thinking: whether the turn's generation prompt ended in an open ``<think>`` (:func:`opens_thinking`), so that
+            the turn begins inside it.
+
+    >>> parse_answer("Is it <answer>Lyon</answer>?</think><answer> Paris </answer>")
+    'Paris'
+    >>> parse_answer("Is it <answer>Lyon</answer>? I am", thinking=True)
+    ''
     """
-    text = _THINK_BLOCK.sub("", turn_text).rpartition("</think>")[2].partition("<think>")[0]
-    answers = _ANSWER.findall(text)
-    return answers[-1].strip() if answers else ""
+    # A stray tag closes thinking that somebody else opened.
+    text = _outside("<think>" * thinking + turn_text, "<think>", "</think>").rpartition("</think>")[2]
+    for opening, closing in _CALLS:
+        text = _outside(text, opening, closing)
+    for piece in reversed(text.split("</answer>")[:-1]):
+        # The innermost pair: a stray opening tag before the answer does not swallow it.
+        _, opened, answer = piece.rpartition("<answer>")
+        if opened:
+            return _visible(answer)
+    return ""
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -106,11 +152,24 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str
 def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, "")
-    return text.strip()
+    return _visible(text)
+
+
+def opens_thinking(context_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a turn after these tokens begins inside ``<think>``: chat templates of thinking models write that tag.
+
+    Args:
+        context_ids: what the policy saw before the turn; its last tokens are enough.
+        tokenizer: the policy's tokenizer.
+    """
+    return _decode(tokenizer, context_ids[-_OPENING_TOKENS:]).rstrip().endswith("<think>")
 
 
 def extract_answer(
-    response_ids: Sequence[int], turn_ranges: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+    response_ids: Sequence[int],
+    turn_ranges: Sequence[tuple[int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int] = (),
 ) -> str:
     """Final answer of a rollout: :func:`parse_answer` of the last assistant turn's own tokens, never of tool output.
 
@@ -118,6 +177,8 @@ def extract_answer(
         response_ids: L response tokens.
         turn_ranges: T half-open ranges of the assistant turns.
         tokenizer: the policy's tokenizer.
+        prompt_ids: the rendered prompt, which may open the thinking of a rollout of one turn; that of later turns is
+            opened by response tokens.
 
     Returns:
         The answer without special tokens and surrounding white space; empty if there is none.
@@ -125,7 +186,9 @@ def extract_answer(
     if not turn_ranges:
         return ""
     start, end = turn_ranges[-1]
-    return _without_special_tokens(parse_answer(_decode(tokenizer, response_ids[start:end])), tokenizer)
+    before = [*prompt_ids[-_OPENING_TOKENS:], *response_ids[max(0, start - _OPENING_TOKENS) : start]]
+    answer = parse_answer(_decode(tokenizer, response_ids[start:end]), opens_thinking(before, tokenizer))
+    return _without_special_tokens(answer, tokenizer)
 
 
 def extract_observations(
@@ -167,7 +230,10 @@ def parse_queries(turn_text: str) -> list[Query]:
     [('search', 'query', 'tower')]
     """
     queries = []
-    for text in _TOOL_CALL.findall(turn_text):
+    for piece in turn_text.split("</tool_call>")[:-1]:
+        _, opened, text = piece.partition("<tool_call>")
+        if not opened:
+            continue
         try:
             call = json.loads(text)
             name, arguments = call["name"], call["arguments"]
@@ -183,7 +249,7 @@ def query_of(name: str, arguments: Any) -> Query:
     parts = [
         (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True)) for key, value in named.items()
     ]
-    return (name, *(part for key, value in sorted(parts) for part in (key, identity_key(value))))
+    return (name, *(part for key, value in sorted(parts) for part in (key, normalize_answer(value) or value.strip())))
 
 
 def extract_queries(

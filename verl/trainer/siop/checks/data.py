@@ -8,21 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
-from verl.trainer.siop.checks.policy import Policy, PromptError
+from verl.trainer.siop.checks.policy import Policy
+from verl.trainer.siop.checks.rows import MEDIA, wrong_media, wrong_messages, wrong_tools
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.utils.reward_score.siop_reward import parse_aliases
+from verl.utils.siop.data.chat import PromptError
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Columns that verl writes itself, or passes by these names beside those of the data.
 RESERVED = frozenset({
     "prompts", "responses", "response_mask", "rm_scores", "rollout_log_probs", "extra_fields", "num_turns", "metrics",
-    "routed_experts", "output", "validate", "trajectory", "trace", "session_id", "sampling_params",
+    "routed_experts", "output", "validate", "trajectory", "trace", "session_id", "sampling_params", "self", "priority",
+    "__rollout_n__", "__do_sample__",
 })  # fmt: skip
 SHOWN_ROWS = 5000  # a file of more rows gets a progress bar
 REWARD = "pkg://verl.utils.reward_score.siop_reward"
@@ -50,7 +53,7 @@ class Use:
     question: bool
     labels: str
     rows: int = field(default=0, init=False)
-    kept: int = field(default=0, init=False)
+    fits: list[bool] = field(default_factory=list, init=False)  # whether the filter of long prompts keeps a row
     labelled: int = field(default=0, init=False)
 
     @classmethod
@@ -70,16 +73,19 @@ class Use:
         """What is wrong with a row, or nothing. Counts it, and whether it is kept and labelled."""
         messages = row.get(self.config.data.prompt_key)
         extra = row.get("extra_info")
-        wrong = _wrong_messages(messages) or _wrong_tools(extra, self._tools(row)) or self._wrong_agent(row)
+        wrong = wrong_messages(messages) or wrong_tools(extra, self._tools(row)) or self._wrong_agent(row)
         if wrong:
             return wrong
         assert isinstance(messages, list)
-        if self.question:
+        if not self.policy.takes_media and (wrong := wrong_media(messages, row, media_columns(self.config))):
+            return wrong
+        if self.question or self.config.trainer.get("val_only", False):  # an evaluation writes it down
             try:
-                if not question_of(messages, extra).strip():
-                    return "the question is empty"
+                question = question_of(messages, extra)
             except SiopError as error:
                 return str(error)
+            if self.question and not question.strip():
+                return "the question is empty"
         return self._wrong_label(row.get("reward_model")) or self._wrong_length(messages, row)
 
     def _agent(self, row: Mapping[str, Any]) -> Any:
@@ -114,29 +120,40 @@ class Use:
         return ""
 
     def _wrong_length(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> str:
-        data = self.config.data
-        # The filter renders all tools, whatever a row selects.
-        selection = None if data.filter_overlong_prompts else (row.get("extra_info") or {}).get("tool_selection")
-        tools = self.policy.schemas(selection) if self._tools(row) else []
+        data, limit = self.config.data, self.policy.limit
+        selection = (row.get("extra_info") or {}).get("tool_selection")
+        offers = self._tools(row)
         try:
-            length = len(self.policy.prompt_ids(messages, tools))
+            # The filter renders all tools, whatever a row selects.
+            length = longest = len(self.policy.prompt_ids(messages, self.policy.schemas() if offers else []))
+            if offers and selection:
+                length = len(self.policy.prompt_ids(messages, self.policy.schemas(selection)))
         except PromptError as error:
             return f"the chat template cannot render the prompt: {error}"
-        limit = data.max_prompt_length if data.filter_overlong_prompts else self.policy.limit
-        self.kept += length <= limit
-        if length > limit and not data.filter_overlong_prompts:
-            return (
-                f"the prompt has {length} tokens, data.max_prompt_length is {limit}; raise it (tools in the prompt "
-                "count too) or set data.filter_overlong_prompts=true"
-            )
-        return ""
+        self.fits.append(not data.filter_overlong_prompts or longest <= data.max_prompt_length)
+        if length <= limit or not self.fits[-1]:
+            return ""
+        key = "data.max_prompt_length" if limit == data.max_prompt_length else "actor_rollout_ref.rollout.prompt_length"
+        advice = "" if data.filter_overlong_prompts else " or set data.filter_overlong_prompts=true"
+        return f"the prompt has {length} tokens, {key} is {limit}; raise it (tools in the prompt count too){advice}"
 
     # ------------------------------------------------------------------ all rows
+    def _drawn(self, most: int) -> int:
+        """The rows that verl's RLHFDataset leaves: it draws ``most`` of them, and leaves out what is too long then."""
+        data, kept = self.config.data, sum(self.fits)
+        if not 0 < most < self.rows:
+            return kept
+        if not data.get("shuffle", False):
+            return sum(self.fits[:most])
+        if data.get("seed") is None:
+            return min(kept, most)  # nobody knows which
+        chosen = np.random.default_rng(data.seed).choice(self.rows, size=most, replace=False)
+        return sum(self.fits[int(index)] for index in chosen)
+
     def check_counts(self) -> str:
         """Whether the rows are enough; a line about them."""
         data, trains = self.config.data, self.key == "data.train_files"
-        left, most = self.kept, data.get("train_max_samples" if trains else "val_max_samples", -1)
-        left = min(left, most) if most > 0 else left
+        kept, left = sum(self.fits), self._drawn(data.get("train_max_samples" if trains else "val_max_samples", -1))
         if not self.rows:
             raise DataError(f"{self.key}: the files have no rows")
         needed = data.train_batch_size if trains else 1
@@ -149,40 +166,8 @@ class Use:
                 f"{self.key}: no row has a label, from which algorithm.adv_estimator="
                 f"{self.config.algorithm.adv_estimator} would take the reward"
             )
-        dropped = f", {self.rows - self.kept} left out as too long" if self.rows > self.kept else ""
+        dropped = f", {self.rows - kept} left out as too long" if self.rows > kept else ""
         return f"{self.rows} rows{dropped}" + (f", {self.labelled} with a label" if self.labels else "")
-
-
-def _wrong_messages(messages: Any) -> str:
-    if not isinstance(messages, list) or not messages:
-        return "'prompt' must be a list of messages with role and content"
-    for message in messages:
-        if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
-            return "'prompt' must be a list of messages with role and content"
-        if message["role"] not in ROLES:
-            return f"'prompt' has the role {message['role']!r}; choose one of {', '.join(ROLES)}"
-        if not isinstance(message["content"], str | list):
-            return f"'prompt' has a content of type {type(message['content']).__name__}, needs text"
-    return ""
-
-
-def _wrong_tools(extra: Any, tools: Mapping[str, Any]) -> str:
-    """What would make verl's agent loop leave out tools, or fail at each call, without a word."""
-    if not extra or not tools:
-        return ""
-    selection = extra.get("tool_selection")
-    if isinstance(selection, str):
-        return f"extra_info.tool_selection is the text {selection!r}, needs a list of names"
-    if unknown := [name for name in selection or [] if name not in tools]:
-        return f"extra_info.tool_selection names {unknown[0]!r}; the tools are {', '.join(sorted(tools))}"
-    if "tools_kwargs" in extra:
-        options = extra["tools_kwargs"]
-        if options is None or any(name in options and options[name] is None for name in tools):
-            return (
-                f"extra_info.tools_kwargs is {options!r}, at which every call of the tool would fail; fill it, or drop "
-                "the field from all rows"
-            )
-    return ""
 
 
 # ---------------------------------------------------------------------- files
@@ -279,6 +264,11 @@ def rows_of(path: str, columns: list[str]) -> Iterator[dict[str, Any]]:
 KEYS = ("data.train_files", "data.val_files")
 
 
+def media_columns(config: DictConfig) -> tuple[str, ...]:
+    """The columns from which verl takes images, videos and sounds."""
+    return tuple(config.data.get(f"{kind}_key") or f"{kind}s" for kind in MEDIA)
+
+
 def check_files(config: DictConfig) -> str:
     """Check that the data files are there, and their columns, by their schemas alone.
 
@@ -304,7 +294,7 @@ def first_row(config: DictConfig) -> dict[str, Any]:
     for key, path in places:
         names = [name for name in (prompt, "extra_info") if name in read_schema(path, key, prompt).names]
         for row in rows_of(path, names):
-            if wrong := _wrong_messages(row[prompt]):
+            if wrong := wrong_messages(row[prompt]):
                 raise DataError(f"{path}: row 0: {wrong}")
             return row
     raise DataError(f"{KEYS[0]}: the files have no rows")
@@ -319,7 +309,8 @@ def check_rows(config: DictConfig, siop: SiopConfig, policy: Policy, warn: Calla
     if (config.data.get("custom_cls") or {}).get("path"):
         warn(f"data.custom_cls.path={config.data.custom_cls.path}: rows that this class makes are not checked")
         return "made by data.custom_cls"
-    wanted = (config.data.prompt_key, "reward_model", "extra_info", "agent_name")
+    media = () if policy.takes_media else media_columns(config)
+    wanted = (config.data.prompt_key, "reward_model", "extra_info", "agent_name", *media)
     uses = [Use.of(key, config, siop, policy) for key in KEYS[bool(config.trainer.get("val_only", False)) :]]
     for use in uses:
         for path in files_of(config, use.key):

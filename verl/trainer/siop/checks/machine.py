@@ -21,6 +21,8 @@ GIB = 2**30
 PROJECT = "siop-verl"
 # The trainer writes the weights with their optimizer in float32, and a copy: so many times a file of bfloat16 weights.
 CHECKPOINT_SIZE = 7
+# Packages of verl's rollout engines.
+ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt-llm"}
 
 
 class MachineError(SiopError, RuntimeError):
@@ -44,8 +46,8 @@ def check_packages(config: DictConfig) -> str:
         if found is None or not requirement.specifier.contains(Version(found), prereleases=True):
             wrong.append(f"{requirement.name} {found or 'missing'}, needs {requirement.specifier or 'any version'}")
     needed = ["torch", "transformers", "ray", "TransferQueue"]
-    if config.actor_rollout_ref.rollout.name == "vllm":
-        needed.append("vllm")
+    if engine := ENGINES.get(config.actor_rollout_ref.rollout.name):
+        needed.append(engine)
     wrong += [f"{name} missing" for name in needed if _version(name) is None]
     if wrong:
         raise MachineError(

@@ -5,8 +5,7 @@ Everything is built by the functions of verl that the run uses, from the same ke
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,94 +14,36 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
-from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.data.chat import MULTI_TURN, Chat, build_tools, first_cause
+from verl.utils.siop.errors import SiopConfigError
 
-MULTI_TURN = "actor_rollout_ref.rollout.multi_turn"
 # Agent loops that call tools: verl's, and ours on it.
 TOOL_AGENTS = (UPSTREAM, AGENT_LOOP)
-Messages = Sequence[Mapping[str, Any]]
 
-
-class PromptError(SiopError, ValueError):
-    """The model's chat template, or a tool's result in it, cannot be rendered."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler")  # which trainers leave beside them
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The parts of the agent loop that turn messages into tokens and tokens into calls.
+class Policy(Chat):
+    """The chat of a run, and its agent loops.
 
     Args:
-        path: where the model comes from, for messages.
-        tokenizer: the model's.
-        builder: verl's builder of prompts, which renders the chat template.
-        tools: the tools by name.
         agent: verl's agent loop for rows that name none (``rollout.agent.default_agent_loop``).
         agents: all that are registered.
-        format: ``multi_turn.format``, how a call is written.
         limit: tokens at which the run cuts a prompt, on the left (``rollout.prompt_length``).
+        takes_media: whether the model takes images, videos or sounds beside texts.
     """
 
-    path: str
-    tokenizer: Any
-    builder: Any
-    tools: dict[str, Any]
     agent: str
     agents: frozenset[str]
-    format: str
     limit: int
+    takes_media: bool
 
     @property
     def calls_tools(self) -> bool:
         """Whether the default agent loop calls tools; of a loop of the user's own nothing is known."""
         return self.agent in TOOL_AGENTS
-
-    def schemas(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The tools that a prompt describes: all, or those that a row selects (``extra_info.tool_selection``)."""
-        # As verl's tool agent: an empty selection is none.
-        chosen = [self.tools[name] for name in names if name in self.tools] if names else self.tools.values()
-        return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in chosen]
-
-    def prompt_ids(self, messages: Messages, tools: list[dict[str, Any]]) -> list[int]:
-        """The tokens of a prompt as the run makes them, before it cuts them.
-
-        Raises:
-            PromptError: the template raises; the text is its first reason.
-        """
-        # A template is a program that came with the model, and may raise anything.
-        try:
-            ids: list[int] = self.builder.build_initial_tokens(list(messages), tools=tools)
-        except Exception as error:
-            raise PromptError(first_cause(error)) from error
-        return ids
-
-    def render(self, messages: Messages, generation: bool, tools: list[dict[str, Any]]) -> str:
-        """The text of a conversation by the same template; ``generation`` opens the assistant's turn after it.
-
-        Raises:
-            PromptError: the template raises.
-        """
-        from verl.utils.tokenizer.chat_template import apply_chat_template
-
-        options = self.builder.chat_template_kwargs
-        try:
-            text = apply_chat_template(
-                self.tokenizer,
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation,
-                tools=tools,
-                **options,
-            )
-        except Exception as error:
-            raise PromptError(first_cause(error)) from error
-        return str(text)
-
-
-def first_cause(error: BaseException) -> str:
-    """One line about what went wrong first: verl tries some things a second time, in another way."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # ---------------------------------------------------------------------- the model
@@ -136,6 +77,7 @@ def load_policy(config: DictConfig) -> Policy:
         agents=agents,
         format=rollout.multi_turn.format,
         limit=rollout.prompt_length,
+        takes_media=loaded.processor is not None and builder.supports_multimodal(),
     )
 
 
@@ -151,6 +93,9 @@ def _load_model(model: DictConfig) -> Any:
         if isinstance(cause, OSError | ValueError):
             raise SiopConfigError(f"{key}: no tokenizer can be loaded with its configuration: {cause}") from error
         raise SiopConfigError(f"{key}: the model cannot be used: {first_cause(error)}") from error
+    folder = Path(str(model.path)).expanduser()
+    if folder.is_dir() and not any(file.suffix in WEIGHTS and file.stem not in NO_WEIGHTS for file in folder.iterdir()):
+        raise SiopConfigError(f"{key}: the folder holds no weights (*.safetensors or *.bin)")
     if loaded.custom_chat_template is not None:
         loaded.tokenizer.chat_template = loaded.custom_chat_template  # as the agent loop's worker does
     if not loaded.tokenizer.chat_template:
@@ -181,67 +126,6 @@ def _agents(rollout: DictConfig) -> frozenset[str]:
             f"choose one of {', '.join(sorted(names))}"
         )
     return frozenset(names)
-
-
-# ---------------------------------------------------------------------- the tools
-def build_tools(multi_turn: DictConfig) -> dict[str, Any]:
-    """The tools of ``multi_turn.tool_config_path`` and ``function_tool_path``, instantiated; no network is used.
-
-    Raises:
-        SiopConfigError: a file is missing or malformed, a class cannot be imported or refuses its configuration, or two
-            tools have one name.
-    """
-    from verl.tools.tool_registry import load_all_tools
-    from verl.utils.import_utils import resolve_config_path
-
-    paths: dict[str, str | None] = {}
-    for key in ("tool_config_path", "function_tool_path"):
-        path = multi_turn.get(key)
-        try:
-            paths[key] = resolve_config_path(path) if path else None
-        except FileNotFoundError:
-            raise SiopConfigError(f"{MULTI_TURN}.{key}={path}: no such file") from None
-        if path and not Path(str(paths[key])).is_file():
-            raise SiopConfigError(f"{MULTI_TURN}.{key}={path}: no such file")
-    if paths["tool_config_path"]:
-        _check_tool_file(paths["tool_config_path"], f"{MULTI_TURN}.tool_config_path={multi_turn.tool_config_path}")
-    named = ", ".join(f"{MULTI_TURN}.{key}={path}" for key, path in paths.items() if path)
-    # A tool's constructor is the user's code.
-    try:
-        tools = load_all_tools(**paths)
-    except SiopConfigError as error:
-        raise SiopConfigError(f"{named}: {error}") from error
-    except Exception as error:
-        raise SiopConfigError(f"{named}: the tools cannot be built: {first_cause(error)}") from error
-    twice = [name for name, count in Counter(tool.name for tool in tools).items() if count > 1]
-    if twice:
-        raise SiopConfigError(f"{named}: two tools are called {twice[0]!r}; the name of a tool must be its own")
-    return {tool.name: tool for tool in tools}
-
-
-def _check_tool_file(path: str, named: str) -> None:
-    from verl.tools.tool_registry import get_tool_class
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # YAML, OmegaConf and its resolvers have no common root
-        raise SiopConfigError(f"{named}: {first_cause(error)}") from error
-    entries = content.get("tools") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise SiopConfigError(f"{named}: needs a list under the key 'tools'")
-    for index, entry in enumerate(entries):
-        where = f"{named}: tools[{index}]"
-        if not isinstance(entry, dict) or not {"class_name", "config"} <= set(entry):
-            # Not the entry itself: it may hold a secret.
-            found = sorted(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-            raise SiopConfigError(f"{where} needs the keys class_name and config, got {found}")
-        if not isinstance(entry["config"], dict) or entry["config"].get("type") != "native":
-            raise SiopConfigError(f"{where}.config needs type: native")
-        name = str(entry["class_name"])
-        try:
-            get_tool_class(name)
-        except Exception as error:  # importing a module runs it
-            raise SiopConfigError(f"{where}.class_name={name} cannot be imported: {first_cause(error)}") from error
 
 
 def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:

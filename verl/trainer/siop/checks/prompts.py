@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from verl.trainer.siop.checks.policy import MULTI_TURN, Messages, Policy, PromptError, first_cause
+from verl.trainer.siop.checks.policy import Policy
 from verl.trainer.siop.rollouts.tool_calls import FORMS
+from verl.utils.siop.data.chat import (
+    MULTI_TURN,
+    Messages,
+    call_message,
+    first_cause,
+    reads_call,
+    rendered_call,
+    sample_arguments,
+    tool_parsers,
+)
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 from verl.utils.siop.turn_utils import parse_answer
@@ -34,7 +41,7 @@ def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn
     _check_answer_tags(policy, siop, sample)
     if not policy.calls_tools:
         return f"answer tags; what the agent loop {policy.agent} calls is not known"
-    parsers = _parsers()
+    parsers = tool_parsers()
     if policy.format not in parsers:
         raise SiopConfigError(
             f"{MULTI_TURN}.format={policy.format} is not allowed; choose one of {', '.join(sorted(parsers))}"
@@ -50,7 +57,10 @@ def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn
 
 
 def _check_call(policy: Policy, name: str, arguments: dict[str, Any], sample: str, warn: Callable[[str], None]) -> None:
-    call, writer = _rendered_call(policy, name, arguments, sample), f"the chat template of {policy.path}"
+    call, writer = (
+        rendered_call(policy, name, arguments, [{"role": "user", "content": sample}]),
+        f"the chat template of {policy.path}",
+    )
     if call is None:
         # Then the prompt has to show the form, and the policy to write it.
         call, writer = example_call(policy.format, name, arguments), "a policy"
@@ -60,14 +70,13 @@ def _check_call(policy: Policy, name: str, arguments: dict[str, Any], sample: st
             "could not be tried on it"
         )
         return
-    if _reads(policy, policy.format, call, name, arguments):
+    if reads_call(policy, policy.format, call, name, arguments):
         return
-    fitting = [form for form in sorted(_parsers()) if _reads(policy, form, call, name, arguments)]
+    fitting = [form for form in sorted(tool_parsers()) if reads_call(policy, form, call, name, arguments)]
     advice = f"set it to {' or '.join(fitting)}"
     if not fitting:
-        advice = (
-            f"nor does any other ({', '.join(sorted(_parsers()))}): set actor_rollout_ref.model.custom_chat_template"
-        )
+        formats = ", ".join(sorted(tool_parsers()))
+        advice = f"nor does any other ({formats}): set actor_rollout_ref.model.custom_chat_template"
     raise SiopConfigError(
         f"{MULTI_TURN}.format={policy.format} does not read the calls that {writer} writes; {advice}. It writes "
         f"{call[:300]!r}"
@@ -102,77 +111,10 @@ def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> 
         )
 
 
-def _parsers() -> dict[str, Any]:
-    from verl.experimental.agent_loop.tool_parser import ToolParser
-
-    return dict(ToolParser._registry)  # there is no public list of the names
-
-
-def sample_arguments(tool: Any, text: str) -> dict[str, Any]:
-    """Arguments for the required parameters of a tool, or for all if none is required, with ``text`` where it fits."""
-    parameters = tool.tool_schema.function.parameters
-    values = {"array": [text], "integer": 1, "number": 1, "boolean": True, "object": {}}
-    properties = parameters.properties
-    wanted = [name for name in properties if name in (parameters.required or properties)]
-    return {name: values.get(str(properties[name].type), text) for name in wanted}
-
-
-def _call_message(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The assistant's message as verl's tool agent writes it into the history."""
-    function = {"name": name, "arguments": arguments}
-    # The id is for templates that write it in place of the name.
-    return {"role": "assistant", "content": "", "tool_calls": [
-        {"id": f"functions.{name}:0", "type": "function", "function": function}
-    ]}  # fmt: skip
-
-
-def _rendered_call(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> str | None:
-    """What the template makes of an assistant turn with a call, or None if the call is not in it."""
-    user, schemas = {"role": "user", "content": sample}, policy.schemas()
-    try:
-        before = policy.render([user], True, schemas)
-        text = policy.render([user, _call_message(name, arguments)], False, schemas)
-    except PromptError as error:
-        raise SiopConfigError(
-            f"actor_rollout_ref.model.path={policy.path}: its chat template cannot render an assistant turn with a "
-            f"call of {name!r}: {error}"
-        ) from error
-    # A template may open the assistant's turn otherwise than it writes one that is past.
-    same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
-    call = text[same:]
-    return call if name in call else None
-
-
-def _reads(policy: Policy, form: str, call: str, name: str, arguments: dict[str, Any]) -> bool:
-    """Whether verl's parser of this format reads back just this call."""
-    import verl.experimental.agent_loop.tool_parser as tool_parser
-
-    noise = logging.getLogger(tool_parser.__file__)
-    ids = policy.tokenizer(call, add_special_tokens=False)["input_ids"]
-    noise.disabled, before = True, noise.disabled
-    try:
-        parser = _parsers()[form](policy.tokenizer)
-        _, calls = asyncio.run(parser.extract_tool_calls(ids, [tool.tool_schema for tool in policy.tools.values()]))
-        return [(found.name, _stripped(json.loads(found.arguments))) for found in calls] == [(name, arguments)]
-    except Exception:  # noqa: BLE001  (parsers of other models may want tokens that this one has not)
-        return False
-    finally:
-        noise.disabled = before
-
-
-def _stripped(value: Any) -> Any:
-    """A value without white space around its texts: tokenizers by words put some there, and tools take it off."""
-    if isinstance(value, dict):
-        return {key: _stripped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_stripped(item) for item in value]
-    return value.strip() if isinstance(value, str) else value
-
-
 def _check_result(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> None:
     """A tool's result must be appended to a rollout, by verl's own way of doing it."""
     user, schemas = {"role": "user", "content": sample}, policy.schemas()
-    history = [user, _call_message(name, arguments)]
+    history = [user, call_message(name, arguments)]
     result = {"role": "tool", "content": sample}
     try:
         ids = policy.builder.build_initial_tokens([user], tools=schemas)

@@ -11,11 +11,17 @@ from verl.tools.search_common import SearchTool
 from verl.trainer.siop.checks.policy import Policy
 from verl.utils.siop.data.chat import sample_arguments
 from verl.utils.siop.errors import SiopConfigError, SiopError
-from verl.utils.siop.scoring_client import ScoringClient
+from verl.utils.siop.scoring_client import LEXICAL, ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, build_reference
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
 
 NO_MODEL = "none"  # what /health says of a scorer without a language model
+# What it cannot do decides what is learnt from its answers.
+LEXICAL_WARNING = (
+    "the scorer at {url} has no NLI model and compares words: answers that say the same in other words are different "
+    "clusters, a passage is evidence for an answer if it holds its words, whatever it says about them, and no passage "
+    "is evidence for an answer that is a sentence of its own; start the scorer with SIOP_NLI_MODEL for both by meaning"
+)
 
 
 async def check_scorer(
@@ -35,10 +41,14 @@ async def check_scorer(
         ScorerError: it refuses the token, or its score is no log-probability.
         SiopConfigError: it has no language model where one is needed, or another tokenizer than the policy.
     """
-    async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
-        health = await client.wait_ready(timeout_s=min(wait_s, siop.siop_scorer_timeout_s))
+    # The client says at its deadline what was wrong with the last answer.
+    limit = min(wait_s, siop.siop_scorer_timeout_s)
+    async with ScoringClient(siop.siop_scorer_url, timeout_s=limit, deadline_s=limit) as client:
+        health = await client.wait_ready(timeout_s=limit)
         await client.check_token()
         found = f"{siop.siop_scorer_url}: {health.get('model')} ({health.get('engine')}), NLI {health.get('nli')}"
+        if health.get("nli") == LEXICAL and not siop.siop_use_gold_ref:
+            warn(LEXICAL_WARNING.format(url=siop.siop_scorer_url))
         if siop.siop_scorer != "server":
             return found
         if health.get("engine") == NO_MODEL:
@@ -50,7 +60,7 @@ async def check_scorer(
         if sample is not None:
             prompt = policy.tokenizer(sample, add_special_tokens=False)["input_ids"]
             request = SupportRequest(prompt, [], [0], [build_reference(sample, policy.tokenizer, siop)])
-            ((score,),) = (await asyncio.wait_for(client.support([request]), siop.siop_scorer_timeout_s))[0]
+            ((score,),) = (await client.support([request]))[0]
             found += f"; mean log-probability of a known text {score:.3f}"
     return found
 
@@ -74,7 +84,9 @@ def check_tokenizers(health: Mapping[str, Any], siop: SiopConfig, policy: Policy
             "the scorer with a model of the policy's tokenizer (SIOP_MODEL), or set algorithm.siop_scorer=policy"
         )
     rows, largest = health.get("vocab_size"), largest_id(policy.tokenizer)
-    if isinstance(rows, int) and largest >= rows:
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool)):
+        raise SiopConfigError(f"{models}: the scorer says vocab_size={rows!r}, which is no whole number")
+    if rows is not None and largest >= rows:
         raise SiopConfigError(
             f"{models}: the policy's tokenizer has ids up to {largest}, the scorer's embedding has {rows} rows; start "
             "the scorer with a model of the policy's tokenizer (SIOP_MODEL), or set algorithm.siop_scorer=policy"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.utils import need_critic
+from verl.trainer.siop.checks.values import critic_defaults, flat, shown
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 
@@ -55,6 +58,22 @@ def _waits_for_each_step(config: DictConfig) -> bool:
     return config.trainer.v1.trainer_mode in ("siop", "sync")
 
 
+def _other_than(*values: Any) -> Callable[[Any, DictConfig], bool]:
+    return lambda value, config: value not in values
+
+
+def _has_reference(config: DictConfig) -> bool:
+    return bool(config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss)
+
+
+def _by_tokens(key: str) -> Callable[[Any, DictConfig], bool]:
+    return lambda value, config: bool(OmegaConf.select(config, key))
+
+
+def _adapts(config: DictConfig) -> bool:
+    return bool(config.algorithm.use_kl_in_reward and config.algorithm.kl_ctrl.type == "adaptive")
+
+
 def _on_cpu(config: DictConfig) -> bool:
     return config.actor_rollout_ref.rollout.name == "hf_cpu"
 
@@ -64,10 +83,16 @@ def _trains(config: DictConfig) -> bool:
 
 
 ROLLOUT = "actor_rollout_ref.rollout"
+ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
 MULTI_TURN = f"{ROLLOUT}.multi_turn"
 MODEL = "actor_rollout_ref.model"
 _NOT_READ = "is read nowhere in verl 0.9.1's trainer"
 _LORA = "is not implemented in actor_rollout_ref.rollout.name=hf_cpu, which samples from the base weights; set it to "
+_KL_LOSS = "has no effect with actor_rollout_ref.actor.use_kl_loss=false; set that to true, or leave it at "
+_KL_REWARD = "has no effect with algorithm.use_kl_in_reward=false; leave it at "
+_ADAPTIVE = "has no effect without algorithm.use_kl_in_reward=true algorithm.kl_ctrl.type=adaptive; leave it at "
+_NO_GPU = "has no effect on a CPU, where actor_rollout_ref.rollout.name=hf_cpu samples; leave it at "
+_BY_TOKENS = "has no effect with batches by tokens; set {}=false too, or leave it at null"
 _OVERWRITTEN = "has no effect with algorithm.adv_estimator=siop, whose turn rewards replace every other reward"
 _SAMPLER = (
     "has no effect: the sampler of the siop trainer drops whole questions of which a rollout failed, and no others; "
@@ -99,17 +124,62 @@ REFUSALS: tuple[Refusal, ...] = (
             "has no effect with algorithm.adv_estimator=siop, which has no such parameter; set it to 1.0"),
     Refusal("algorithm.use_pf_ppo", lambda on, c: on and c.algorithm.adv_estimator != "gae",
             "has an effect with algorithm.adv_estimator=gae only; set it to false"),
+    Refusal("algorithm.pf_ppo.reweight_method", lambda x, c: x != "pow" and not c.algorithm.use_pf_ppo,
+            "has no effect with algorithm.use_pf_ppo=false; leave it at pow"),
+    Refusal("algorithm.pf_ppo.weight_pow", lambda x, c: x != 2 and not c.algorithm.use_pf_ppo,
+            "has no effect with algorithm.use_pf_ppo=false; leave it at 2.0"),
+    Refusal("algorithm.filter_groups.metric", lambda x, c: x != "reward" and not c.algorithm.filter_groups.enable,
+            "has no effect with algorithm.filter_groups.enable=false; leave it at reward"),
+    Refusal("algorithm.filter_groups.max_inflight_gen_batches",
+            lambda x, c: x != 1 and not c.algorithm.filter_groups.enable,
+            "has no effect with algorithm.filter_groups.enable=false; leave it at 1"),
+    Refusal("algorithm.filter_groups.max_num_gen_batches", _other_than(0),
+            f"has no effect: it {_NOT_READ}; set max_inflight_gen_batches, and leave it at 0"),
+    Refusal("algorithm.kl_penalty", lambda x, c: x != "kl" and not c.algorithm.use_kl_in_reward, f"{_KL_REWARD}kl"),
+    Refusal("algorithm.kl_ctrl.type", lambda x, c: x != "fixed" and not c.algorithm.use_kl_in_reward,
+            f"{_KL_REWARD}fixed"),
+    Refusal("algorithm.kl_ctrl.target_kl", lambda x, c: x != 0.1 and not _adapts(c),
+            f"{_ADAPTIVE}0.1"),
+    Refusal("algorithm.kl_ctrl.horizon", lambda x, c: x != 10000 and not _adapts(c),
+            f"{_ADAPTIVE}10000"),
     Refusal("algorithm.kl_ctrl.kl_coef", lambda x, c: x != 0.001 and not c.algorithm.use_kl_in_reward,
             "has no effect with algorithm.use_kl_in_reward=false; the coefficient of the loss is "
             "actor_rollout_ref.actor.kl_loss_coef"),
+    # --- the update
+    Refusal(f"{ACTOR}.kl_loss_coef", lambda x, c: x not in (0.005, 0) and not c.actor_rollout_ref.actor.use_kl_loss,
+            f"{_KL_LOSS}0.005"),
+    Refusal(f"{ACTOR}.kl_loss_type", lambda x, c: x != "low_var_kl" and not c.actor_rollout_ref.actor.use_kl_loss,
+            f"{_KL_LOSS}low_var_kl"),
+    Refusal(f"{ACTOR}.grad_clip", _other_than(1), f"has no effect: it {_NOT_READ}; set {ACTOR}.optim.clip_grad"),
+    Refusal(f"{ACTOR}.freeze_vision_tower", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal(f"{ACTOR}.use_prefix_grouper", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal(f"{ACTOR}.ppo_micro_batch_size", _not(None),
+            f"has no effect: it {_NOT_READ}; set ppo_micro_batch_size_per_gpu"),
+    Refusal(f"{ACTOR}.ppo_micro_batch_size_per_gpu", _by_tokens(f"{ACTOR}.use_dynamic_bsz"),
+            _BY_TOKENS.format(f"{ACTOR}.use_dynamic_bsz")),
+    Refusal(f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu", _by_tokens(f"{ROLLOUT}.log_prob_use_dynamic_bsz"),
+            _BY_TOKENS.format(f"{ACTOR}.use_dynamic_bsz")),
+    Refusal(f"{ROLLOUT}.log_prob_use_dynamic_bsz", lambda on, c: on != c.actor_rollout_ref.actor.use_dynamic_bsz,
+            f"is not allowed: verl wants the same as {ACTOR}.use_dynamic_bsz; set "
+            "both PPO_MICRO_BATCH_SIZE_PER_GPU and LOGPROB_MICRO_BATCH_SIZE_PER_GPU, or neither"),
+    Refusal(f"{REF}.log_prob_micro_batch_size_per_gpu", lambda x, c: x is not None and not _has_reference(c),
+            f"(REF_LOGPROB_MICRO_BATCH_SIZE_PER_GPU) has no effect without a reference policy; set {ACTOR}.use_kl_loss="
+            "true (KL_LOSS_COEF), or leave it unset"),
+    Refusal(f"{REF}.log_prob_micro_batch_size_per_gpu", _by_tokens(f"{REF}.log_prob_use_dynamic_bsz"),
+            _BY_TOKENS.format(f"{REF}.log_prob_use_dynamic_bsz")),
+    Refusal("trainer.balance_batch", _off, "has no effect: verl 0.9.1's V1 trainer always balances; set it to true"),
     # --- the rollouts
+    Refusal(f"{ROLLOUT}.multi_stage_wake_up", _on, f"has no effect: it {_NOT_READ}; set it to false"),
+    Refusal(f"{ROLLOUT}.tensor_model_parallel_size", lambda n, c: n != 1 and _on_cpu(c),
+            f"(ROLLOUT_TP_SIZE) {_NO_GPU}1"),
+    Refusal(f"{ROLLOUT}.gpu_memory_utilization", lambda x, c: x != 0.5 and _on_cpu(c),
+            f"(ROLLOUT_GPU_MEM) {_NO_GPU}0.5"),
     Refusal(f"{MULTI_TURN}.enable", lambda on, c: not on and _has_tools(c),
             "has no effect: verl 0.9.1 calls the tools of multi_turn.tool_config_path whatever it says; set it to "
             "true, or tool_config_path=null for rollouts without tools"),
     Refusal(f"{ROLLOUT}.agent.default_agent_loop", lambda name, c: name == "single_turn_agent" and _has_tools(c),
             "calls no tools, but multi_turn.tool_config_path (or function_tool_path) names some; set it to tool_agent, "
             "or the path to null"),
-    Refusal(f"{ROLLOUT}.n", lambda n, c: n < 1, "is not allowed: a whole number from 1, and SIOP needs 2 or more"),
     Refusal(f"{ROLLOUT}.temperature", lambda x, c: x <= 0 and _trains(c),
             "would make all rollouts of a question the same; set it above 0"),
     Refusal(f"{ROLLOUT}.do_sample", lambda on, c: on is False and _trains(c),
@@ -120,7 +190,6 @@ REFUSALS: tuple[Refusal, ...] = (
             f"has no effect: it {_NOT_READ}; leave it at strict"),
     Refusal(f"{MULTI_TURN}.num_repeat_rollouts", _not(None),
             f"has no effect: it {_NOT_READ}; set actor_rollout_ref.rollout.n"),
-    Refusal(f"{ROLLOUT}.val_kwargs.n", lambda n, c: n < 1, "would validate on nothing; set it to 1 or more"),
     Refusal(f"{ROLLOUT}.val_kwargs.n", lambda n, c: n > 1 and c.actor_rollout_ref.rollout.val_kwargs.temperature == 0,
             "would make equal rollouts, for val_kwargs.temperature is 0; set n=1, or a temperature above 0"),
     Refusal(f"{ROLLOUT}.val_kwargs.do_sample",
@@ -218,11 +287,12 @@ def check_settings(config: DictConfig, siop: SiopConfig) -> str:
     for refusal in REFUSALS:
         value = OmegaConf.select(config, refusal.key)
         if value is not None and refusal.wrong(value, config):
-            raise SiopConfigError(f"{refusal.key}={_shown(value)} {refusal.why}")
+            raise SiopConfigError(f"{refusal.key}={shown(value)} {refusal.why}")
     for section in OLD_SECTIONS:
         for key, value in _leaves(OmegaConf.select(config, section), section):
             if value is not None:
-                raise SiopConfigError(f"{key}={_shown(value)} has no effect in verl 0.9.1's trainer; set reward.{key}")
+                raise SiopConfigError(f"{key}={shown(value)} has no effect in verl 0.9.1's trainer; set reward.{key}")
+    _check_critic(config)
     if _siop(config):
         unread = list(_ignored(siop))
     else:
@@ -232,14 +302,25 @@ def check_settings(config: DictConfig, siop: SiopConfig) -> str:
     for key, because in unread:
         if getattr(siop, key) != getattr(default, key):
             raise SiopConfigError(
-                f"algorithm.{key}={_shown(getattr(siop, key))} has no effect with {because}; leave it at "
-                f"{_shown(getattr(default, key))}"
+                f"algorithm.{key}={shown(getattr(siop, key))} has no effect with {because}; leave it at "
+                f"{shown(getattr(default, key))}"
             )
     return "no setting without effect"
 
 
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+def _check_critic(config: DictConfig) -> None:
+    """Refuse settings of a critic that is not there. What it takes over from the actor may be anything."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is none
+        if need_critic(config):
+            return
+    default = critic_defaults(str(config.critic.get("_target_")))
+    for key, value in flat(OmegaConf.to_container(config.critic), "critic"):
+        if key in default and key != "critic.enable" and value != default[key] and "${" not in str(default[key]):
+            raise SiopConfigError(
+                f"{key}={shown(value)} has no effect: there is no critic with algorithm.adv_estimator="
+                f"{config.algorithm.adv_estimator}; leave it at {shown(default[key])}"
+            )
 
 
 def _leaves(section: Any, path: str) -> Iterator[tuple[str, Any]]:

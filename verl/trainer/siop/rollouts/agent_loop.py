@@ -8,6 +8,7 @@ The training configuration names :class:`SiopAgentLoopManager`
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -16,10 +17,12 @@ import transfer_queue as tq
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall
+from verl.tools.control_tokens import neutralise
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.v1 import agent_loop_tq
-from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, message
+from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, json_fault, message
 from verl.utils.siop.errors import RolloutError
+from verl.utils.siop.turn_utils import opens_thinking
 
 AGENT_LOOP = "siop_tool_agent"
 # verl's own loop, which data sets made for verl name in every row.
@@ -27,10 +30,18 @@ UPSTREAM = "tool_agent"
 MAX_CAUSE_CHARS = 1000
 
 
-class UnreadCall(FunctionCall):
-    """Stands among a turn's calls for one that the parser did not read; its answer is known."""
+class AnsweredCall(FunctionCall):
+    """Stands among a turn's calls for one that no tool can execute.
+
+    Args:
+        answer: what the model is told. Nothing in it is the model's own text: that would come back to it as if a tool
+            had said it, and count as evidence.
+        outcome: where it is counted, a field of :class:`~verl.trainer.siop.rollouts.tool_calls.ToolRecord`; empty if
+            it was counted when the turn was read.
+    """
 
     answer: str
+    outcome: str = ""
 
 
 @register(AGENT_LOOP)
@@ -39,7 +50,9 @@ class SiopToolAgentLoop(ToolAgentLoop):
 
     Token for token verl's ``tool_agent``, but a turn in which a call was tried and could not be read does not end the
     rollout: the model gets a tool message that says what is wrong, within the limits on turns, length and calls of a
-    turn. ``extra_fields["siop_tools"]`` holds what became of all calls, a
+    turn. What a tool says reaches the model without control tokens, whoever wrote the tool, and what is said about a
+    call that failed repeats neither the call nor the tool's exception, which is in the log.
+    ``extra_fields["siop_tools"]`` holds what became of all calls, a
     :class:`~verl.trainer.siop.rollouts.tool_calls.ToolRecord`.
 
     Raises:
@@ -50,7 +63,9 @@ class SiopToolAgentLoop(ToolAgentLoop):
 
     async def _handle_pending_state(self, agent_data: Any, sampling_params: dict[str, Any]) -> AgentState:
         agent_data.siop_record = ToolRecord(offered=list(agent_data._active_tools))
-        return await super()._handle_pending_state(agent_data, sampling_params)
+        state = await super()._handle_pending_state(agent_data, sampling_params)
+        agent_data.siop_record.thinking = opens_thinking(agent_data.prompt_ids, self.tokenizer)
+        return state
 
     async def _handle_generating_state(
         self, agent_data: Any, sampling_params: dict[str, Any], ignore_termination: bool = False
@@ -82,7 +97,7 @@ class SiopToolAgentLoop(ToolAgentLoop):
             None, lambda: self.tokenizer.decode(agent_data.response_ids, skip_special_tokens=False)
         )
         arguments = {name: list(schema.function.parameters.properties) for name, schema in tools.items()}
-        found = faults(text, len(calls), self.tool_parser_name, arguments)
+        found = faults(text, len(calls), self.tool_parser_name, arguments, record.thinking)
         record.unparsed += len(found)
         record.dropped += len(calls) if last_turn else max(0, len(calls) - self.max_parallel_calls)
         if last_turn or not found:
@@ -92,7 +107,7 @@ class SiopToolAgentLoop(ToolAgentLoop):
         agent_data.tool_calls = [
             *calls,
             *(
-                UnreadCall(
+                AnsweredCall(
                     name=name,
                     arguments="{}",
                     answer=message(fault, self.tool_parser_name, name, _required(tools[name]), special),
@@ -118,16 +133,33 @@ class SiopToolAgentLoop(ToolAgentLoop):
     async def _call_tool(
         self, tool_call: FunctionCall, tools_kwargs: dict[str, Any], agent_data: Any
     ) -> tuple[ToolResponse, float, dict]:
-        if isinstance(tool_call, UnreadCall):
+        record: ToolRecord = agent_data.siop_record
+        if isinstance(tool_call, AnsweredCall):
+            if tool_call.outcome:
+                record.count(tool_call.outcome)
             return ToolResponse(text=tool_call.answer), 0.0, {}
         response, reward, metrics = await super()._call_tool(tool_call, tools_kwargs, agent_data)
-        record: ToolRecord = agent_data.siop_record
-        outcome = _outcome(tool_call, response, metrics, agent_data._active_tools)
-        setattr(record, outcome, getattr(record, outcome) + 1)
+        schema = agent_data._active_tools[tool_call.name].tool_schema
+        raised = (response.text or "").startswith(f"Error executing tool '{tool_call.name}'")
+        outcome = _outcome(json.loads(tool_call.arguments), raised, metrics, schema)
+        record.count(outcome)
         record.neutralised += _metric(metrics, "neutralised") or 0
         if outcome == "executed":
             agent_data.siop_executed.append(tool_call)
+        if raised:
+            wanted = f"; its arguments are {', '.join(schema.function.parameters.properties) or 'none'}"
+            response.text = f"Error: {tool_call.name} failed" + (wanted if outcome == "invalid_arguments" else "")
+        elif response.text:
+            # After verl's cut, which may join what stood apart.
+            response.text, found = neutralise(response.text)
+            record.neutralised += found
         return response, reward, metrics
+
+    def _build_assistant_message(self, content: str, agent_data: Any) -> dict[str, Any]:
+        tools = agent_data._active_tools
+        agent_data.tool_calls = [_checked(call, index, tools) for index, call in enumerate(agent_data.tool_calls)]
+        message: dict[str, Any] = super()._build_assistant_message(content, agent_data)
+        return message
 
     def _no_turn_left(self, agent_data: Any) -> bool:
         return bool(
@@ -155,19 +187,31 @@ def _required(schema: Any) -> list[str]:
     return list(parameters.required) or list(parameters.properties)
 
 
-def _outcome(call: FunctionCall, response: ToolResponse, metrics: Any, tools: dict[str, Any]) -> str:
-    """The field of :class:`ToolRecord` in which a call counts. verl turns a tool's exception into a text."""
-    if call.name not in tools:
-        return "unknown_tool"
-    try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
-        return "invalid_arguments"
-    raised = (response.text or "").startswith(f"Error executing tool '{call.name}'")
+def _checked(call: FunctionCall, index: int, tools: dict[str, Any]) -> FunctionCall:
+    """The call, or what stands for it if it cannot be executed. Templates may write its name or id beside its result,
+    so these are of our making."""
+    if isinstance(call, AnsweredCall):
+        return call
+    known, fault = call.name in tools, json_fault(call.arguments)
+    name = call.name if known else "unknown"
+    call_id = call.tool_call_id
+    if call_id is not None and not re.fullmatch(rf"(functions\.)?{re.escape(name)}(:\d{{1,4}})?", call_id, re.ASCII):
+        call_id = f"functions.{name}:{index}"
+    if known and fault is None:
+        call.tool_call_id = call_id
+        return call
+    answer, outcome = f"Error: the arguments of {name} are {fault}.", "invalid_arguments"
+    if not known:
+        answer, outcome = f"Error: there is no such tool. There is {', '.join(tools) or 'none'}.", "unknown_tool"
+    return AnsweredCall(name=name, arguments="{}", tool_call_id=call_id, answer=answer, outcome=outcome)
+
+
+def _outcome(arguments: Any, raised: bool, metrics: Any, schema: Any) -> str:
+    """The field of :class:`ToolRecord` in which a call counts."""
     invalid = _metric(metrics, "invalid_calls")
     if invalid is not None:  # the tool knows best
         return "invalid_arguments" if invalid else "executed"
-    parameters = tools[call.name].tool_schema.function.parameters
+    parameters = schema.function.parameters
     if not isinstance(arguments, dict) or not set(parameters.required) <= set(arguments):
         return "invalid_arguments"
     if raised:

@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 
 # Steps that count as the start, unless something was learnt before.
 START_STEPS = 10
-# How many rollouts, or calls, two steps must have for a stop. That the rollouts of each question are worth the same
-# happens by chance in small batches.
-_ENOUGH = {"no_answer": 4, "no_call": 4, "no_call_executed": 4, "no_variance": 16}
+# Rollouts that steps in a row must have for a stop, so that it is no chance: what one rollout in four does stays away
+# from 16 with a probability of 1 %. A right answer is rarer; one in twenty stays away from 100 with 0.6 %.
+_ENOUGH, _ENOUGH_VARIANCE = 16, 100
 _START_ONLY = ("no_call", "no_variance")
 _EXAMPLE_CHARS = 400
 _README = "README, 'What a prompt must ask for'"
 
 
 class NothingLearnt(SiopError, RuntimeError):
-    """Two steps in a row gave nothing to learn from; the text says what was seen and what to change."""
+    """Steps in a row gave nothing to learn from; the text says what was seen and what to change."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class Finding:
     """One way of learning nothing.
 
     Args:
-        kind: a key of ``_ENOUGH``.
-        weight: number of rollouts, or calls, that say so.
+        kind: its name.
+        weight: number of rollouts that say so.
         seen: what was seen, with its share.
         example: index of a rollout that shows it.
         causes: likely ones, most likely first, each with the key to change.
+        enough: how many rollouts in steps in a row end the run; None if something is learnt all the same.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Finding:
     seen: str
     example: int
     causes: tuple[str, ...]
+    enough: int | None = _ENOUGH
 
 
 class NothingLearntAlarm:
@@ -70,14 +72,15 @@ class NothingLearntAlarm:
     Until a step shows all that learning needs, and for the first 10 steps at most:
 
     - no rollout has an answer
-    - rollouts have a tool, and no call is tried
-    - calls are tried, and none is executed
+    - most of the rollouts that have a tool try no call, and none is executed
+    - most of them try one, and none is executed
     - all advantages are 0
 
     The second and the last come about in a healthy training, too (a policy that knows its few questions by heart), so
     afterwards only the other two are looked at, the third without calls that were merely dropped. With ``stop`` the
-    same finding in two steps in a row ends the run, if it rests on at least 4 rollouts or calls (16 for the
-    advantages); the first is a warning. With ``warn`` each kind is told once.
+    same finding in two or more steps in a row ends the run as soon as these have 16 rollouts that say so; for the last
+    one 100, unless all answers are the same or none; the second never does while some advantage is not 0. The first
+    such step is a warning. With ``warn`` each kind is told once.
 
     Args:
         action: ``stop`` or ``warn``.
@@ -88,27 +91,33 @@ class NothingLearntAlarm:
         self.action, self.config = action, config
         self.starting = True
         self._told: set[str] = set()
-        self._before: dict[str, int] = {}  # kind -> weight, of the step before
+        self._rows: dict[str, tuple[int, int, int]] = {}  # kind -> steps in a row, their rollouts, how many end the run
 
     def look(self, step: Step) -> None:
         """Warns, or ends the run.
 
         Raises:
-            NothingLearnt: ``stop``, and the step before was no better.
+            NothingLearnt: ``stop``, and the steps before were no better.
         """
         self.starting = self.starting and step.number <= START_STEPS
         findings = [found for found in self._findings(step) if self.starting or found.kind not in _START_ONLY]
         self.starting = self.starting and bool(findings)
-        before, self._before = self._before, {finding.kind: finding.weight for finding in findings}
-        if self.action == "stop" and any(
-            finding.kind in before and finding.weight + before[finding.kind] >= _ENOUGH[finding.kind]
-            for finding in findings
-        ):
-            raise NothingLearnt(self._block(step, findings, "stopped after two such steps in a row"))
+        before, self._rows = self._rows, {}
+        for finding in findings if self.action == "stop" else []:
+            if finding.enough is not None:
+                steps, rollouts, enough = before.get(finding.kind, (0, 0, 0))
+                row = (steps + 1, rollouts + finding.weight, max(enough, finding.enough))
+                self._rows[finding.kind] = row
+        over = [steps for steps, rollouts, enough in self._rows.values() if steps > 1 and rollouts >= enough]
+        if over:
+            raise NothingLearnt(self._block(step, findings, f"stopped after {max(over)} such steps in a row"))
         new = [finding for finding in findings if finding.kind not in self._told]
         if new:
             self._told.update(finding.kind for finding in new)
-            outlook = "the next such step ends the run" if self.action == "stop" else "going on"
+            rows = [self._rows[finding.kind] for finding in new if finding.kind in self._rows]
+            outlook = "more such steps end the run" if rows else "going on"
+            if any(rollouts + rollouts // steps >= enough for steps, rollouts, enough in rows):
+                outlook = "the next such step ends the run"
             logger.warning("%s", self._block(step, new, outlook))
 
     def _findings(self, step: Step) -> list[Finding]:
@@ -136,7 +145,8 @@ class NothingLearntAlarm:
             if found:
                 causes = ("it follows from the above", *causes)
             seen = f"every advantage is 0 in {count} of {count} rollouts: no question's rollouts differ in their worth"
-            found.append(Finding("no_variance", count, seen, 0, causes))
+            enough = _ENOUGH if len(set(step.answers)) == 1 else _ENOUGH_VARIANCE
+            found.append(Finding("no_variance", count, seen, 0, causes, enough))
         return found
 
     def _call_findings(self, step: Step) -> list[Finding]:
@@ -146,29 +156,30 @@ class NothingLearntAlarm:
         tool_format = self.config.actor_rollout_ref.rollout.multi_turn.format
         if not records or total["executed"]:
             return []
-        causes: tuple[str, ...]
-        if not total["calls"]:
-            causes = (
-                "the model is not told of its tools: a chat template that does not render them needs a prompt that "
-                f"describes them ({_README})",
-                f"the model writes calls in a form that is not recognised: "
-                f"actor_rollout_ref.rollout.multi_turn.format={tool_format}",
-            )
-            seen = f"no tool call in {count} of {count} rollouts that had a tool"
-            return [Finding("no_call", count, seen, offered[0], causes)]
-        tried = total["calls"] - (0 if self.starting else total["dropped"])
-        if not tried:
-            return []
         reasons = sorted((key for key in _CALL_CAUSES if total[key]), key=lambda key: -total[key])
         shares = ", ".join(f"{total[key]} {_CALL_CAUSES[key][0]}" for key in reasons)
         tools = ", ".join(sorted({name for record in records for name in record["offered"]}))
         causes = tuple(_CALL_CAUSES[key][1].format(format=tool_format, tools=tools) for key in reasons)
-        example = next(index for index in offered if step.records[index][reasons[0]])
-        seen = f"none of {total['calls']} tool calls was executed: {shares}"
-        return [Finding("no_call_executed", tried, seen, example, causes)]
+        unmet = f"none of {total['calls']} tool calls was executed: {shares}"
+        tried = sum(record["calls"] > (0 if self.starting else record["dropped"]) for record in records)
+        if 2 * tried >= count:
+            example = next(index for index in offered if step.records[index][reasons[0]])
+            return [Finding("no_call_executed", tried, unmet, example, causes)]
+        causes = (
+            "the model is not told of its tools: a chat template that does not render them needs a prompt that "
+            f"describes them ({_README})",
+            f"the model writes calls in a form that is not recognised: "
+            f"actor_rollout_ref.rollout.multi_turn.format={tool_format}",
+            *causes,
+        )
+        silent = [index for index in offered if not step.records[index]["calls"]]
+        seen = f"no tool call in {len(silent)} of {count} rollouts that had a tool" + (f", {unmet}" if reasons else "")
+        example = (silent or offered)[0]
+        return [Finding("no_call", count, seen, example, causes, None if step.learns else _ENOUGH)]
 
     def _block(self, step: Step, findings: Sequence[Finding], outlook: str) -> str:
-        lines = [f"nothing can be learnt from step {step.number} ({outlook})"]
+        learnt = "no use of tools" if all(finding.enough is None for finding in findings) else "nothing"
+        lines = [f"{learnt} can be learnt from step {step.number} ({outlook})"]
         for finding in findings:
             lines += [f"  {finding.seen}", *(f"    - {cause}" for cause in finding.causes)]
         lines.append(f"  end of what a rollout wrote: {shown(step.text(findings[0].example))}")

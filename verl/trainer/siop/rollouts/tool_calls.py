@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
-# Key of a rollout's record in verl's extra_fields.
+from verl.utils.siop.turn_utils import parse_answer
+
+# Key of a rollout's record in verl's extra_fields; the reward function knows it too.
 FIELD = "siop_tools"
 
 
@@ -25,6 +28,7 @@ class ToolRecord:
         dropped: read but not executed: over ``max_parallel_calls``, or in the last turn that is allowed.
         truncated: 1 if the budget cut a turn, or left no room for an observation; else 0.
         neutralised: control tokens that tools took out of what they found (their metrics ``…/neutralised``).
+        thinking: the prompt ends in an open ``<think>``, so that each turn begins inside it.
         offered: names of the tools that the rollout had.
         executed_calls: for each assistant turn the executed calls as (name, arguments in JSON), in their order.
     """
@@ -37,6 +41,7 @@ class ToolRecord:
     dropped: int = 0
     truncated: int = 0
     neutralised: int = 0
+    thinking: bool = False
     offered: list[str] = field(default_factory=list)
     executed_calls: list[list[tuple[str, str]]] = field(default_factory=list)
 
@@ -44,6 +49,10 @@ class ToolRecord:
     def calls(self) -> int:
         """Attempted calls."""
         return self.executed + self.unparsed + self.unknown_tool + self.invalid_arguments + self.failed + self.dropped
+
+    def count(self, outcome: str) -> None:
+        """One more call whose fate is the field ``outcome``."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and ``calls``, for ``extra_fields``."""
@@ -119,41 +128,46 @@ _OPENINGS = (
     "<|python_tag|>",
     "[TOOL_CALLS]",
 )
+_NOT_CLOSED = "a tag <tool_call> before it is not closed"
 _NAME_KEY = re.compile(r'"(?:name|tool|function|action)"\s*:')
 _ARGUMENTS_KEY = re.compile(r'"(?:arguments|parameters|args|input|action_input)"\s*:')
 
 
-def faults(text: str, read: int, tool_format: str, tools: Mapping[str, Iterable[str]]) -> list[str]:
+def faults(
+    text: str, read: int, tool_format: str, tools: Mapping[str, Iterable[str]], thinking: bool = False
+) -> list[str]:
     """What is wrong with the tool calls of one assistant turn that verl's parser did not read.
 
-    The format's own opening outside of thinking and of ``<answer>`` is always an attempt. Another format's markup, a
-    tag with a tool's name, a JSON call without tags or in a code block is one where nothing was read and the turn has
-    no answer: in a turn that answers it may be part of the explanation.
+    A turn that gives an answer (:func:`~verl.utils.siop.turn_utils.parse_answer`) tries none: what looks like one may
+    be part of the explanation. Else the format's own opening outside of thinking and of ``<answer>`` is an attempt; and
+    where nothing was read, so are another format's markup, a tag with a tool's name, a JSON call without tags or in a
+    code block, ``{"query": "x"}`` in the beginning of a line, ``search("x")`` and ``Action: search``.
 
     Args:
         text: the decoded turn.
         read: number of calls that the parser found in it.
         tool_format: name of the parser.
         tools: the rollout's tools, name -> names of its arguments.
+        thinking: whether the turn begins inside ``<think>``.
 
     Returns:
         One reason for each such call; empty if there is none, or if the rollout has no tools.
     """
-    if not tools:
+    if not tools or parse_answer(text, thinking):
         return []
-    visible = _without_thinking(text)
-    outside = _without_answers(visible)
+    outside = _without_answers(_without_thinking(text))
     form = FORMS.get(tool_format)
     pieces = outside.split(form.opening)[1:] if form is not None else []
     if pieces:
-        general = "it does not have the form of a tool call"
         if tool_format != "hermes":
-            return [general] * max(0, len(pieces) - read)
-        found = [_fault_of_hermes(piece) for piece in pieces]
+            # Several openings with nothing between them are one.
+            tried = sum(not piece.isspace() for piece in pieces if piece) or 1
+            return ["it does not have the form of a tool call"] * max(0, tried - read)
+        found = _faults_of_hermes(outside)
         wrong = [fault for fault in found if fault is not None]
         unread = len(found) - len(wrong) - read
-        return wrong + ["a tag <tool_call> before it is not closed"] * max(0, unread)
-    if not read and outside == visible and _foreign(outside, tools):
+        return wrong + [_NOT_CLOSED] * max(0, unread)
+    if not read and _foreign(outside, tools):
         return ["it is not written in the form of a tool call"]
     return []
 
@@ -188,17 +202,31 @@ def _without_answers(text: str) -> str:
     return "".join([*(piece.rpartition("<answer>")[0] if "<answer>" in piece else piece for piece in closed), rest])
 
 
-def _fault_of_hermes(piece: str) -> str | None:
-    """What is wrong with one call, given the text from its opening tag to the next one."""
-    body, closing, _ = piece.partition("</tool_call>")
-    if not closing:
-        return "the closing tag </tool_call> is missing"
+def json_fault(text: str) -> str | None:
+    """Why a text cannot be read as JSON, in words none of which are its own; None if it can."""
     try:
-        call = json.loads(body)
+        json.loads(text)
     except json.JSONDecodeError as error:
-        return f"between the tags is no valid JSON ({error.msg} at character {error.pos})"
+        return f"no valid JSON ({error.msg} at character {error.pos})"
     except (ValueError, RecursionError):  # a number of 5,000 digits, a thousand brackets
-        return "between the tags is JSON that is too large"
+        return "JSON that is too large"
+    return None
+
+
+def _faults_of_hermes(text: str) -> list[str | None]:
+    """Of each call in the text, that is of each closing tag after an opening one, what is wrong with it."""
+    *closed, rest = text.split("</tool_call>")
+    bodies = [piece.split("<tool_call>")[1:] for piece in closed]
+    found = [_fault_of_hermes(body[-1]) or (_NOT_CLOSED if len(body) > 1 else None) for body in bodies if body]
+    return [*found, *["the closing tag </tool_call> is missing"] * ("<tool_call>" in rest)]
+
+
+def _fault_of_hermes(body: str) -> str | None:
+    """What is wrong with one call, given the text between its tags."""
+    fault = json_fault(body)
+    if fault is not None:
+        return f"between the tags is {fault}"
+    call = json.loads(body)
     if not isinstance(call, dict):
         return "between the tags is no JSON object"
     missing = [key for key in ("name", "arguments") if key not in call]
@@ -207,10 +235,21 @@ def _fault_of_hermes(piece: str) -> str | None:
     return None if isinstance(call["name"], str) else "name is no text"
 
 
+@cache
+def _written(names: tuple[str, ...], arguments: tuple[str, ...]) -> re.Pattern[str]:
+    """A call of one of these tools as models write it that were taught another way. Linear time."""
+    name, argument = ("|".join(map(re.escape, words)) or "(?!)" for words in (names, arguments))
+    return re.compile(
+        rf"""<(?:{name})[\s>] | \b(?:{name})\(\s*(?:["'{{]|(?:{argument})\s*=)
+            | ^[ \t]*Action[ \t]*:[ \t]*["'`]?(?:{name})\b | ^[ \t]*\{{\s*"(?:{argument})"\s*:""",
+        re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+    )
+
+
 def _foreign(text: str, tools: Mapping[str, Iterable[str]]) -> bool:
     if any(opening in text for opening in _OPENINGS):
         return True
-    if any(tag in text for name in tools for tag in (f"<{name}>", f"<{name} ")):
+    if _written(tuple(tools), tuple(name for names in tools.values() for name in names)).search(text):
         return True
     if _NAME_KEY.search(text) and _ARGUMENTS_KEY.search(text):
         return True

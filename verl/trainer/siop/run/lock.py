@@ -42,10 +42,7 @@ def output_lock(folder: Path, log: str | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise OutputInUse(
-                f"trainer.default_local_dir={folder} is the output folder of another run: {_holder(file.read())}; "
-                "stop that run, or choose another folder"
-            ) from None
+            raise _in_use(folder, file.read()) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
@@ -59,6 +56,29 @@ def output_lock(folder: Path, log: str | None = None) -> Iterator[None]:
             file.write(json.dumps(owner) + "\n")
             file.flush()
         yield
+
+
+def check_free(folder: Path) -> str:
+    """Look whether another process holds ``folder``, without holding it; a line about it.
+
+    Raises:
+        OutputInUse: one does.
+    """
+    try:
+        with open(folder / LOCK_FILE) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder, (folder / LOCK_FILE).read_text()) from None
+    except OSError:  # there is no such file, or there are no locks
+        pass
+    return f"{folder}: no other run writes to it"
+
+
+def _in_use(folder: Path, owner: str) -> OutputInUse:
+    return OutputInUse(
+        f"trainer.default_local_dir={folder} is the output folder of another run: {_holder(owner)}; stop that run, or "
+        "choose another folder"
+    )
 
 
 def _holder(text: str) -> str:

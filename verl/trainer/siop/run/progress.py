@@ -81,7 +81,13 @@ class Progress:
         """The line about the start of the training loop."""
         if self.checkpoint is None:
             return f"training, {self.total} steps"
-        return f"training goes on from {self.checkpoint}, {self.total - self.step} steps are left"
+        left = self.total - self.step
+        if not left:
+            return (
+                f"all {self.total} steps are done, in {self.checkpoint}: more come of a higher trainer.total_epochs, a "
+                "new run of trainer.resume_mode=disable"
+            )
+        return f"training goes on from {self.checkpoint}, {left} step{'s are' if left > 1 else ' is'} left"
 
     def seconds_until_saved(self) -> float | None:
         """Estimate of when the step in progress ends, from the last one.
@@ -97,7 +103,8 @@ class Progress:
     def stopped(self, signal_name: str) -> str:
         """The line that a run which a signal stopped ends with."""
         if not self.training:
-            return f"stopped by {signal_name} before the first step"
+            earlier = "; what was saved in earlier runs is as it was" if any(self.folder.glob("global_step_*")) else ""
+            return f"stopped by {signal_name} before the first step{earlier}"
         return f"stopped by {signal_name} at step {self.step}; {self.last_checkpoint()}"
 
     def last_checkpoint(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from verl.utils.siop.nli_clustering import normalize_answer
 
 ALIAS_SEPARATOR = "<|answer_split|>"
 _ALIAS_KEYS = ("target", "ground_truth")
+_PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
 def exact_match(answer: str, aliases: Sequence[str]) -> float:
@@ -37,6 +39,29 @@ def f1_score(answer: str, aliases: Sequence[str]) -> float:
     if not answer.strip():
         return 0.0
     return max((_f1(answer, alias) for alias in aliases), default=0.0)
+
+
+def f1_release(response: str, aliases: Sequence[str]) -> float:
+    """F1 as the first release measures it: best over the aliases of 2·|P ∩ G| / (|P| + |G|) over **sets** of tokens.
+
+    Tokens are lower case, ASCII punctuation separates them, articles count; P is of the **first** ``<answer>`` of the
+    whole response, tool results included. Without an answer, or if either set is empty, 0.0.
+
+    Args:
+        response: a decoded response, not only its answer.
+        aliases: the gold answers.
+
+    >>> f1_release("<answer>The U.S.A.</answer>", ["USA", "U.S.A"])
+    0.8571428571428571
+    """
+    answer, closed, _ = response.partition("<answer>")[2].partition("</answer>")
+    predicted = _token_set(answer) if closed else set()
+    pairs = ((predicted & gold, len(predicted) + len(gold)) for gold in map(_token_set, aliases))
+    return max((2 * len(common) / total for common, total in pairs if common), default=0.0)
+
+
+def _token_set(text: str) -> set[str]:
+    return set(text.lower().translate(_PUNCTUATION_TO_SPACE).split())
 
 
 def parse_aliases(ground_truth: Any) -> list[str]:

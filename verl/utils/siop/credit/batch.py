@@ -235,7 +235,7 @@ def _parse(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> ParsedRollou
             f"but a mask of {len(rollout.response_mask)}"
         )
     turns = get_assistant_turn_ranges(rollout.response_mask)
-    return ParsedRollout(rollout, turns, extract_answer(rollout.response_ids, turns, tokenizer))
+    return ParsedRollout(rollout, turns, extract_answer(rollout.response_ids, turns, tokenizer, rollout.prompt_ids))
 
 
 def _group_by_question(parsed: Sequence[ParsedRollout]) -> list[list[int]]:

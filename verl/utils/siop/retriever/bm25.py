@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
-import re
+import resource
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
-import bm25s
 import numpy as np
-from bm25s.stopwords import STOPWORDS_EN
-from tqdm import tqdm
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, fingerprint, read_corpus
+from verl.utils.siop.retriever.bm25_blocks import Inverter, write_blocks
+from verl.utils.siop.retriever.bm25_estimate import announce
+from verl.utils.siop.retriever.bm25_files import map_array
+from verl.utils.siop.retriever.bm25_merge import ARRAYS, K1, B, merge
+from verl.utils.siop.retriever.bm25_parts import locked_parts
+from verl.utils.siop.retriever.bm25_postings import Postings
+from verl.utils.siop.retriever.bm25_words import TOKENIZER, UNICODE, query_words, tokenize
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, check_corpus
+from verl.utils.siop.retriever.folder import (
+    MANIFEST,
+    CorpusIdentity,
+    IndexFolderError,
+    Manifest,
+    check_folder,
+    check_target,
+    identify_files,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
+from verl.utils.siop.retriever.index import Hits, Index
+
+__all__ = ["Bm25Index", "Hits", "Index", "tokenize"]
 
 logger = logging.getLogger(__name__)
-# bm25s sets its logger to DEBUG when imported.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-Hits = list[tuple[Document, float]]
 PathLike = str | os.PathLike[str]
 
-# Lucene's parameters.
-K1, B = 1.2, 0.75
-_META, _OFFSETS, _FORMAT = "siop_index.json", "offsets.npy", 1
-_WORD = re.compile(r"\w+")
-_STOP_WORDS = frozenset(STOPWORDS_EN)
-
-
-class Index(Protocol):
-    """What the retriever service needs of an index; BM25 here, a dense index elsewhere."""
-
-    def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-        """The best ``k`` documents of each query with their scores, best first; fewer if fewer match."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        ...
-
-
-def tokenize(text: str) -> list[str]:
-    """Lower-case runs of letters, digits and underscores."""
-    return _WORD.findall(text.lower())
+KIND = "bm25"
+_SETTINGS = {"k1": K1, "b": B, "words": TOKENIZER}
+_PROBES, _PROBE_WORDS = 20, 50  # of the self-test: passages, and the words of each that are searched
 
 
 class Bm25Index:
-    """BM25 with Lucene's formula (k1 = 1.2, b = 0.75) through ``bm25s``.
+    """BM25 with Lucene's formula (k1 = 1.2, b = 0.75; :mod:`bm25_merge`) and exact results.
 
     English stop words are indexed (they count for a passage's length) but ignored in queries, unless the query has
     nothing else. Equal scores are returned in the order of the corpus.
     """
 
-    def __init__(self, scores: bm25s.BM25, documents: Sequence[Document]) -> None:
-        self._scores, self._documents = scores, documents
+    def __init__(self, postings: Postings, documents: Sequence[Document]) -> None:
+        self._postings, self._documents = postings, documents
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -69,62 +66,69 @@ class Bm25Index:
         Raises:
             CorpusError: there is no document.
         """
-        return cls(_index((d["contents"] for d in documents), "the corpus", show_progress), documents)
+        if not documents:
+            raise CorpusError("the corpus is empty: an index needs at least one document")
+        inverter = Inverter(0)
+        for document in documents:
+            inverter.add(0, document)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            block = folder / "block"
+            block.mkdir()
+            inverter.write(block)
+            merge([block], folder, show_progress=show_progress)
+            return cls(Postings(folder, len(documents), in_memory=True), documents)
 
     @classmethod
     def build(cls, corpus_path: PathLike, index_dir: PathLike, *, show_progress: bool = True) -> Bm25Index:
         """Reads the corpus, writes the index to ``index_dir`` (replacing an older one) and loads it.
 
+        Memory is bounded however large the corpus is, at about 1.6 GB, apart from 20 bytes a passage. A build that was
+        interrupted has left its finished blocks in ``index_dir`` + ".parts", and goes on from there.
+
         Raises:
-            CorpusError: no such corpus, an empty one, a malformed line (its number is given), or ``index_dir`` holds
-                something that is not an index of ours.
+            CorpusError: no such corpus, an empty or a compressed one, a malformed line (its number is given), an id
+                that is there twice, a full disk, or ``index_dir`` holds something that is not an index of BM25.
         """
-        corpus, target = Path(corpus_path), Path(index_dir)
-        if target.exists() and not target.is_dir():
-            raise CorpusError(f"{target} is a file; the index needs a directory")
-        if target.is_dir() and any(target.iterdir()) and not (target / _META).is_file():
-            raise CorpusError(f"{target} is not empty and holds no retriever index; choose another index directory")
-        # Taken before reading: a corpus that changes meanwhile then looks stale at the next load.
-        meta = {"format": _FORMAT, **fingerprint(corpus)}
-        offsets: list[int] = []
-
-        def contents() -> Iterator[str]:
-            for offset, document in read_corpus(corpus, show_progress=show_progress):
-                offsets.append(offset)
-                yield document["contents"]
-
-        scores = _index(contents(), str(corpus), show_progress)
-        # Written aside and renamed, so that an interrupted build never leaves half an index.
-        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            scores.save(str(scratch), show_progress=show_progress)
-            np.save(scratch / _OFFSETS, np.asarray(offsets, dtype=np.int64))
-            meta["documents"] = len(offsets)
-            (scratch / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        logger.info("indexed %d documents of %s in %s", len(offsets), corpus, target)
-        return cls.load(target)
+        check_corpus(Path(corpus_path))
+        with locked_parts(Path(index_dir)) as (parts, _):
+            return cls._build(Path(corpus_path), Path(index_dir), parts, show_progress)
 
     @classmethod
-    def load(cls, index_dir: PathLike) -> Bm25Index:
-        """Memory-maps a saved index.
+    def load(
+        cls, index_dir: PathLike, corpus_path: PathLike | None = None, *, show_progress: bool = False
+    ) -> Bm25Index:
+        """Memory-maps a saved index, after every byte of it and of the corpus was compared with its digests.
+
+        Args:
+            index_dir: the folder.
+            corpus_path: where the corpus is, if it has moved since the index was built.
+            show_progress: of the comparison, which reads both.
 
         Raises:
-            CorpusError: no index there, or its corpus is gone or has changed since it was built.
+            CorpusError: no index there, a damaged one, or its corpus is gone or has changed since it was built.
         """
         directory = Path(index_dir)
-        meta = _read_meta(directory)
-        if meta is None:
-            raise CorpusError(f"{directory} holds no retriever index of this version")
-        corpus = Path(meta["corpus"])
-        if not _is_of(meta, corpus):
-            raise CorpusError(f"{corpus} has changed since the index in {directory} was built; build it again")
-        scores = bm25s.BM25.load(str(directory), mmap=True, load_corpus=False, show_progress=False)
-        return cls(scores, CorpusFile(corpus, np.load(directory / _OFFSETS, mmap_mode="r")))
+        manifest = read_manifest(directory)
+        _check_kind(directory, manifest)
+        if manifest.settings != _SETTINGS or set(manifest.files) != {f"{name}.npy" for name in ARRAYS}:
+            raise IndexFolderError(f"the index in {directory} is of another version; build it again")
+        if (unicode := manifest.libraries.get("unicode")) != UNICODE:
+            logger.warning(
+                "the index in %s was built with Unicode %s, this Python has %s: words of characters that are new in "
+                "one of them are not found", directory, unicode, UNICODE,
+            )  # fmt: skip
+        corpus = check_folder(
+            directory, manifest, None if corpus_path is None else Path(corpus_path), show_progress=show_progress
+        )
+        index = cls._mapped(directory, corpus, manifest.corpus.documents)
+        for number in manifest.self_test:
+            if not (0 <= number < len(index) and index._finds(number)):
+                raise IndexFolderError(
+                    f"self-test: the index in {directory} does not find passage {number} of {corpus} by its own text; "
+                    "build it again"
+                )
+        return index
 
     @classmethod
     def open(cls, corpus_path: PathLike, index_dir: PathLike, *, show_progress: bool = True) -> Bm25Index:
@@ -134,14 +138,19 @@ class Bm25Index:
             CorpusError: as ``build``.
         """
         corpus, directory = Path(corpus_path), Path(index_dir)
-        meta = _read_meta(directory)
-        if _is_of(meta or {}, corpus):
-            logger.info("using the index in %s", directory)
-            return cls.load(directory)
-        logger.info(
-            "indexing %s into %s%s", corpus, directory, "" if meta is None else " again: the corpus has changed"
-        )
-        return cls.build(corpus, directory, show_progress=show_progress)
+        check_corpus(corpus)
+        try:
+            return cls._up_to_date(corpus, directory, show_progress)
+        except IndexFolderError as error:
+            reason = f" again: {error}" if directory.is_dir() else ""
+        with locked_parts(directory) as (parts, waited):
+            if waited:  # the other process may have built what is needed
+                try:
+                    return cls._up_to_date(corpus, directory, show_progress)
+                except IndexFolderError as error:
+                    reason = f" again: {error}"
+            logger.info("indexing %s into %s%s", corpus, directory, reason)
+            return cls._build(corpus, directory, parts, show_progress)
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
         """The best ``k`` documents of each query, best first; only documents that share a word with the query.
@@ -151,45 +160,78 @@ class Bm25Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        return [self._search_one(query, k) for query in queries]
+        found = [self._postings.top(query_words(query), k) for query in queries]
+        return [[(self._documents[number], score) for number, score in hits] for hits in found]
 
-    def _search_one(self, query: str, k: int) -> Hits:
-        words = tokenize(query)
-        ids = self._scores.get_tokens_ids([w for w in words if w not in _STOP_WORDS] or words)
-        if not ids:
-            return []
-        scores = self._scores.get_scores_from_ids(ids)
-        found = np.flatnonzero(scores > 0)
-        if len(found) > k:
-            # Everything at least as good as the k-th, so that a tie at the cut is decided by corpus order.
-            cut = np.partition(scores[found], -k)[-k]
-            found = found[scores[found] >= cut]
-        best = found[np.argsort(-scores[found], kind="stable")][:k]
-        return [(self._documents[int(i)], float(scores[i])) for i in best]
+    @classmethod
+    def _up_to_date(cls, corpus: Path, directory: Path, show_progress: bool) -> Bm25Index:
+        index = cls.load(directory, corpus, show_progress=show_progress)
+        logger.info("the index in %s is up to date", directory)
+        return index
+
+    @classmethod
+    def _build(cls, corpus: Path, target: Path, parts: Path, show_progress: bool) -> Bm25Index:
+        check_target(target)
+        if (target / MANIFEST).is_file():
+            with contextlib.suppress(IndexFolderError):  # a damaged one is replaced
+                _check_kind(target, read_manifest(target))
+        announce(corpus, target)
+        started = time.monotonic()
+        blocks, identity = write_blocks(corpus, parts, show_progress=show_progress)
+        with new_folder(target, parts / "index") as scratch:
+            merge(blocks, scratch, show_progress=show_progress)
+            # Before the self-test, which maps the index: the page cache's memory, not the build's.
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            self_test = cls._mapped(scratch, corpus, identity.documents)._probes()
+            _write_manifest(scratch, identity, self_test, time.monotonic() - started, peak_mb)
+        index = cls._mapped(target, corpus, identity.documents)
+        for block in blocks:
+            shutil.rmtree(block)
+        logger.info("indexed %d documents of %s in %s", len(index), corpus, target)
+        return index
+
+    @classmethod
+    def _mapped(cls, folder: Path, corpus: Path, documents: int) -> Bm25Index:
+        return cls(Postings(folder, documents), CorpusFile(corpus, map_array(folder / "offsets.npy")))
+
+    def _finds(self, number: int) -> bool:
+        """Whether a passage, or one of the same text, is the best hit of its own beginning."""
+        text = self._documents[number]["contents"]
+        best = self._postings.top(tokenize(text)[:_PROBE_WORDS], 1)
+        return bool(best) and self._documents[best[0][0]]["contents"] == text
+
+    def _probes(self) -> list[int]:
+        """Passages spread over the corpus that are found by their own text.
+
+        Raises:
+            CorpusError: most are not, so that the index is wrong.
+        """
+        spread = np.unique(np.linspace(0, len(self) - 1, 2 * _PROBES).astype(int)).tolist()
+        found = [number for number in spread if self._finds(number)]
+        # Few passages may well hide behind each other.
+        if len(spread) >= 2 * _PROBES and len(found) < len(spread) / 2:
+            raise CorpusError(
+                f"self-test: of {len(spread)} passages only {len(found)} are found by their own text; the index would "
+                "be wrong and is not kept; please report this with the corpus"
+            )
+        return found if len(found) <= _PROBES else [found[i * len(found) // _PROBES] for i in range(_PROBES)]
 
 
-def _index(contents: Iterable[str], corpus: str, show_progress: bool) -> bm25s.BM25:
-    """BM25 scores of all (word, document) pairs."""
-    vocabulary: dict[str, int] = {}
-    rows = []
-    for text in tqdm(contents, desc="tokenize", unit=" documents", disable=not show_progress):
-        rows.append(np.asarray([vocabulary.setdefault(w, len(vocabulary)) for w in tokenize(text)], dtype=np.int32))
-    if not rows:
-        raise CorpusError(f"{corpus} is empty: an index needs at least one document")
-    vocabulary.setdefault("", len(vocabulary))  # bm25s needs a word even when no document has one
-    scores = bm25s.BM25(k1=K1, b=B, method="lucene", backend="numpy")
-    scores.index((rows, vocabulary), create_empty_token=False, show_progress=show_progress)
-    return scores
+def _check_kind(folder: Path, manifest: Manifest) -> None:
+    # Not an IndexFolderError, which has the index built again.
+    if manifest.kind != KIND:
+        raise CorpusError(f"{folder} holds an index of kind {manifest.kind}, not {KIND}; choose another folder")
 
 
-def _read_meta(directory: Path) -> dict[str, Any] | None:
-    """Metadata of a saved index, or None if there is none that this version can read."""
-    try:
-        meta = json.loads((directory / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get("format") == _FORMAT else None
-
-
-def _is_of(meta: dict[str, Any], corpus: Path) -> bool:
-    return fingerprint(corpus).items() <= meta.items()
+def _write_manifest(folder: Path, corpus: CorpusIdentity, self_test: list[int], seconds: float, peak_mb: int) -> None:
+    manifest = Manifest(
+        kind=KIND,
+        corpus=corpus,
+        libraries={"numpy": np.__version__, "unicode": UNICODE},
+        settings=_SETTINGS,
+        self_test=self_test,
+        # Of the last run, where it was interrupted; the memory of the whole process.
+        measured={"seconds": round(seconds, 1), "peak_mb": peak_mb},
+        files=identify_files(folder, folder.glob("*.npy")),
+    )
+    write_manifest(folder, manifest)

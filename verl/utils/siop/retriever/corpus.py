@@ -6,6 +6,7 @@ memory can be served. Blank lines are skipped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,16 @@ from tqdm import tqdm
 from verl.utils.siop.errors import SiopError
 
 Document = dict[str, Any]
+_CHUNK = 2**22
+
+# First bytes of a file -> what it is, and the command that unpacks it.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip -k"),
+    b"BZh": ("bzip2", "bunzip2 -k"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ\x00": ("xz", "unxz -k"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
 
 
 class CorpusError(SiopError, ValueError):
@@ -44,43 +55,98 @@ class CorpusFile(Sequence[Document]):
         end = self._bytes.find(b"\n", start)
         return json.loads(self._bytes[start : end if end >= 0 else len(self._bytes)])
 
-
-def read_corpus(path: Path, *, show_progress: bool) -> Iterator[tuple[int, Document]]:
-    """First byte of each document, and the document.
-
-    Raises:
-        CorpusError: a malformed line; its number is given.
-    """
-    offset = 0
-    with (
-        path.open("rb") as file,
-        tqdm(
-            desc=f"read {path.name}", total=path.stat().st_size, unit="B", unit_scale=True, disable=not show_progress
-        ) as bar,
-    ):
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield offset, _parse_line(line, f"{path}, line {number}")
-            offset += len(line)
-            bar.update(len(line))
+    def line(self, i: int) -> int:
+        """Number of the line of a document, by counting."""
+        end = int(self._offsets[i])
+        return 1 + sum(self._bytes[at : min(at + _CHUNK, end)].count(b"\n") for at in range(0, end, _CHUNK))
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What is the same as long as the corpus is.
+def check_corpus(path: Path) -> None:
+    """Looks at the first bytes.
 
     Raises:
-        CorpusError: it cannot be read.
+        CorpusError: it cannot be read or is compressed.
     """
+    if path.exists() and not path.is_file():
+        raise CorpusError(f"the corpus {path} is not a file")
     try:
-        stat = path.stat()
+        with path.open("rb") as file:
+            start = file.read(8)
     except OSError as error:
         raise CorpusError(f"cannot read the corpus {path}: {error.strerror}") from error
-    if not path.is_file():
-        raise CorpusError(f"the corpus {path} is not a file")
-    return {"corpus": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    for magic, (name, unpack) in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise CorpusError(f"the corpus {path} is compressed ({name}); unpack it first: {unpack} {path}")
 
 
-def _parse_line(line: bytes, where: str) -> Document:
+class CorpusReader:
+    """One pass over a corpus, which knows where it is and the digest of all bytes before: use it with ``with``.
+
+    Iterating gives the first byte of each document, and the document.
+
+    Attributes:
+        offset, lines: bytes and lines that were read.
+
+    Raises:
+        CorpusError: no such corpus, a compressed one, or a malformed line; its number is given.
+    """
+
+    def __init__(self, path: Path, *, show_progress: bool) -> None:
+        check_corpus(path)
+        self.path, self.offset, self.lines = path, 0, 0
+        self._digest, self._file = hashlib.sha256(), path.open("rb")
+        size = path.stat().st_size
+        self._bar = tqdm(desc=f"read {path.name}", total=size, unit="B", unit_scale=True, disable=not show_progress)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the bytes that were read."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> CorpusReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Document]]:
+        self._file.seek(self.offset)
+        for line in self._file:
+            start = self.offset
+            self._digest.update(line)
+            self.offset += len(line)
+            self.lines += 1
+            self._bar.update(len(line))
+            if line.strip():
+                yield start, parse_line(line, f"{self.path}, line {self.lines}")
+
+    def skip(self, offset: int, lines: int, sha256: str) -> bool:
+        """Go on from there, if the digest of all before is that one; else stay."""
+        digest, left = self._digest.copy(), offset - self.offset
+        self._file.seek(self.offset)
+        while left > 0 and (block := self._file.read(min(left, _CHUNK))):
+            digest.update(block)
+            left -= len(block)
+        if left or digest.hexdigest() != sha256:
+            return False
+        self._bar.update(offset - self.offset)
+        self._digest, self.offset, self.lines = digest, offset, lines
+        return True
+
+
+def read_corpus(path: Path, *, show_progress: bool) -> Iterator[tuple[int, Document]]:
+    """First byte of each document, and the document; errors as of :class:`CorpusReader`."""
+    with CorpusReader(path, show_progress=show_progress) as reader:
+        yield from reader
+
+
+def parse_line(line: bytes, where: str) -> Document:
+    """The document of a line.
+
+    Raises:
+        CorpusError: it is none; the message begins with ``where``.
+    """
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -178,7 +178,8 @@ async def nli_score(request: Request, body: NliBody) -> Response:
     started = time.perf_counter()
     pool, _ = _loaded(request)
     scores = _counted(request, await pool.entailment([(pair.premise, pair.hypothesis) for pair in body.pairs]))
-    return _json(ScoresAnswer(scores=scores, elapsed_ms=_elapsed_ms(started)))
+    nli = pool.info.nli if pool.info else None
+    return _json(ScoresAnswer(scores=scores, elapsed_ms=_elapsed_ms(started), nli=nli))
 
 
 @router.get("/metrics")

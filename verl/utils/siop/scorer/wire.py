@@ -129,10 +129,11 @@ class ScoreBody(_Model):
 
 
 class ScoresAnswer(BaseModel):
-    """One score per item or pair."""
+    """One score per item or pair; ``nli`` is who scored pairs, as in ``/health``."""
 
     scores: list[float]
     elapsed_ms: float
+    nli: str | None = None
 
 
 class ClusterGroup(_Model):

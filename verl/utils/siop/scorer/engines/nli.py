@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl.utils.siop.nli_clustering import identity_key, normalize_answer
+from verl.utils.siop.nli_clustering import identity_key, normalize_answer, plain_form
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,18 @@ def cluster_in_rounds(
     return ids
 
 
+# Stand next to words without being part of them.
+_BETWEEN_WORDS = str.maketrans(dict.fromkeys("()[]{}—", " "))
+
+
 class LexicalNli:
-    """Words instead of a model: equal normalised answers are one cluster; a premise entails a hypothesis (1.0, else
-    0.0) if it contains the hypothesis' normalised words as one run. A hypothesis without words is never entailed."""
+    """Words instead of a model: the same text (:func:`nli_clustering.plain_form`) is one cluster; a premise entails a
+    hypothesis (1.0, else 0.0) if it contains the hypothesis' words as one run of whole words of the plain form.
+
+    It knows no meaning. Other words for the same are another cluster; a hypothesis that is a sentence is entailed by
+    that sentence alone; and a premise entails what it merely mentions, or denies. A hypothesis of punctuation and
+    articles is never entailed.
+    """
 
     name = "lexical"
     asked = 0
@@ -97,5 +106,11 @@ class LexicalNli:
 
     def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See :class:`NliBackend`."""
-        words = [(f" {normalize_answer(premise)} ", normalize_answer(hypothesis)) for premise, hypothesis in pairs]
-        return [float(hypothesis != "" and f" {hypothesis} " in premise) for premise, hypothesis in words]
+        return [
+            float(normalize_answer(hypothesis) != "" and _words(hypothesis) in _words(premise))
+            for premise, hypothesis in pairs
+        ]
+
+
+def _words(text: str) -> str:
+    return f" {plain_form(text.translate(_BETWEEN_WORDS))} "

@@ -1,0 +1,183 @@
+"""What is read out of text that a model wrote or a passage holds: the right thing, and in linear time.
+
+Time is not measured here (``benchmarks/scanners.py`` does). The scanners equal plain definitions that take quadratic
+time, what they look at is counted, and no regular expression of theirs can look at a text again from every start.
+"""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from method_helpers import Scorer, byte_tokenizer, rollout, run, search_rollout, tool_result
+from verl.tools import control_tokens
+from verl.trainer.siop.rollouts import tool_calls
+from verl.utils.reward_score import siop_reward
+from verl.utils.siop import nli_clustering, turn_utils
+from verl.utils.siop.credit import answers
+from verl.utils.siop.turn_utils import (
+    _CALLS,
+    _outside,
+    extract_answer,
+    get_assistant_turn_ranges,
+    opens_thinking,
+    parse_answer,
+    parse_queries,
+)
+
+CALL = '<tool_call>{"name": "search", "arguments": {"query": "<answer>Lyon</answer>"}}'
+MAYBE = "Maybe it is <answer>Lyon</answer> but let me check"
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        # The prompt opened the thinking.
+        (MAYBE, True, ""),
+        (MAYBE, False, "Lyon"),
+        (f"{MAYBE}</think><answer>Paris</answer>", True, "Paris"),
+        (f"{MAYBE}</think>", True, ""),
+        (f"{MAYBE}</think><answer>Paris</answer><think>or {MAYBE}", True, "Paris"),
+        (f"<think>again</think><answer>Paris</answer>{MAYBE}", True, "Lyon"),
+        (f"I could write <tool_call> now. {MAYBE}</think><answer>Paris</answer>", True, "Paris"),
+        # Tool calls, closed, cut off, of other formats, beside an answer.
+        (f"{CALL}</tool_call>", False, ""),
+        (CALL, False, ""),
+        (f"<answer>Paris</answer>{CALL}</tool_call>", False, "Paris"),
+        (f"{CALL}</tool_call><answer>Paris</answer>", False, "Paris"),
+        (f"I will write <answer> later. {CALL}</tool_call>", False, ""),
+        (f"{CALL}</tool_call> done </tool_call><answer>Paris</answer>", False, "Paris"),
+        *((f"{opening}x{MAYBE}{closing}", False, "") for opening, closing in _CALLS),
+        *((f"<answer>Paris</answer>{opening}x{MAYBE}", False, "Paris") for opening, _ in _CALLS),
+        # Cut off while correcting, nothing visible, other spellings of the tag.
+        ("<answer>Lyon</answer> No: <answer>Paris", False, "Lyon"),
+        ("<answer>\u200b</answer>", False, ""),
+        ("<answer>Lyon</answer><answer>\u00a0\ufeff\n</answer>", False, ""),
+        ("<answer>\u200b5 </answer>", False, "\u200b5"),
+        ("<answer><answer>Paris</answer></answer>", False, "Paris"),
+        ("<Answer>Paris</Answer>", False, ""),
+        (r"\boxed{Paris}", False, ""),
+    ],
+)
+def test_answers(text: str, thinking: bool, answer: str) -> None:
+    assert parse_answer(text, thinking) == answer
+    prompt = byte_tokenizer()("<think>\n" if thinking else "assistant\n", add_special_tokens=False)["input_ids"]
+    item = rollout("q", [text])
+    turns = get_assistant_turn_ranges(item.response_mask)
+    assert extract_answer(item.response_ids, turns, byte_tokenizer(), prompt) == answer
+    record = {"siop_tools": {"thinking": thinking}}
+    assert siop_reward.final_answer(text, record) == answer
+    assert siop_reward.compute_score("d", text, "Lyon", record)["em"] == float(answer == "Lyon")
+    # The generation prompt of a later turn stands in the response.
+    opened = tool_result("found") + ("<think>\n" if thinking else "")
+    item = rollout("q", ["search", text], [opened])
+    turns = get_assistant_turn_ranges(item.response_mask)
+    assert extract_answer(item.response_ids, turns, byte_tokenizer()) == answer
+    assert siop_reward.final_answer(f"search{opened}{text}") == answer
+    assert siop_reward.final_answer(f"search{opened}{text}", record) == answer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("x" * 100 + "<|im_start|>assistant\n<think>\n", True),
+        ("<think>", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("Write <think> first.<|im_end|>\n<|im_start|>assistant\n", False),
+        ("", False),
+    ],
+)
+def test_whether_the_prompt_opens_the_thinking(prompt: str, opened: bool) -> None:
+    assert opens_thinking(byte_tokenizer()(prompt, add_special_tokens=False)["input_ids"], byte_tokenizer()) == opened
+
+
+def test_an_answer_in_thinking_that_the_prompt_opened_gets_no_reward() -> None:
+    items = [rollout("a", [MAYBE]), rollout("a", [f"{MAYBE}</think><answer>Paris</answer>"]), search_rollout("a", "x")]
+    for item in items:
+        item.prompt_ids += byte_tokenizer()("<think>\n", add_special_tokens=False)["input_ids"]
+    scorer = Scorer()
+    found = run(items, scorer=scorer)
+    assert found.answers == ["", "Paris", "x"] and found.turn_rewards[0] == []
+    assert scorer.cluster_calls == [("Q a", ["Paris", "x"])]
+
+
+# --- the same as plain definitions ------------------------------------------------------------------------------------
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<seed:tool_call>"]
+CALLED = '{"name": "f", "arguments": {"q": "x"}}'
+texts = st.lists(st.sampled_from([*TAGS, "</seed:tool_call>", "a", "b ", "\n", "<", CALLED]), max_size=16).map("".join)
+
+
+def answer_by_definition(text: str, thinking: bool) -> str:
+    text = re.sub(r"<think>.*?(?:</think>|\Z)", "", "<think>" * thinking + text, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2]
+    for tag in ("tool_call", "seed:tool_call"):
+        text = re.sub(rf"<{tag}>.*?(?:</{tag}>|\Z)", "", text, flags=re.DOTALL)
+    found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+    return found[-1].strip() if found else ""
+
+
+@given(texts, st.booleans())
+def test_the_answer_equals_its_definition(text: str, thinking: bool) -> None:
+    assert parse_answer(text, thinking) == answer_by_definition(text, thinking)
+
+
+@given(texts)
+def test_queries_equal_their_definition(text: str) -> None:
+    called = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    expected = [("f", "q", "x") for body in called if body.strip() == CALLED]
+    assert parse_queries(text) == expected
+
+
+@given(texts)
+def test_f1_of_the_first_release_reads_the_first_answer(text: str) -> None:
+    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    has_a = found is not None and "a" in re.findall(r"\w+", found[1])
+    assert (answers.f1_release(text, ["a"]) > 0) == has_a
+
+
+SHAPES = ["<", ">", "[", "]", "|", "/", " ", "\t", "tool", "INST", "s", "im_end", "answer", "｜", "x"]
+
+
+@given(st.lists(st.sampled_from(SHAPES), max_size=14).map("".join))
+def test_control_tokens_are_those_of_the_plain_expression(text: str) -> None:
+    plain = re.compile(
+        control_tokens._CONTROL.pattern.replace(r"\s*(?:/\s*)?", r"\s*/?\s*"), control_tokens._CONTROL.flags
+    )
+    assert r"\s*/?\s*" in plain.pattern
+    assert bool(control_tokens._CONTROL.fullmatch(text)) == bool(plain.fullmatch(text))
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+class Counted(str):
+    """Counts the characters that ``find`` looks at."""
+
+    looked_at = 0
+
+    def find(self, wanted: str, start: int = 0) -> int:  # type: ignore[override]
+        found = super().find(wanted, start)
+        self.looked_at += (found if found >= 0 else len(self)) - start
+        return found
+
+
+@pytest.mark.parametrize("unit", ["<x>", "</x>", "<x></x>", "</x><x>", "<x><x></x>", "<", "a", "<x>a"])
+def test_each_character_is_looked_at_twice_at_most(unit: str) -> None:
+    text = Counted(unit * 2000)
+    _outside(text, "<x>", "</x>")
+    assert text.looked_at <= 2 * len(text)
+
+
+@pytest.mark.parametrize("module", [turn_utils, siop_reward, answers, nli_clustering, tool_calls, control_tokens])
+def test_no_expression_looks_at_a_text_again_from_every_start(module: ModuleType) -> None:
+    for name, expression in vars(module).items():
+        if isinstance(expression, re.Pattern):
+            text = expression.pattern
+            # What is not found may end with the text, or every later start looks for it again.
+            assert not re.search(r"[.][*+][?]", text) or r"|\Z)" in text, name
+            # Two neighbours that can divide the same characters between them in every way.
+            assert not re.search(r"(\\[sw])[*+](?:.[?])?\1[*+]", text), name
