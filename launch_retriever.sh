@@ -109,6 +109,8 @@ our_server() {
                 BUILD=("$PYTHON" -m "$module.build" encode --corpus "$corpus" --index "$folder")
             fi
             BUILD+=(${encoder[@]+"${encoder[@]}"})
+            # A whole index: the server looks at every byte of it, and says what does not fit.
+            [[ ! -f $folder/manifest.json ]] || BUILD=()
         fi
     fi
     case ${RETRIEVER_FAISS_GPU:-} in

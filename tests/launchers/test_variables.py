@@ -340,6 +340,9 @@ def test_the_retriever_that_the_variables_name(tmp_path: Path, trainer: Environm
     assert f"RETRIEVER_INDEX_FILE={tmp_path}/v has no effect" in refused(**other, RETRIEVER_NAME="bm25")
     assert "RETRIEVER_FAISS_GPU=1, but this machine has no GPU" in refused(**folder, RETRIEVER_FAISS_GPU="1")
     assert "RETRIEVER_NAME=colbert is not allowed: bm25 or e5" in refused(**folder, RETRIEVER_NAME="colbert")
+    Path(f"{corpus}.flat").mkdir()
+    Path(f"{corpus}.flat/manifest.json").touch()
+    assert "first: " not in dry(**folder) and f"--index {corpus}.flat" in dry(**folder)
     # An index as it is.
     ready = tmp_path / "ready"
     ready.mkdir()
