@@ -22,6 +22,7 @@ LONG = (
     "test_signals",
     "test_console",
     "test_release_commands",
+    "test_data_to_table",
     "test_load",
     "test_faults",
     "test_doctor",
