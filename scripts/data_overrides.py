@@ -8,12 +8,12 @@ The folder is one that ``python -m verl.utils.siop.data build`` has made; its ``
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from launch_variables import in_quotes
 
 FILES = ("manifest.json", "overrides.yaml")
 
@@ -33,9 +33,7 @@ def words(key: str, value: Any, new: bool = False) -> list[str]:
         )
     if not isinstance(value, str):
         return [f"{start}{key}={json.dumps(value)}"]
-    # As Hydra reads quoted text: a backslash is one, but for those before a quote.
-    escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return [f"{start}{key}='{escaped}'"]
+    return [f"{start}{key}={in_quotes(value)}"]
 
 
 def overrides(folder: Path) -> list[str]:

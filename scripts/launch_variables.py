@@ -309,13 +309,15 @@ def _is_plain(text: str) -> bool:
     return False
 
 
-def quoted(text: str) -> str:
-    """A text as Hydra reads it back."""
-    if _is_plain(text):
-        return text
-    # In its quotes a backslash is one, but for those before a quote.
+def in_quotes(text: str) -> str:
+    """A text as Hydra reads it in quotes: there a backslash is one, but for those before a quote."""
     escaped = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it back, without quotes where it needs none."""
+    return text if _is_plain(text) else in_quotes(text)
 
 
 def _files(value: str) -> str:

@@ -1,6 +1,5 @@
 """Corpora for the tests of BM25, and its formula, computed document by document."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -9,12 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from verl.utils.siop.retriever.bm25 import Bm25Index, tokenize
-
-
-def write_corpus(path: Path, passages: Sequence[str]) -> Path:
-    lines = [json.dumps({"id": f"p{i}", "contents": text}) for i, text in enumerate(passages)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def random_passages(count: int, seed: int = 0) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ def passages(count: int) -> list[str]:
         f'"Town {i * 37 % 1009}"\nIt lies by the {RIVERS[i % 8]} and was founded by {RIVERS[i * 5 % 7][::-1]} {i}.'
         for i in range(count)
     ]
-
-
-def write_corpus(path: Path, texts: Sequence[str]) -> Path:
-    lines = [json.dumps({"id": f"p{i}", "contents": text}) for i, text in enumerate(texts)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def save_encoder(path: Path, *, seed: int = 0, pooling: str = "mean") -> Path:

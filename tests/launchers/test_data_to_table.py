@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from corpora import write_corpus
 from data_trees import flashrag_tree
-from dense_world import minilm, write_corpus
+from dense_world import minilm
 from launching import Environment, bash
 from preflight_world import HERMES, TOOL_TEMPLATE, model_with_template
 from scorer_process import free_port

@@ -7,22 +7,15 @@ from typing import Any
 
 import bm25s
 import pytest
-from bm25_cases import brute_force, found, random_passages, write_corpus
+from bm25_cases import brute_force, found, random_passages
 from bm25s.stopwords import STOPWORDS_EN
+from corpora import PASSAGES, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.utils.siop.retriever import bm25_merge, bm25_postings
 from verl.utils.siop.retriever.bm25 import Bm25Index, tokenize
 from verl.utils.siop.retriever.bm25_words import STOP_WORDS
 from verl.utils.siop.retriever.corpus import CorpusError
-
-PASSAGES = [
-    "The founder of Kovaco Tozex is Nila Bodson.",
-    "The chief of Kovaco Tozex is Maro Tinson.",
-    "Nila Bodson was born in Peruo Betville.",
-    "Nila Bodson lives in Fevo Fudiville.",
-    "The twin of Peruo Betville is Fevo Fudiville.",
-]
 
 
 def index_of(passages: Sequence[str]) -> Bm25Index:

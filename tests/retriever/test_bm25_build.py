@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bm25_cases import files_of, random_passages, write_corpus
+from bm25_cases import files_of, random_passages
+from corpora import write_corpus
 from verl.utils.siop.retriever import bm25_blocks, bm25_estimate, build
 from verl.utils.siop.retriever.bm25 import Bm25Index
 from verl.utils.siop.retriever.bm25_parts import locked_parts

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bm25_cases import files_of, found, random_passages, write_corpus
+from bm25_cases import files_of, found, random_passages
+from corpora import write_corpus
 from verl.utils.siop.retriever import bm25
 from verl.utils.siop.retriever.bm25 import Bm25Index
 from verl.utils.siop.retriever.bm25_merge import ARRAYS

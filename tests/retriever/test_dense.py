@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dense_world import command, edit_manifest, minilm, passages, save_encoder, write_corpus
+from corpora import write_corpus
+from dense_world import command, edit_manifest, minilm, passages, save_encoder
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.retriever import dense
 from verl.utils.siop.retriever.encoder import Encoder

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_world import command, minilm, passages, save_encoder, write_corpus
+from corpora import write_corpus
+from dense_world import command, minilm, passages, save_encoder
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.retriever import dense
 from verl.utils.siop.retriever.ann import load_faiss

@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-from dense_world import command, passages, save_encoder, write_corpus
+from corpora import write_corpus
+from dense_world import command, passages, save_encoder
 from fastapi.testclient import TestClient
 from verl.utils.siop.retriever import dense, server
 from verl.utils.siop.retriever.batching import BatchedIndex

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_world import command, passages, save_encoder, write_corpus
+from corpora import write_corpus
+from dense_world import command, passages, save_encoder
 from qdrant_client import QdrantClient
 from scorer_process import free_port
 from verl.utils.siop.errors import SiopError

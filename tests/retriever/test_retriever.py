@@ -17,22 +17,9 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from corpora import PASSAGES, write_corpus
 from verl.utils.siop.retriever.index import Hits
 from verl.utils.siop.retriever.server import create_app, main
-
-PASSAGES = [
-    "The founder of Kovaco Tozex is Nila Bodson.",
-    "The chief of Kovaco Tozex is Maro Tinson.",
-    "Nila Bodson was born in Peruo Betville.",
-    "Nila Bodson lives in Fevo Fudiville.",
-    "The twin of Peruo Betville is Fevo Fudiville.",
-]
-
-
-def write_corpus(path: Path, passages: list[str]) -> Path:
-    lines = [json.dumps({"id": f"p{i}", "contents": text}) for i, text in enumerate(passages)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def command(*args: str) -> list[str]:

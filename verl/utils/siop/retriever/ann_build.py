@@ -14,13 +14,14 @@ import numpy as np
 from verl.utils.siop.retriever.ann import INDEX_FILE, KINDS, AnnVectors, file_bytes, load_faiss
 from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document
 from verl.utils.siop.retriever.dense import (
-    FLAT,
     OFFSETS_FILE,
     PROBES_FILE,
     check_probes,
     choose_self_test,
     encoder_of,
+    flat_shards,
     open_vectors,
+    read_flat,
     read_offsets,
 )
 from verl.utils.siop.retriever.encoder import Encoder
@@ -30,11 +31,10 @@ from verl.utils.siop.retriever.folder import (
     check_folder,
     identify_files,
     new_folder,
-    read_manifest,
     write_manifest,
 )
 from verl.utils.siop.retriever.vector_job import library_versions
-from verl.utils.siop.retriever.vectors import Vectors, open_shards
+from verl.utils.siop.retriever.vectors import Vectors
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,7 @@ def build_ann(
         raise CorpusError(f"{target} holds the vectors that the new index is built from; choose another folder")
     if queries is not None and not queries:
         raise CorpusError("the file of queries is empty")
-    flat = read_manifest(source)
-    if flat.kind != FLAT:
-        raise IndexFolderError(f"{source} holds an index of kind {flat.kind}; only one of kind {FLAT} has the vectors")
+    flat = read_flat(source)
     corpus = check_folder(source, flat, corpus, show_progress=show_progress)
     identity = encoder_of(source, flat)
     encoder = Encoder.load_same(identity, model=model, device=device)
@@ -95,11 +93,8 @@ def build_ann(
     logger.info("%s of %d vectors: about %.2f GB in memory and in %s", kind, len(documents), needed / 1e9, target)
 
     with new_folder(target) as folder:
-        paths = sorted(source / name for name in flat.files if name.endswith(".f16.npy"))
         started = time.monotonic()
-        built = AnnVectors.build(
-            kind, open_shards(paths, len(documents), identity.dimension), show_progress=show_progress
-        )
+        built = AnnVectors.build(kind, flat_shards(source, flat, identity.dimension), show_progress=show_progress)
         seconds = time.monotonic() - started
         built.save(folder / INDEX_FILE)
         del built

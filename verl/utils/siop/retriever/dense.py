@@ -136,8 +136,7 @@ def open_vectors(folder: Path, manifest: Manifest, dimension: int, devices: Sequ
     """
     documents = manifest.corpus.documents
     if manifest.kind == FLAT:
-        paths = sorted(folder / name for name in manifest.files if name.endswith(".f16.npy"))
-        return FlatVectors(open_shards(paths, documents, dimension), devices)
+        return FlatVectors(flat_shards(folder, manifest, dimension), devices)
     settings = manifest.settings
     if manifest.kind == QDRANT:
         elsewhere = QdrantVectors(connect(str(settings["url"])), str(settings["collection"]))
@@ -151,6 +150,26 @@ def open_vectors(folder: Path, manifest: Manifest, dimension: int, devices: Sequ
             f"{folder / INDEX_FILE} has {ann.count} vectors of {ann.dimension} numbers, not {documents} of {dimension}"
         )
     return ann
+
+
+def read_flat(folder: Path) -> Manifest:
+    """The manifest of a flat index, from whose vectors another kind is to be made.
+
+    Raises:
+        IndexFolderError: it is of another kind, or none.
+    """
+    manifest = read_manifest(folder)
+    if manifest.kind != FLAT:
+        raise IndexFolderError(
+            f"{folder} holds an index of kind {manifest.kind}; only one of kind {FLAT} has the vectors"
+        )
+    return manifest
+
+
+def flat_shards(folder: Path, manifest: Manifest, dimension: int) -> list[np.ndarray]:
+    """[rows, dimension] each: the vectors of a flat index, memory-mapped; errors as of :func:`open_shards`."""
+    paths = sorted(folder / name for name in manifest.files if name.endswith(".f16.npy"))
+    return open_shards(paths, manifest.corpus.documents, dimension)
 
 
 def read_offsets(folder: Path, manifest: Manifest) -> np.ndarray:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, read_corpus
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, CorpusReader, Document
 from verl.utils.siop.retriever.folder import (
     CorpusIdentity,
     Manifest,
     check_folder,
-    identify,
     identify_files,
     new_folder,
     read_manifest,
@@ -52,7 +52,7 @@ class Documents:
         """Loads the lookup of this corpus from the folder, and builds it first if it is not there or of another corpus.
 
         Raises:
-            CorpusError: as :func:`read_corpus`, or the folder holds something else.
+            CorpusError: as :class:`CorpusReader`, or the folder holds something else.
         """
         try:
             manifest = read_manifest(folder)
@@ -68,26 +68,27 @@ class Documents:
 
     @staticmethod
     def _build(corpus: Path, folder: Path, show_progress: bool) -> None:
-        keys, numbers, offsets = _Growing(np.uint64), _Growing(np.int32), _Growing(np.int64)
-        for number, (offset, document) in enumerate(read_corpus(corpus, show_progress=show_progress)):
-            offsets.append(offset)
-            title = title_of(document)
-            for key in [_key("id", str(document["id"])), *([_key("title", title)] if title else [])]:
-                keys.append(key)
-                numbers.append(number)
-        order = np.argsort(keys.values(), kind="stable")
+        keys, numbers, offsets = array("Q"), array("i"), array("q")
+        with CorpusReader(corpus, show_progress=show_progress) as reader:
+            for number, (offset, document) in enumerate(reader):
+                offsets.append(offset)
+                title = title_of(document)
+                for key in [_key("id", str(document["id"])), *([_key("title", title)] if title else [])]:
+                    keys.append(key)
+                    numbers.append(number)
+        order = np.argsort(np.asarray(keys), kind="stable")
         with new_folder(folder) as scratch:
-            np.save(scratch / _KEYS, keys.values()[order])
-            np.save(scratch / _NUMBERS, numbers.values()[order])
-            np.save(scratch / _OFFSETS, offsets.values())
-            identity = identify(corpus)
+            np.save(scratch / _KEYS, np.asarray(keys)[order])
+            np.save(scratch / _NUMBERS, np.asarray(numbers)[order])
+            np.save(scratch / _OFFSETS, np.asarray(offsets))
+            identity = CorpusIdentity(
+                path=str(corpus.resolve()), bytes=reader.offset, sha256=reader.sha256, documents=len(offsets)
+            )
             write_manifest(
                 scratch,
                 Manifest(
                     kind=KIND,
-                    corpus=CorpusIdentity(
-                        path=str(corpus.resolve()), documents=len(offsets.values()), **identity.model_dump()
-                    ),
+                    corpus=identity,
                     libraries={"numpy": np.__version__},
                     settings={},
                     self_test=[],
@@ -128,22 +129,6 @@ class Documents:
         passages = (self._passages[int(number)] for number in self._numbers[start:end])
         # A digest may be that of another name.
         return [passage for passage in passages if _plain(name_of(passage) or "") == _plain(name)]
-
-
-class _Growing:
-    """A list of numbers that takes no more memory than they do."""
-
-    def __init__(self, dtype: Any) -> None:
-        self._array, self._size = np.empty(1024, dtype), 0
-
-    def append(self, value: int) -> None:
-        if self._size == len(self._array):
-            self._array.resize(self._size * 3 // 2, refcheck=False)  # others see it through values() only
-        self._array[self._size] = value
-        self._size += 1
-
-    def values(self) -> np.ndarray:
-        return self._array[: self._size]
 
 
 def _plain(name: str) -> str:

@@ -9,18 +9,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.utils.siop.retriever.dense import FLAT, OFFSETS_FILE, PROBES_FILE, encoder_of
+from verl.utils.siop.retriever.dense import OFFSETS_FILE, PROBES_FILE, encoder_of, flat_shards, read_flat
 from verl.utils.siop.retriever.folder import (
-    IndexFolderError,
     Manifest,
     check_folder,
     identify_files,
     new_folder,
-    read_manifest,
     write_manifest,
 )
 from verl.utils.siop.retriever.qdrant import QDRANT, QdrantVectors, connect, upload
-from verl.utils.siop.retriever.vectors import open_shards
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -55,14 +52,11 @@ def build_qdrant(
         CorpusError: ``source`` is no flat index or is damaged.
         QdrantUnavailable, SiopError: as :func:`upload`.
     """
-    flat = read_manifest(source)
-    if flat.kind != FLAT:
-        raise IndexFolderError(f"{source} holds an index of kind {flat.kind}; only one of kind {FLAT} has the vectors")
+    flat = read_flat(source)
     corpus = check_folder(source, flat, show_progress=show_progress)
     documents, dimension = flat.corpus.documents, encoder_of(source, flat).dimension
-    paths = sorted(source / name for name in flat.files if name.endswith(".f16.npy"))
     started = time.monotonic()
-    upload(client, collection, open_shards(paths, documents, dimension), show_progress=show_progress)
+    upload(client, collection, flat_shards(source, flat, dimension), show_progress=show_progress)
     QdrantVectors(client, collection).check(documents, dimension)
     with new_folder(target) as folder:
         for name in (OFFSETS_FILE, PROBES_FILE):
