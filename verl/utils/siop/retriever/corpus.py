@@ -135,12 +135,6 @@ class CorpusReader:
         return True
 
 
-def read_corpus(path: Path, *, show_progress: bool) -> Iterator[tuple[int, Document]]:
-    """First byte of each document, and the document; errors as of :class:`CorpusReader`."""
-    with CorpusReader(path, show_progress=show_progress) as reader:
-        yield from reader
-
-
 def parse_line(line: bytes, where: str) -> Document:
     """The document of a line.
 
