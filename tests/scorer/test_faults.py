@@ -356,7 +356,9 @@ def test_a_flipped_bit_anywhere_in_an_answer_never_makes_a_score(service, known)
     requests = [known.mixed(seed) for seed in range(200)]
     with FaultyProxy(service.port, ["flip_anywhere"]) as proxy:
         outcomes = ask(proxy.url, *requests, attempts=1, timeout_s=5, max_concurrency=4)
-        assert proxy.spoiled.total() == len(requests)
+        # A bit of "connection: close" may be the other one: then the client's next request goes into a connection that
+        # ends, and the proxy does not see it.
+        assert len(requests) - 10 <= proxy.spoiled.total() <= len(requests)
     # Some headers say nothing about the scores.
     assert len(requests) / 2 < sum(outcome is not None for outcome in outcomes) < len(requests)
 
