@@ -14,7 +14,7 @@ from turn_tensors import batch_of, by_turn
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.trainer.siop.turn_clip import clip_scale, turn_clip_loss
-from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.baselines import Turns, signal
 from verl.utils.siop.credit.registry import BASELINES, register_baseline
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -199,3 +199,55 @@ def test_importance_weights_multiply_the_loss() -> None:
     plain, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, None)
     weighted, _ = turn_clip_loss(zeros, zeros, advantages, mask, "token-mean", config, torch.full((1, 3), 0.5))
     assert weighted == plain / 2 == -0.75
+
+
+# --- agreement up to the scorer's noise
+
+
+def _noisy(noise: float, disagreeing: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """64 rollouts of three turns, eight questions, equal but for noise; the first questions really differ."""
+    rewards = torch.zeros(64, 5)
+    drawn = np.random.default_rng(0).normal(0, noise, (64, 3))
+    rewards[:, ::2] = torch.tensor(np.array([0.05, 0.9, 0.5]) + drawn, dtype=torch.float32)
+    rewards[: 8 * disagreeing : 2, 0] += 0.3
+    mask = torch.tensor([[1, 0, 1, 0, 1]] * 64)
+    return rewards, mask, np.array([f"q{row // 8}" for row in range(64)], dtype=object)
+
+
+NORMALISED = [
+    {"siop_baseline": "leave_one_out"},
+    {"siop_baseline": "turn_index"},
+    {"siop_baseline": "turn_group"},
+    {"siop_advantage_mode": "broadcast"},
+]
+
+
+@pytest.mark.parametrize("keys", NORMALISED, ids=lambda keys: next(iter(keys.values())))
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-5])
+@pytest.mark.parametrize("disagreeing", [0, 2])
+def test_noise_of_the_scorer_is_not_scaled_up(keys, noise, disagreeing):
+    rewards, mask, uids = _noisy(noise, disagreeing)
+    advantages, _ = compute_siop_advantage(rewards, mask, uids, keys)
+    assert advantages[8 * disagreeing :].abs().max() < 0.05
+    if disagreeing:
+        assert advantages[: 8 * disagreeing].pow(2).mean().sqrt() > 0.05
+    # The same spread is signal where the scorer has less noise, and more noise is none where it has more.
+    if noise and not disagreeing and keys != {"siop_baseline": "turn_group"}:  # that has a floor of its own, 1e-4
+        loud, _ = compute_siop_advantage(rewards, mask, uids, {**keys, "siop_scorer_noise": noise / 100})
+        assert 0.3 < loud.pow(2).mean().sqrt() < 1.3
+        rewards, mask, uids = _noisy(1e-2)
+        quiet, _ = compute_siop_advantage(rewards, mask, uids, {**keys, "siop_scorer_noise": 1e-2})
+        assert quiet.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("keys", NORMALISED, ids=lambda keys: next(iter(keys.values())))
+def test_what_is_ten_times_the_noise_counts_in_full(keys):
+    rewards, mask, uids = _noisy(1e-3)
+    with_noise, _ = compute_siop_advantage(rewards, mask, uids, keys)
+    without, _ = compute_siop_advantage(rewards, mask, uids, {**keys, "siop_scorer_noise": 0})
+    assert torch.equal(with_noise, without)
+
+
+def test_signal():
+    np.testing.assert_allclose(signal(np.array([0.0, 1e-5, 5e-5, 7.5e-5, 1e-4, 1.0]), 1e-5), [0, 0, 0, 0.5, 1, 1])
+    np.testing.assert_array_equal(signal(np.array([0.0, 1.0]), 0.0), [1, 1])

@@ -39,7 +39,8 @@ def rollouts(seed: int, size: int = 3) -> list[SupportRequest]:
         return rng.integers(0, VOCAB_SIZE, n).tolist()
 
     prompt, references = draw(10), [Reference("r", draw(6), 2, 5), Reference("s", draw(3), 0, 3)]
-    return [SupportRequest(prompt, draw(40), [0, 12, 40], references) for _ in range(size)]
+    openings = [[], draw(3), []] if seed % 2 else []
+    return [SupportRequest(prompt, draw(40), [0, 12, 40], references, openings) for _ in range(size)]
 
 
 class KnownRequests:
@@ -63,6 +64,7 @@ class KnownRequests:
                 np.array(rollout.response_ids),
                 rollout.boundaries,
                 [Probe(np.array(r.token_ids), r.start, r.end) for r in rollout.references],
+                [np.array(opening, dtype=np.int64) for opening in rollout.openings],
             )
             for rollout in asked
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gzip
 import json
 import shutil
 import threading
@@ -114,13 +115,31 @@ def check(parts: Parts, *overrides: str, **changes: Any) -> None:
 
 
 @contextmanager
-def health_of_scorer(**health: Any) -> Iterator[str]:
-    """The address of something that answers ``/health`` as a healthy scorer with these fields does."""
+def health_of_scorer(*, noise: float | None = 0.0, **health: Any) -> Iterator[str]:
+    """The address of something that answers ``/health`` as a healthy scorer with these fields does.
+
+    It scores every reference alike, in a request of several rollouts by ``noise`` more; with None it has no other page.
+    """
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"status": "healthy", "num_workers": 1, **health}).encode()
+            self._answer({"status": "healthy", "num_workers": 1, **health})
+
+        def do_POST(self) -> None:
+            if noise is None:
+                return self.send_error(501)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            rollouts = json.loads(body)["rollouts"]
+            score = -1.5 + noise * (len(rollouts) > 1)
+            support = [[[score for _ in item["references"]] for _ in item["boundaries"]] for item in rollouts]
+            self._answer({"support": support, "computed_tokens": 1, "requested_tokens": 1, "elapsed_ms": 1.0})
+
+        def _answer(self, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
             self.send_response(200)
+            self.send_header("X-Request-Id", self.headers.get("X-Request-Id", ""))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

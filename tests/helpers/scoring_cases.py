@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from tiny_models import tiny_causal_lm
+from verl.utils.siop.credit.probe import DONE_THINKING
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 
@@ -33,6 +34,7 @@ SENTENCES = (
     "<think>Now there's enough information to answer</think>",
     "Marie Curie (née Skłodowska) won two Nobel Prizes.",
 )
+PROBE = SiopConfig(siop_reference_prefix=f"\n{DONE_THINKING}", siop_reference_suffix="\n</answer><|im_end|>")
 ANSWERS = ("the Eiffel Tower", "東京タワー", "Marie Curie", "👩‍🚀🚀")
 
 
@@ -66,10 +68,7 @@ def bpe_tokenizer():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    config = SiopConfig()
-    tokenizer.train_from_iterator(
-        [*SENTENCES[::2], config.siop_reference_prefix, config.siop_reference_suffix], trainer
-    )
+    tokenizer.train_from_iterator([*SENTENCES[::2], PROBE.siop_reference_prefix, PROBE.siop_reference_suffix], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
@@ -99,9 +98,19 @@ def ids(*tokens: int) -> np.ndarray:
     return np.array(tokens, dtype=np.int64)
 
 
-def query(prompt, response, boundaries, *probes) -> RolloutQuery:
+def query(prompt, response, boundaries, *probes, openings=()) -> RolloutQuery:
     """A rollout from plain lists; a probe is (token ids, start, end)."""
-    return RolloutQuery(ids(*prompt), ids(*response), boundaries, [Probe(ids(*t), s, e) for t, s, e in probes])
+    asked = [Probe(ids(*t), s, e) for t, s, e in probes]
+    return RolloutQuery(ids(*prompt), ids(*response), boundaries, asked, [ids(*opening) for opening in openings])
+
+
+def contexts(rollout: RolloutQuery) -> list[np.ndarray]:
+    """What stands before the references at each boundary."""
+    openings = rollout.openings or [ids()] * len(rollout.boundaries)
+    return [
+        np.concatenate([rollout.prompt_ids, rollout.response_ids[:boundary], opening])
+        for boundary, opening in zip(rollout.boundaries, openings, strict=True)
+    ]
 
 
 def encode(text: str) -> list[int]:
@@ -111,7 +120,7 @@ def encode(text: str) -> list[int]:
 
 def probe(answer: str) -> tuple[list[int], int, int]:
     """The probe of an answer, as the trainer builds it."""
-    reference = build_reference(answer, bpe_tokenizer(), SiopConfig())
+    reference = build_reference(answer, bpe_tokenizer(), PROBE)
     return reference.token_ids, reference.start, reference.end
 
 
@@ -223,7 +232,24 @@ def cases() -> Iterator[ScoringCase]:
     over = query(_raw(rng, 30), _raw(rng, MAX_MODEL_LEN - 35), [0, MAX_MODEL_LEN - 35], (tail, 1, 6))
     # What follows the reference is not read, so it does not count.
     unread = query(_raw(rng, 30), _raw(rng, MAX_MODEL_LEN - 36), [MAX_MODEL_LEN - 36], ([*tail, 1, 2, 3], 1, 6))
-    yield ScoringCase("exactly max_model_len", [exact, unread])
+    opened = query(
+        _raw(rng, 30), _raw(rng, MAX_MODEL_LEN - 38), [0, MAX_MODEL_LEN - 38], (tail, 1, 6), openings=[[], [7, 8]]
+    )
+    yield ScoringCase("exactly max_model_len", [exact, unread, opened])
+    one_more = query(
+        [*opened.prompt_ids, 3], opened.response_ids, opened.boundaries, (tail, 1, 6), openings=[[], [7, 8]]
+    )
+    yield ScoringCase("an opening that is over max_model_len", [one_more, group[0]], frozenset({0}))
+    response, bounds = turns(3, 12)
+    opening = encode("\n<|im_start|>assistant\n")
+    yield ScoringCase(
+        "openings at the ends of turns",
+        [
+            query(prompt("Who?"), response, bounds, *map(probe, ANSWERS[:2]), openings=[[], opening, opening, []]),
+            query(prompt("Who?"), response, bounds, *map(probe, ANSWERS[:2])),
+            query([], response, [0, 5], ([3, 4], 0, 2), openings=[opening, []]),
+        ],
+    )
     yield ScoringCase("one over max_model_len", [over, exact, over, group[0]], frozenset({0, 2}))
     yield ScoringCase("all over max_model_len", [over], frozenset({0}))
 
@@ -248,7 +274,8 @@ def requests(draw) -> list[RolloutQuery]:
         count = draw(st.integers(1, 6))
         cuts = draw(st.lists(st.integers(0, len(response)), min_size=count, max_size=count))
         chosen = draw(st.lists(st.sampled_from(references), min_size=1, max_size=4))
-        rollouts.append(query(draw(st.sampled_from(prompts)), response, [0, *cuts], *chosen))
+        openings = draw(st.just([]) | st.lists(st.lists(TOKEN, max_size=3), min_size=count + 1, max_size=count + 1))
+        rollouts.append(query(draw(st.sampled_from(prompts)), response, [0, *cuts], *chosen, openings=openings))
     if draw(st.booleans()):
         rollouts.append(rollouts[0])
     return rollouts
@@ -260,8 +287,7 @@ def plain_support(model, rollouts: Sequence[RolloutQuery], too_long=frozenset())
     support = []
     for index, rollout in enumerate(rollouts):
         rows = []
-        for boundary in rollout.boundaries if index not in too_long else ():
-            context = np.concatenate([rollout.prompt_ids, rollout.response_ids[:boundary]])
+        for context in contexts(rollout) if index not in too_long else ():
             row = []
             for reference in rollout.probes:
                 full = torch.from_numpy(np.concatenate([context, reference.token_ids]))
@@ -289,9 +315,9 @@ def trie_nodes(rollouts: Sequence[RolloutQuery]) -> int:
     return len(
         prefixes(
             [
-                [*rollout.prompt_ids, *rollout.response_ids[:boundary], *reference.token_ids[: reference.end - 1]]
+                [*context, *reference.token_ids[: reference.end - 1]]
                 for rollout in rollouts
-                for boundary in rollout.boundaries
+                for context in contexts(rollout)
                 for reference in rollout.probes
             ]
         )

@@ -20,6 +20,7 @@ from scoring_cases import (
     ScoringCase,
     assert_agrees,
     case_model,
+    contexts,
     flat,
     plain_support,
     requests,
@@ -82,9 +83,9 @@ def test_any_request(model, rollouts, chunk_tokens):
     assert_agrees(result, plain_support(model, rollouts))
     assert trie_nodes(rollouts) <= result.computed_tokens <= 1.02 * trie_nodes(rollouts)
     assert result.requested_tokens == sum(
-        len(rollout.prompt_ids) + boundary + len(probe.token_ids)
+        len(context) + len(probe.token_ids)
         for rollout in rollouts
-        for boundary in rollout.boundaries
+        for context in contexts(rollout)
         for probe in rollout.probes
     )
 
@@ -110,6 +111,7 @@ def test_requests_at_once_through_the_service(expected, tmp_path):
                     "prompt_ids": rollout.prompt_ids.tolist(),
                     "response_ids": rollout.response_ids.tolist(),
                     "boundaries": rollout.boundaries,
+                    "openings": [opening.tolist() for opening in rollout.openings],
                     "references": [
                         {"token_ids": probe.token_ids.tolist(), "start": probe.start, "end": probe.end}
                         for probe in rollout.probes

@@ -97,6 +97,8 @@ def test_longest_rollout_is_scored_and_a_longer_one_is_an_error_of_its_own(model
         (query([1], [2, 3], [0, 3], ([4], 0, 1)), r"rollouts\[0\]\.boundaries\[1\] = 3"),
         (query([1], [2, 3], [-1], ([4], 0, 1)), r"boundaries\[0\] = -1"),
         (query([1], [2, 3], [0], ([4], 0, 2)), r"references\[0\]"),
+        (query([1], [2, 3], [0, 2], ([4], 0, 1), openings=[[1]]), r"openings: 1 lists for 2 boundaries"),
+        (query([1], [2, 3], [0], ([4], 0, 1), openings=[[VOCAB_SIZE]]), rf"openings\[0\]\[0\] = {VOCAB_SIZE}"),
         (query([1], [2, 3], [0], ([4], 1, 1)), r"references\[0\]"),
         (query([], [2, 3], [0], ([4], 0, 1)), r"references\[0\]\.start = 0 with an empty prompt"),
         (query([1, VOCAB_SIZE], [2, 3], [0], ([4], 0, 1)), rf"prompt_ids\[1\] = {VOCAB_SIZE}"),

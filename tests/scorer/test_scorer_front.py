@@ -36,7 +36,9 @@ ITEM = {"prompt_ids": [1], "response_ids": [2, 3], "ref_start": 0, "ref_end": 2}
 GROUP = {"group_id": 'a"]}', "question": "wh\\y? {[", "answers": ["}],", '\\"', "é漢"]}
 PAIR = {"premise": "p", "hypothesis": "[h]"}
 BODIES = {
-    SupportBody: {"rollouts": [ROLLOUT, {**ROLLOUT, "response_ids": [], "boundaries": [0, 0]}]},
+    SupportBody: {
+        "rollouts": [ROLLOUT, {**ROLLOUT, "response_ids": [], "boundaries": [0, 0], "openings": [[], [8, 9]]}]
+    },
     ScoreBody: {"items": [ITEM, ITEM, ITEM]},
     ClusterBody: {"groups": [GROUP, {**GROUP, "strict": False}]},
     NliBody: {"pairs": [PAIR]},

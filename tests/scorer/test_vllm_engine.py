@@ -226,6 +226,7 @@ def body(rollouts):
                 "prompt_ids": rollout.prompt_ids.tolist(),
                 "response_ids": rollout.response_ids.tolist(),
                 "boundaries": list(rollout.boundaries),
+                "openings": [opening.tolist() for opening in rollout.openings],
                 "references": [
                     {"token_ids": p.token_ids.tolist(), "start": p.start, "end": p.end} for p in rollout.probes
                 ],

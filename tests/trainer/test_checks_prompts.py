@@ -271,17 +271,25 @@ def test_an_agent_loop_that_does_not_exist(parts: Parts) -> None:
 def test_words_that_the_tokenizer_does_not_know(
     toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The toy world's vocabulary has no words for the default text before a reference."""
+    """The toy world's vocabulary has no words for the text of the first release before a reference."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
     row = {**ROW, "prompt": [{"role": "user", "content": "who ?"}]}
     path = write_rows(tmp_path / "toy.parquet", [row, row])
     parts = {**right_parts(tmp_path, toy_model), "data.train_files": path, "data.val_files": path}
+    text = "\nNow there's enough information to answer\n</think>\n<answer>\n"
+    release = f"algorithm.siop_reference_prefix={json.dumps(text)}"
     with pytest.raises(
         SiopConfigError, match=r"siop_reference_prefix=.*Now .* has words that the tokenizer of .* does"
     ):
-        check(parts)
+        check(parts, release)
     with SCORER_IS_ASKED:
-        check(parts, algorithm__siop_reward_mode="majority_binary")
+        check(
+            parts,
+            f"algorithm.siop_reference_prefix={json.dumps(release)}",
+            algorithm__siop_reward_mode="majority_binary",
+        )
+    with SCORER_IS_ASKED:
+        check(parts)
     with SCORER_IS_ASKED:
         check(parts, "algorithm.siop_reference_prefix='<think> done </think> <answer> '")
 

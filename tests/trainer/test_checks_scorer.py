@@ -24,6 +24,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.siop.checks.policy import load_policy
 from verl.trainer.siop.checks.services import check_scorer
+from verl.trainer.siop.preflight import check_before_start
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
@@ -66,6 +67,19 @@ def test_a_scorer_with_the_policys_tokenizer_passes(parts: Parts, caplog: pytest
     assert "could not be checked" not in caplog.text
 
 
+@pytest.mark.parametrize(("measured", "counts"), [(0.0, 1e-5), (3e-6, 1e-5), (4e-3, 4e-3)])
+def test_the_scorers_noise_is_measured_at_start(parts: Parts, measured: float, counts: float) -> None:
+    with health_of_scorer(engine="vllm", model="same", nli="org/deberta", noise=measured) as url:
+        address = f"algorithm.siop_scorer_url={url}"
+        config = changed(parts, address)
+        check_before_start(config)
+        assert config.algorithm.siop_scorer_noise == pytest.approx(counts, rel=1e-6)
+        # Whoever asks for no support has no noise to measure.
+        config = changed(parts, address, "algorithm.siop_reward_mode=cluster_frequency")
+        check_before_start(config)
+        assert config.algorithm.siop_scorer_noise == 1e-5
+
+
 @pytest.mark.parametrize(
     ("health", "message"),
     [
@@ -106,7 +120,7 @@ def test_what_a_scorer_that_compares_words_cannot_do_is_said_once(
 def test_answers_that_are_no_scores_are_told_with_their_address(parts: Parts) -> None:
     """The doctor's question, to something that answers everything with a page of its own."""
     policy = load_policy(changed(parts))
-    with health_of_scorer(engine="vllm", model="m") as url:
+    with health_of_scorer(engine="vllm", model="m", noise=None) as url:
         siop = SiopConfig(siop_scorer_url=url)
         with pytest.raises((ScorerError, ScorerUnavailable), match=rf"{url}/support.*HTTP 501"):
             asyncio.run(check_scorer(siop, policy, lambda text: None, 2.0, "who ?"))

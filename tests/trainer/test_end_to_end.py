@@ -199,6 +199,7 @@ def _support(model: Path, rows: list[dict]) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = SiopConfig(siop_reference_prefix=REFERENCE_PREFIX, siop_reference_suffix=REFERENCE_SUFFIX)
     end, assistant = (tokenizer.convert_tokens_to_ids(token) for token in (END, ASSISTANT))
+    (line,) = tokenizer.encode("\n", add_special_tokens=False)
     queries = []
     for row in rows:
         prompt, response = (list(tokenizer(row[name])["input_ids"]) for name in ("input", "output"))
@@ -207,12 +208,16 @@ def _support(model: Path, rows: list[dict]) -> np.ndarray:
             mask.append(int(sampled))
             sampled = token != end if sampled else token == assistant
         probes = [build_reference(text, tokenizer, config) for text in row["references"]]
+        turns = get_assistant_turn_ranges(mask)
+        where = boundaries(turns, config.siop_boundary)
+        ends = {turn_end for _, turn_end in turns}  # there the next turn is opened
         queries.append(
             RolloutQuery(
                 np.array(prompt),
                 np.array(response),
-                boundaries(get_assistant_turn_ranges(mask), config.siop_boundary),
+                where,
                 [Probe(np.array(probe.token_ids), probe.start, probe.end) for probe in probes],
+                [np.array([line, assistant] if boundary in ends else [], dtype=np.int64) for boundary in where],
             )
         )
     scores = TransformersEngine.from_pretrained(str(model)).support(queries).support

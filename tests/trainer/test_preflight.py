@@ -57,8 +57,10 @@ OTHER_VALUES: dict[str, Any] = {
     "siop_epsilon": 1e-6,
     "siop_consensus_terminal": "support",
     "siop_strict_entailment": False,
+    "siop_probe_opening": False,
     "siop_reference_prefix": "\nNow:\n",
     "siop_reference_suffix": "<|im_end|>",
+    "siop_scorer_noise": 1e-3,
     "siop_scorer": "policy",
     "siop_scorer_url": "https://elsewhere:1",
     "siop_scorer_timeout_s": 5.0,
@@ -70,7 +72,8 @@ OTHER_VALUES: dict[str, Any] = {
 
 def test_every_key_is_an_override_without_plus_and_is_recorded(tmp_path: Path) -> None:
     assert set(OTHER_VALUES) == set(SiopConfig.__dataclass_fields__)
-    apart = {"siop_use_gold_ref", "siop_baseline"}  # not allowed with the other values of siop_reward_mode, siop_return
+    # Not allowed with the other values of siop_reward_mode, siop_return, siop_boundary.
+    apart = {"siop_use_gold_ref", "siop_baseline", "siop_probe_opening"}
     parts = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m"]
     for keys in (apart, set(OTHER_VALUES) - apart):
         values = {key: OTHER_VALUES[key] for key in keys}
@@ -95,7 +98,17 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
     [
         ("siop", {}),
         ("policy", {"siop_scorer": "policy"}),
-        ("release", {"siop_baseline": "pooled", "siop_boundary": "assistant", "siop_gain": "log"}),
+        (
+            "release",
+            {
+                "siop_baseline": "pooled",
+                "siop_boundary": "assistant",
+                "siop_gain": "log",
+                "siop_probe_opening": False,
+                "siop_reference_prefix": "\nNow there's enough information to answer\n</think>\n<answer>\n",
+                "siop_reference_suffix": "\n</answer><|im_end|>",
+            },
+        ),
         ("empo", {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast"}),
         ("ttrl", {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"}),
         ("grpo", {}),

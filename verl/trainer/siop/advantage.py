@@ -18,7 +18,7 @@ from verl.trainer.ppo.core_algos import (
     register_adv_est,
 )
 from verl.utils.reward_score.siop_reward import turn_spans
-from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.baselines import Turns, signal
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.errors import SiopConfigError, SiopError
@@ -75,20 +75,39 @@ class _Spans:
 
 
 def _broadcast(
-    rewards_BL: torch.Tensor, response_mask: torch.Tensor, uid_B: np.ndarray, rows: np.ndarray, scale: bool
+    rewards_BL: torch.Tensor,
+    response_mask: torch.Tensor,
+    uid_B: np.ndarray,
+    rows: np.ndarray,
+    scale: bool,
+    noise: float,
 ) -> torch.Tensor:
-    """verl's GRPO outcome advantage of the total rewards of ``rows`` (those with a turn), 0 in the others."""
+    """verl's GRPO outcome advantage of the total rewards of ``rows`` (those with a turn), 0 in the others.
+
+    Scaled, it counts as far as the totals of a question differ by more than ``noise`` (:func:`signal`).
+    """
     # One running sum per row, and the rows in the order of their totals: the result depends neither on the padded width
     # nor on the order of the rows.
     totals_B1 = rewards_BL.to(torch.float64).cumsum(dim=-1)[:, -1:]
     kept = torch.from_numpy(rows).to(rewards_BL.device)
     order = kept[torch.argsort(totals_B1[kept, 0], stable=True)]
+    group = torch.from_numpy(_numbered(uid_B[order.cpu().numpy()])).to(rewards_BL.device)
     sorted_BL, _ = compute_grpo_outcome_advantage(
         token_level_rewards=totals_B1[order],
         response_mask=response_mask[order] != 0,
         index=uid_B[order.cpu().numpy()],
         norm_adv_by_std_in_grpo=scale,
     )
+    if scale:
+        totals = totals_B1[order, 0]
+        # A question's only rollout is compared with nothing.
+        counts = torch.stack(
+            [
+                signal(totals[group == g].std(), noise) if (group == g).sum() > 1 else torch.ones_like(totals[0])
+                for g in group.unique()
+            ]
+        )
+        sorted_BL = sorted_BL * counts[group][:, None]
     advantages_BL = torch.zeros_like(rewards_BL, dtype=torch.float32)
     advantages_BL[order] = sorted_BL.to(torch.float32)
     return advantages_BL
@@ -179,7 +198,9 @@ def compute_siop_advantage(
     uid_B = np.asarray(index, dtype=object)
     with torch.no_grad():
         if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
-            advantages_BL = _broadcast(token_level_rewards, response_mask, uid_B, spans.rows, scale)
+            advantages_BL = _broadcast(
+                token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.siop_scorer_noise
+            )
             return advantages_BL, advantages_BL.clone()
         turns = Turns(
             rewards_BT=spans.by_turn(spans.sums(rewards_BL)),

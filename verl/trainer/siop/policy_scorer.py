@@ -22,9 +22,9 @@ RANK_TOKENS = 500_000
 class PolicyScorer:
     """A :class:`SiopScorer` whose support comes from the actor, and whose clusters and entailment from another scorer.
 
-    The weights are the actor's before the update of the step. Each distinct prompt + response[:boundary] + probe, up to
-    the last reference token, is one sequence of ``compute_log_prob``, by which every training engine of verl computes
-    the old log-probs. Log-probs are those at temperature 1, whatever ``rollout.temperature`` is.
+    The weights are the actor's before the update of the step. Each distinct prompt + response[:boundary] + opening +
+    probe, up to the last reference token, is one sequence of ``compute_log_prob``, by which every training engine of
+    verl computes the old log-probs. Log-probs are those at temperature 1, whatever ``rollout.temperature`` is.
 
     An exception inside the actor is passed on as it is and ends the run: other ranks may be waiting for the one that
     failed, so that a second attempt would hang.
@@ -66,8 +66,8 @@ class PolicyScorer:
         row_of: list[int] = []  # of every (rollout, boundary, reference), in this order
         for rollout in rollouts:
             context = np.array(rollout.prompt_ids + rollout.response_ids, dtype=np.int64)
-            for boundary in rollout.boundaries:
-                prefix = context[: len(rollout.prompt_ids) + boundary]
+            for boundary, opening in rollout.opened():
+                prefix = np.concatenate([context[: len(rollout.prompt_ids) + boundary], opening]).astype(np.int64)
                 for reference in rollout.references:
                     # The last reference token is the last of the sequence: what follows it does not matter.
                     probe = np.array(reference.token_ids[: reference.end], dtype=np.int64)
@@ -76,6 +76,7 @@ class PolicyScorer:
         sequences = [torch.tensor(np.frombuffer(row, dtype=np.int64)) for row in rows]
         self.computed_tokens += sum(map(len, sequences))
         longest_probe = max(reference.end for rollout in rollouts for reference in rollout.references)
+        longest_probe += max(len(opening) for rollout in rollouts for _, opening in rollout.opened())
         log_probs = self._log_probs(sequences, longest_probe, dp_size)
 
         asked = iter(row_of)
@@ -106,7 +107,7 @@ class PolicyScorer:
         input_ids = _jagged([padded[row] for row in order])
         options = {"calculate_entropy": False, "compute_loss": False, "temperature": 1.0}
         if self._rollout.log_prob_use_dynamic_bsz:
-            # A rollout fits into verl's limit; a probe comes on top of it.
+            # A rollout fits into verl's limit; an opening and a probe come on top of it.
             options["max_token_len_per_gpu"] = self._rollout.log_prob_max_token_len_per_gpu + longest_probe
         data = tu.get_tensordict(
             {
@@ -131,7 +132,8 @@ def _calls(rollouts: Sequence[SupportRequest], max_tokens: int) -> list[list[Sup
     for _, same_prompt in itertools.groupby(rollouts, key=lambda rollout: rollout.prompt_ids):
         group = list(same_prompt)
         tokens = sum(
-            len(rollout.references) * sum(len(rollout.prompt_ids) + boundary for boundary in rollout.boundaries)
+            len(rollout.references)
+            * sum(len(rollout.prompt_ids) + boundary + len(opening) for boundary, opening in rollout.opened())
             for rollout in group
         )
         if not calls or size + tokens > max_tokens:

@@ -20,7 +20,7 @@ from verl.trainer.siop.checks.choices import check_choices
 from verl.trainer.siop.checks.data import DataError, check_files, check_rows, first_row
 from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_policy
 from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
-from verl.trainer.siop.checks.services import check_scorer
+from verl.trainer.siop.checks.services import check_scorer, measure_noise
 from verl.trainer.siop.checks.settings import check_settings, measures_support
 from verl.trainer.siop.checks.values import check_dataclasses, check_values
 from verl.trainer.siop.rollouts.rows import question_of
@@ -195,7 +195,14 @@ def needs_scorer(run: Run) -> bool:
 def _scorer(run: Run) -> str:
     if not needs_scorer(run):
         return "not needed"
-    return asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S))
+    found = asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S))
+    if run.siop.siop_scorer == "policy" or not measures_support(run.siop):
+        return found
+    noise = asyncio.run(measure_noise(run.siop, run.policy, run.sample))
+    if noise > run.siop.siop_scorer_noise:
+        # The estimator and the metrics read it there.
+        OmegaConf.update(run.config, "algorithm.siop_scorer_noise", noise)
+    return f"{found}; noise {noise:.1e}"
 
 
 CHECKS: tuple[tuple[str, Callable[[Run], str]], ...] = (

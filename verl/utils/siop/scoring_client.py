@@ -343,6 +343,7 @@ def _rollout_json(rollout: SupportRequest) -> dict[str, Any]:
         "prompt_ids": rollout.prompt_ids,
         "response_ids": rollout.response_ids,
         "boundaries": rollout.boundaries,
+        **({"openings": rollout.openings} if rollout.openings else {}),
         "references": [
             {"token_ids": reference.token_ids, "start": reference.start, "end": reference.end}
             for reference in rollout.references

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from verl.utils.siop.credit.batch import LOG_PROB_TOLERANCE, OBSERVATION_CHARACTERS, CreditBatch, build_reference
+from verl.utils.siop.credit.batch import LOG_PROB_TOLERANCE, OBSERVATION_CHARACTERS, CreditBatch
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.methods import gold_reference
+from verl.utils.siop.credit.probe import build_reference
 from verl.utils.siop.credit.registry import CREDIT_METHODS, register_baseline, register_credit
 from verl.utils.siop.credit.rollouts import GroupRewards, Reference, Rollout, SiopScorer, SupportRequest
 

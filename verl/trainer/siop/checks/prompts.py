@@ -7,6 +7,8 @@ from typing import Any
 
 from verl.trainer.siop.checks.policy import Policy
 from verl.trainer.siop.rollouts.tool_calls import FORMS
+from verl.utils.siop.credit.config import AUTO, SiopConfig
+from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.data.chat import (
     MULTI_TURN,
     Messages,
@@ -18,7 +20,6 @@ from verl.utils.siop.data.chat import (
     tool_parsers,
 )
 from verl.utils.siop.errors import SiopConfigError, SiopError
-from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 from verl.utils.siop.turn_utils import parse_answer
 
 # Their templates write calls of earlier turns otherwise than the models make them, and so prove nothing about them.
@@ -38,22 +39,22 @@ def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn
         SiopConfigError: the call's format is not known, or reads something else than the template wrote; the message
             names the formats that fit.
     """
-    _check_answer_tags(policy, siop, sample)
+    tags = "answer tags" + _check_answer_tags(policy, siop, sample)
     if not policy.calls_tools:
-        return f"answer tags; what the agent loop {policy.agent} calls is not known"
+        return f"{tags}; what the agent loop {policy.agent} calls is not known"
     parsers = tool_parsers()
     if policy.format not in parsers:
         raise SiopConfigError(
             f"{MULTI_TURN}.format={policy.format} is not allowed; choose one of {', '.join(sorted(parsers))}"
         )
     if not policy.tools:
-        return f"answer tags; no tools, format {policy.format}"
+        return f"{tags}; no tools, format {policy.format}"
     name, tool = next(iter(policy.tools.items()))
     arguments = sample_arguments(tool, sample)
     if policy.format not in NO_ROUND_TRIP:
         _check_call(policy, name, arguments, sample, warn)
     _check_result(policy, name, arguments, sample)
-    return f"answer tags, a call of {name!r} in format {policy.format}, its result"
+    return f"{tags}, a call of {name!r} in format {policy.format}, its result"
 
 
 def _check_call(policy: Policy, name: str, arguments: dict[str, Any], sample: str, warn: Callable[[str], None]) -> None:
@@ -89,7 +90,8 @@ def example_call(form: str, name: str, arguments: dict[str, Any]) -> str | None:
     return example(name, arguments) if example else None
 
 
-def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> None:
+def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> str:
+    """How references are probed, as text that goes on after "answer tags"; empty if none is scored."""
     tokenizer = policy.tokenizer
     ids = tokenizer(f"<answer> {sample} </answer>", add_special_tokens=False)["input_ids"]
     if not parse_answer(tokenizer.decode(ids)).strip():
@@ -98,17 +100,22 @@ def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> 
             f"{tokenizer.decode(ids)!r}, in which no answer is found"
         )
     if siop is None:
-        return
+        return ""
+    prompt = policy.prompt_ids([{"role": "user", "content": sample}], policy.schemas())
     try:
-        build_reference(sample, tokenizer, siop)
+        prober = Prober(tokenizer, siop)
+        prober.reference(sample, prompt)
+        prober.openings(prompt, prompt[-1:], [1], [1])
     except (SiopError, ValueError) as error:
         raise SiopConfigError(f"algorithm.siop_reference_prefix, siop_reference_suffix: {error}") from error
-    prefix, unknown = siop.siop_reference_prefix, tokenizer.unk_token_id
+    (prefix, suffix), unknown = prober.texts(prompt), tokenizer.unk_token_id
     if unknown is not None and unknown in tokenizer(prefix, add_special_tokens=False)["input_ids"]:
         raise SiopConfigError(
             f"algorithm.siop_reference_prefix={prefix!r} has words that the tokenizer of {policy.path} does not know, "
             "so that references would be scored after a text without meaning; take words of its vocabulary"
         )
+    found = " (by the chat template)" if AUTO in (siop.siop_reference_prefix, siop.siop_reference_suffix) else ""
+    return f", probes as {prefix + '…' + suffix!r}{found}"
 
 
 def _check_result(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> None:

@@ -220,7 +220,14 @@ OLD_SECTIONS = ("custom_reward_function", "reward_model", "sandbox_fusion")
 
 # Keys that only some methods read. The texts around a reference are not among them: they belong to a model, and stand
 # in the settings of an experiment whatever its method is.
-SUPPORT_KEYS = ("siop_num_refs", "siop_gain", "siop_epsilon", "siop_boundary", "siop_scorer")
+SUPPORT_KEYS = (
+    "siop_num_refs",
+    "siop_gain",
+    "siop_epsilon",
+    "siop_boundary",
+    "siop_probe_opening",
+    "siop_scorer",
+)
 TARGET_KEYS = ("siop_eta", "siop_evidence")
 TURN_KEYS = ("siop_baseline", "siop_return", "siop_turn_weight")
 METHOD_KEYS = (
@@ -231,6 +238,7 @@ METHOD_KEYS = (
     "siop_lambda",
     "siop_strict_entailment",
     "siop_consensus_terminal",
+    "siop_scorer_noise",
     *TURN_KEYS,
     *SUPPORT_KEYS,
     *TARGET_KEYS,

@@ -7,7 +7,7 @@ Suffixes: B rows, T turns (padded), N the turns that exist, flat.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from verl.utils.siop.credit.registry import register_baseline
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from verl.utils.siop.credit.config import SiopConfig
 
 STD_FLOOR = 1e-6
+# Rewards that differ by the scorer's noise alone: their returns have a standard deviation of up to three times it, with
+# eight rollouts sometimes five times.
+NOISE_STDS = 5.0
+
+
+def signal(std: Any, noise: float) -> Any:
+    """How much of a spread counts as signal: 0 up to five times the scorer's noise, 1 from ten times on.
+
+    Without it a division by the standard deviation makes an update of full size from noise, where all rollouts agree.
+
+    Args:
+        std: standard deviations, an array or a tensor.
+        noise: that of the scorer (``siop_scorer_noise``), in the unit of a turn reward.
+    """
+    return (std / (NOISE_STDS * noise) - 1.0).clip(0.0, 1.0) if noise > 0 else (std * 0.0 + 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,11 @@ class Turns:
     gamma: float
     scale: bool
     config: SiopConfig
+
+    @property
+    def noise(self) -> float:
+        """The scorer's noise in a turn reward (``siop_scorer_noise``)."""
+        return self.config.siop_scorer_noise
 
     @property
     def at(self) -> tuple[np.ndarray, np.ndarray]:
@@ -102,14 +122,17 @@ def _variance(centred_N: np.ndarray, group_N: np.ndarray, groups: int, lost: int
     return _sum_by(group_N, centred_N**2, groups) / freedom
 
 
-def _sample_normalised(values_N: np.ndarray, group_N: np.ndarray, scale: bool) -> np.ndarray:
-    """(x − mean) / (std + 1e-6) within each group, sample standard deviation, 1 in place of one below 1e-6."""
+def _sample_normalised(values_N: np.ndarray, group_N: np.ndarray, scale: bool, noise: float = 0.0) -> np.ndarray:
+    """(x − mean) / (std + 1e-6) within each group, sample standard deviation, 1 in place of one below 1e-6.
+
+    Times :func:`signal`, if there is noise.
+    """
     groups = int(group_N.max()) + 1
     centred_N = _centred(values_N, group_N, groups)
     if not scale:
         return centred_N
     std = np.sqrt(_variance(centred_N, group_N, groups, lost=1))
-    return centred_N / (np.where(std < STD_FLOOR, 1.0, std) + STD_FLOOR)[group_N]
+    return centred_N / (np.where(std < STD_FLOOR, 1.0, std) + STD_FLOOR)[group_N] * signal(std, noise)[group_N]
 
 
 def _minus_sibling_mean(values_N: np.ndarray, group_N: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +151,7 @@ def leave_one_out(turns: Turns) -> np.ndarray:
     """A_{i,t} = G_{i,t} − mean of G_{j,t} over the siblings j ≠ i that reach turn t; unbiased.
 
     If no sibling reaches turn t: minus the siblings' mean full return G_{j,1}. Without siblings: 0. The scale is one
-    sample standard deviation (+ 1e-6) over the turn advantages of the whole batch.
+    sample standard deviation (+ 1e-6) over the turn advantages of the whole batch, times :func:`signal` of it.
     """
     rows_N, turns_N = turns.at
     returns_BT = turns.returns()
@@ -142,7 +165,8 @@ def leave_one_out(turns: Turns) -> np.ndarray:
     advantages_N = np.where(found_N, advantages_N, np.where(siblings_B[rows_N], alone_N, 0.0))
     if turns.scale and len(advantages_N) > 1:
         # Sorted: the same scale in whatever order the rows come.
-        advantages_N = advantages_N / (np.sort(advantages_N).std(ddof=1) + STD_FLOOR)
+        std = np.sort(advantages_N).std(ddof=1)
+        advantages_N = advantages_N / (std + STD_FLOOR) * signal(std, turns.noise)
     return turns.spread(advantages_N)
 
 
@@ -164,16 +188,17 @@ def turn_index(turns: Turns) -> np.ndarray:
     """Return-to-go, normalised over the question's rollouts at the same turn index.
 
     A_{i,t} = (G_{i,t} − mean_j G_{j,t}) / (std_j G_{j,t} + 1e-6) over the rollouts j (i among them) that reach turn t;
-    sample standard deviation, 1 in place of one below 1e-6; 0 for a turn that no other rollout reaches. Nothing is
-    summed after the mean is subtracted, so unlike ``pooled`` no baseline depends on when a rollout stops; but turns
-    that few rollouts reach are shrunk (n rollouts: by (n − 1)/n) and each turn index has a scale of its own.
+    sample standard deviation, 1 in place of one below 1e-6, times :func:`signal` of it; 0 for a turn that no other
+    rollout reaches. Nothing is summed after the mean is subtracted, so unlike ``pooled`` no baseline depends on when a
+    rollout stops; but turns that few rollouts reach are shrunk (n rollouts: by (n − 1)/n) and each turn index has a
+    scale of its own.
 
     Source: the turn-level advantage of MatchTIR (arXiv 2601.10712). Its code, not this, leaves the return of a turn
     that one rollout alone reaches as it is, and averages the result with GRPO's outcome advantage.
     """
     rows_N, turns_N = turns.at
     key_N = turns.group_and_turn_BT[rows_N, turns_N]
-    return turns.spread(_sample_normalised(turns.returns()[rows_N, turns_N], key_N, turns.scale))
+    return turns.spread(_sample_normalised(turns.returns()[rows_N, turns_N], key_N, turns.scale, turns.noise))
 
 
 @register_baseline("turn_group")
@@ -183,7 +208,8 @@ def turn_group(turns: Turns) -> np.ndarray:
     ÎG_t: the reward of a turn before the last, normalised over the question's rollouts that have such a turn t.
     D_t = Σ_{j≥t} gamma^{j−t}·ÎG_j / sqrt(number of terms), j over the turns before the last. Ô: the reward of the last
     turn (here: all of it), normalised over the question's rollouts. w is ``siop_turn_weight``. Normalised is
-    (x − mean) / (sqrt(variance + 1e-8) + 1e-6), population variance; 0 for a value without another to compare with.
+    (x − mean) / (sqrt(variance + 1e-8) + 1e-6), population variance, times :func:`signal`; 0 for a value without
+    another to compare with.
 
     The released code agrees with this form (its alpha is w, 0.3 in its recipe), except that it takes a turn whose
     reward is exactly 0 for no turn. The method's clipping range by turn is the policy loss ``turn_clip``.
@@ -193,8 +219,8 @@ def turn_group(turns: Turns) -> np.ndarray:
     gain_BT = np.zeros_like(turns.rewards_BT)
     if before_last_BT.any():
         key_N = turns.group_and_turn_BT[before_last_BT]
-        gain_BT[before_last_BT] = _population_normalised(turns.rewards_BT[before_last_BT], key_N, turns.scale)
-    outcome_B = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns.scale)
+        gain_BT[before_last_BT] = _population_normalised(turns.rewards_BT[before_last_BT], key_N, turns)
+    outcome_B = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns)
     sum_BT = gain_BT
     for turn in range(gain_BT.shape[1] - 2, -1, -1):
         sum_BT[:, turn] += turns.gamma * sum_BT[:, turn + 1]
@@ -203,9 +229,11 @@ def turn_group(turns: Turns) -> np.ndarray:
     return np.where(turns.reached_BT, weighted_BT + outcome_B[:, None], 0.0)
 
 
-def _population_normalised(values_N: np.ndarray, group_N: np.ndarray, scale: bool) -> np.ndarray:
+def _population_normalised(values_N: np.ndarray, group_N: np.ndarray, turns: Turns) -> np.ndarray:
     groups = int(group_N.max()) + 1
     centred_N = _centred(values_N, group_N, groups)
-    if not scale:
+    if not turns.scale:
         return centred_N
-    return centred_N / (np.sqrt(_variance(centred_N, group_N, groups, lost=0) + 1e-8) + STD_FLOOR)[group_N]
+    variance = _variance(centred_N, group_N, groups, lost=0)
+    normalised_N = centred_N / (np.sqrt(variance + 1e-8) + STD_FLOOR)[group_N]
+    return normalised_N * signal(np.sqrt(variance), turns.noise)[group_N]

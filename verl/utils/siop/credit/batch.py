@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from verl.utils.siop.credit.rollouts import GroupRewards, Reference, Rollout, SiopScorer, SupportRequest
+from verl.utils.siop.credit.probe import Prober
+from verl.utils.siop.credit.rollouts import GroupRewards, Rollout, SiopScorer, SupportRequest
 from verl.utils.siop.errors import RolloutError, ScorerError
 from verl.utils.siop.turn_utils import boundaries, extract_answer, extract_observations, get_assistant_turn_ranges
 
@@ -159,24 +160,28 @@ class CreditBatch:
             Rollout index -> p at its T + 1 boundaries (``siop_boundary``).
         """
         indices = [index for index in sorted(references_of) if len(self.parsed[index].turns) > 1]
-        texts = dict.fromkeys(text for index in indices for text in references_of[index])
-        probes = {text: build_reference(text, self.tokenizer, self.config) for text in texts}
-        requests = [
-            SupportRequest(
-                prompt_ids=list(self.parsed[index].rollout.prompt_ids),
-                response_ids=list(self.parsed[index].rollout.response_ids),
-                boundaries=boundaries(self.parsed[index].turns, self.config.siop_boundary),
-                references=[probes[text] for text in references_of[index]],
-            )
-            for index in indices
-        ]
-        log_probs = await self.scorer.support(requests) if requests else []
+        if not indices:
+            return {}
+        prober = Prober(self.tokenizer, self.config)
+        requests = [self._request(self.parsed[index], references_of[index], prober) for index in indices]
+        log_probs = await self.scorer.support(requests)
         if len(log_probs) != len(requests):
             raise ScorerError(f"support: {len(requests)} rollouts sent, {len(log_probs)} returned")
         return {
             index: _probabilities(log_probs_TR, request, self.parsed[index].rollout.uid)
             for index, request, log_probs_TR in zip(indices, requests, log_probs, strict=True)
         }
+
+    def _request(self, item: ParsedRollout, references: Sequence[str], prober: Prober) -> SupportRequest:
+        prompt, response = list(item.rollout.prompt_ids), list(item.rollout.response_ids)
+        where = boundaries(item.turns, self.config.siop_boundary)
+        return SupportRequest(
+            prompt_ids=prompt,
+            response_ids=response,
+            boundaries=where,
+            references=[prober.reference(text, prompt) for text in references],
+            openings=prober.openings(prompt, response, [end for _, end in item.turns], where),
+        )
 
     def gains(self, support: Sequence[float]) -> list[float]:
         """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
@@ -270,34 +275,6 @@ def _checked_number(value: float, what: str, low: float, high: float) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def build_reference(text: str, tokenizer: PreTrainedTokenizerBase, config: SiopConfig) -> Reference:
-    """Probe of a reference: ``prefix + text + suffix`` tokenised alone, and which of its tokens are the reference's.
-
-    A token that overlaps the reference's characters belongs to it, also if it starts before or ends after them.
-
-    Raises:
-        RolloutError: no token overlaps the reference, or the tokenizer gives no character offsets.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise RolloutError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
-    first, last = len(config.siop_reference_prefix), len(config.siop_reference_prefix) + len(text)
-    encoded = tokenizer(
-        config.siop_reference_prefix + text + config.siop_reference_suffix,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        truncation=False,
-    )
-    inside = [
-        position
-        for position, (start, end) in enumerate(encoded["offset_mapping"])
-        if start < end and start < last and end > first
-    ]
-    if not inside:
-        raise RolloutError(f"reference {text!r} has no token of its own in the probe text")
-    return Reference(text=text, token_ids=list(encoded["input_ids"]), start=inside[0], end=inside[-1] + 1)
 
 
 def _probabilities(log_probs_TR: Sequence[Sequence[float]], request: SupportRequest, uid: str) -> list[float]:

@@ -15,6 +15,8 @@ from verl.utils.siop.credit.registry import BASELINES, CREDIT_METHODS, Registry
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.turn_utils import BOUNDARY_MODES
 
+# Of the texts around a reference: from the chat template (:class:`~verl.utils.siop.credit.probe.Prober`).
+AUTO = "auto"
 # Keys of the first release that belong to the scorer here.
 RELEASED = {
     "siop_nli_model": "the scorer holds the NLI model; start it with SIOP_NLI_MODEL",
@@ -53,6 +55,7 @@ class SiopConfig:
     siop_advantage_mode: str = _choice("turn_level", "broadcast")
     siop_enable_two_pass: bool = True
     siop_baseline: str = _registered("leave_one_out", BASELINES)
+    siop_scorer_noise: float = _number(1e-5, 0.0)
     siop_return: str = _choice("sum", "min")
     siop_turn_weight: float = _number(0.3, 0.0, above=True)
     siop_boundary: str = _choice(*BOUNDARY_MODES)
@@ -64,8 +67,9 @@ class SiopConfig:
     siop_epsilon: float = _number(1e-8, 0.0, above=True)
     siop_consensus_terminal: str = _choice("frequency", "support")
     siop_strict_entailment: bool = True
-    siop_reference_prefix: str = "\nNow there's enough information to answer\n</think>\n<answer>\n"
-    siop_reference_suffix: str = "\n</answer><|im_end|>"
+    siop_probe_opening: bool = True
+    siop_reference_prefix: str = AUTO
+    siop_reference_suffix: str = AUTO
     siop_scorer: str = _choice("server", "policy")
     siop_scorer_url: str = "http://127.0.0.1:8390"
     siop_scorer_timeout_s: float = _number(600.0, 0.0, above=True)
@@ -97,6 +101,11 @@ class SiopConfig:
             raise SiopConfigError(
                 f"siop_use_gold_ref=True is not allowed with siop_reward_mode={self.siop_reward_mode!r}: the gold "
                 "answer replaces the clusters that this mode counts. Use siop_reward_mode='process' with it"
+            )
+        if not self.siop_probe_opening and self.siop_boundary == "observation":
+            raise SiopConfigError(
+                "siop_probe_opening=False has no effect with siop_boundary='observation', where every context ends as "
+                "the policy's turn begins; leave it out"
             )
         if self.siop_return != "sum" and self.siop_baseline == "turn_group":
             raise SiopConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from verl.utils.siop.credit.answers import exact_match
-from verl.utils.siop.credit.baselines import Turns
+from verl.utils.siop.credit.baselines import NOISE_STDS, Turns
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout
@@ -35,7 +35,8 @@ def group_metrics(
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
         - ``siop/no_answer``: share of rollouts without an answer
-        - ``siop/zero_variance_groups``: share of questions whose advantages are all 0, so that they give no update
+        - ``siop/zero_variance_groups``: share of questions whose advantages are all within the scorer's noise, so that
+          they give no update
         - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
           mean over questions with an answer (both only where the method clusters)
         - ``siop/heaviest_cluster_right``: share of the questions with a label whose heaviest cluster (largest target,
@@ -116,17 +117,27 @@ def _rows_with_an_update(
     config: SiopConfig,
     gamma: float,
 ) -> set[int]:
-    """The rollouts of which some turn has an advantage other than 0."""
+    """The rollouts of which some turn has an advantage that is more than the scorer's noise."""
+    noise = NOISE_STDS * config.siop_scorer_noise
     if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
         sums = [math.fsum(row) for row in turn_rewards]
-        return {row for members in groups if len({sums[row] for row in members}) > 1 for row in members}
+        return {row for members in groups if _spread(sums, members) > noise for row in members}
     group_of = {row: number for number, members in enumerate(groups) for row in members}
     kept = [row for row, number in enumerate(num_turns) if number]
     if not kept:
         return set()
     rows = [turn_rewards[row] or [0.0] * num_turns[row] for row in kept]
     turns = _turns(rows, np.unique([group_of[row] for row in kept], return_inverse=True)[1], config, gamma)
-    return {row for row, values_T in zip(kept, BASELINES[config.siop_baseline](turns), strict=True) if values_T.any()}
+    return {
+        row
+        for row, values_T in zip(kept, BASELINES[config.siop_baseline](turns), strict=True)
+        if (abs(values_T) > noise).any()
+    }
+
+
+def _spread(values: Sequence[float], members: Sequence[int]) -> float:
+    own = [values[row] for row in members]
+    return max(own) - min(own)
 
 
 def _returns_by_turn(turn_rewards: Sequence[Sequence[float]], config: SiopConfig, gamma: float) -> list[list[float]]:

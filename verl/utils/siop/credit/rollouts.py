@@ -42,12 +42,20 @@ class Reference:
 
 @dataclass(frozen=True)
 class SupportRequest:
-    """One rollout to be scored: every reference after ``prompt_ids + response_ids[:boundary]`` for every boundary."""
+    """One rollout to be scored: every reference after ``prompt_ids + response_ids[:boundary]`` for every boundary.
+
+    ``openings`` holds the tokens that stand between each boundary's context and the references; empty: none at any.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
     boundaries: list[int]
     references: list[Reference]
+    openings: list[list[int]] = field(default_factory=list)
+
+    def opened(self) -> list[tuple[int, list[int]]]:
+        """Each boundary with its opening."""
+        return list(zip(self.boundaries, self.openings or [[] for _ in self.boundaries], strict=True))
 
 
 class SiopScorer(Protocol):

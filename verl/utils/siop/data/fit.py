@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
-from verl.utils.siop.credit.batch import build_reference
 from verl.utils.siop.credit.config import SiopConfig
+from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.data.chat import (
     Chat,
     Messages,
@@ -189,18 +189,18 @@ def _format(chat: Chat, prompt: Prompt, call: str, name: str, arguments: dict[st
 def _check_rollout(fitted: Fit) -> None:
     """Make a rollout of the prompt, a call, its result and the probe's answer, and read it back as a run would."""
     chat, prompt = fitted.chat, fitted.prompt
-    default = SiopConfig()
-    prefix = default.siop_reference_prefix if prompt.reference_prefix is None else prompt.reference_prefix
-    suffix = default.siop_reference_suffix if prompt.reference_suffix is None else prompt.reference_suffix
+    given = {"siop_reference_prefix": prompt.reference_prefix, "siop_reference_suffix": prompt.reference_suffix}
+    prober = Prober(chat.tokenizer, SiopConfig(**{key: text for key, text in given.items() if text is not None}))
     messages, schemas = prompt.messages("Who wrote Emma?"), chat.schemas()
     answer, found = "Jane Austen", "Emma is a novel by Jane Austen"
+    ids = chat.prompt_ids(messages, schemas)
+    prefix, suffix = prober.texts(ids)
     turn = opening(chat, messages) + prefix + answer + suffix
     if turn.count("<think>") != turn.count("</think>"):
         raise SiopConfigError(
             f"the turn would be {turn!r}, with {turn.count('<think>')} <think> and {turn.count('</think>')} </think>"
         )
-    ids, mask = chat.prompt_ids(messages, schemas), []
-    start = len(ids)
+    start, prompt_ids, mask = len(ids), ids, []
     if chat.tools:
         name, tool = next(iter(chat.tools.items()))
         arguments = sample_arguments(tool, "Emma")
@@ -216,9 +216,7 @@ def _check_rollout(fitted: Fit) -> None:
             raise SiopConfigError(f"its template cannot render a tool's result: {first_cause(error)}") from error
         mask = [1] * len(own) + [0] * (len(merged) - start - len(own))
         ids = list(merged)
-    probe = build_reference(
-        answer, chat.tokenizer, SiopConfig(siop_reference_prefix=prefix, siop_reference_suffix=suffix)
-    )
+    probe = prober.reference(answer, prompt_ids)
     response, mask = [*ids[start:], *probe.token_ids], mask + [1] * len(probe.token_ids)
     turns = get_assistant_turn_ranges(mask)
     observations = extract_observations(response, turns, chat.tokenizer)

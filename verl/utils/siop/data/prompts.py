@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from verl.utils.siop.credit.probe import ANSWER, DONE_THINKING
 from verl.utils.siop.errors import SiopConfigError
 
 QUESTION = "{question}"
@@ -22,7 +23,6 @@ SYSTEM = (
     "As soon as you know the answer, give it alone between tags, in as few words as possible and without explanation, "
     "for example <answer>Paris</answer>. Answer a yes/no question with yes or no."
 )
-_DONE = "Now there's enough information to answer\n</think>\n<answer>\n"
 
 
 class Prompt(BaseModel):
@@ -88,13 +88,13 @@ PROMPTS = {
     prompt.name: prompt
     for prompt in (
         # The model opens its thinking itself: Qwen3 (hybrid).
-        _hermes("hermes-thinking", f"<think>\n{_DONE}"),
+        _hermes("hermes-thinking", f"<think>\n{DONE_THINKING}"),
         # The template has opened it: Qwen3-…-Thinking-2507, Qwen3.5.
-        _hermes("hermes-prefilled", _DONE),
+        _hermes("hermes-prefilled", DONE_THINKING),
         # The template writes an empty one: Qwen3 (hybrid) without thinking.
-        _hermes("hermes-direct", "<answer>\n", enable_thinking=False),
+        _hermes("hermes-direct", ANSWER, enable_thinking=False),
         # There is none: Qwen3-…-Instruct-2507, Qwen2.5.
-        _hermes("hermes-instruct", "<answer>\n"),
+        _hermes("hermes-instruct", ANSWER),
         # The question alone, for models that have learnt the form already; every setting stays as it is.
         Prompt(name="bare"),
     )

@@ -68,18 +68,29 @@ def _inside(boundaries: list[int], info: ValidationInfo) -> list[int]:
     return boundaries
 
 
+def _one_each(openings: list[TokenIds], info: ValidationInfo) -> list[TokenIds]:
+    boundaries = info.data.get("boundaries")
+    if boundaries is not None and openings and len(openings) != len(boundaries):
+        raise ValueError(f"{len(openings)} lists for {len(boundaries)} boundaries; one for each, or none at all")
+    return openings
+
+
 class SupportRollout(_Scored):
-    """Rollout with the boundaries (exclusive ends into ``response_ids``, 0 is the prompt alone) and references."""
+    """Rollout with the boundaries (exclusive ends into ``response_ids``, 0 is the prompt alone) and references.
+
+    ``openings``, if there are any: for each boundary the tokens between it and a reference.
+    """
 
     prompt_ids: TokenIds
     response_ids: TokenIds
     boundaries: Annotated[list[int], FailFast(), Field(min_length=1, max_length=1024), AfterValidator(_inside)]
+    openings: Annotated[list[TokenIds], AfterValidator(_one_each)] = Field(default=[], max_length=1024)
     references: list[SupportReference] = Field(min_length=1, max_length=256)
 
     def query(self) -> RolloutQuery:
         """The rollout for an engine."""
         probes = [Probe(reference.token_ids, reference.start, reference.end) for reference in self.references]
-        return RolloutQuery(self.prompt_ids, self.response_ids, self.boundaries, probes)
+        return RolloutQuery(self.prompt_ids, self.response_ids, self.boundaries, probes, self.openings)
 
 
 class SupportBody(_Model):

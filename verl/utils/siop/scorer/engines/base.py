@@ -35,17 +35,26 @@ class RolloutQuery:
         response_ids: [L] token ids.
         boundaries: exclusive ends into ``response_ids``, 0 is the prompt alone; any order.
         probes: the references.
+        openings: for each boundary the token ids between it and a reference; empty: none at any.
     """
 
     prompt_ids: TokenArray
     response_ids: TokenArray
     boundaries: Sequence[int]
     probes: Sequence[Probe]
+    openings: Sequence[TokenArray] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the rollout and its probes: the measure of work by which requests are spread over workers."""
-        return len(self.prompt_ids) + len(self.response_ids) + sum(len(probe.token_ids) for probe in self.probes)
+        added = sum(map(len, self.openings)) + sum(len(probe.token_ids) for probe in self.probes)
+        return len(self.prompt_ids) + len(self.response_ids) + added
+
+    @property
+    def opened(self) -> list[tuple[int, TokenArray]]:
+        """Each boundary with its opening."""
+        openings = self.openings or [np.empty(0, dtype=np.int64)] * len(self.boundaries)
+        return list(zip(self.boundaries, openings, strict=True))
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,13 @@ def check_rollouts(rollouts: Sequence[RolloutQuery], info: EngineInfo, field: st
                 raise InvalidRequest(
                     f"{name}.boundaries[{b}] = {boundary} is outside the response (0..{len(rollout.response_ids)})"
                 )
-        first = len(rollout.prompt_ids) + min(rollout.boundaries, default=0)
+        if rollout.openings and len(rollout.openings) != len(rollout.boundaries):
+            raise InvalidRequest(
+                f"{name}.openings: {len(rollout.openings)} lists for {len(rollout.boundaries)} boundaries"
+            )
+        for b, opening in enumerate(rollout.openings):
+            _check_ids(f"{name}.openings[{b}]", opening, info.vocab_size)
+        first = len(rollout.prompt_ids) + min((end + len(opening) for end, opening in rollout.opened), default=0)
         for r, probe in enumerate(rollout.probes):
             where = f"{name}.references[{r}]"
             if not 0 <= probe.start < probe.end <= len(probe.token_ids):
@@ -165,7 +180,7 @@ def too_long(rollouts: Sequence[RolloutQuery], info: EngineInfo) -> dict[int, st
     """
     errors = {}
     for index, rollout in enumerate(rollouts):
-        context = len(rollout.prompt_ids) + max(rollout.boundaries, default=0)
+        context = len(rollout.prompt_ids) + max((end + len(opening) for end, opening in rollout.opened), default=0)
         # The last token that counts is only predicted, so what follows it in the reference takes no room.
         reference = max((probe.end for probe in rollout.probes), default=0)
         if reference and context + reference > info.max_model_len:

@@ -90,11 +90,12 @@ def score_request(
             continue
         whole = encode_path(rollout.prompt_ids) + encode_path(rollout.response_ids)
         references = [encode_path(probe.token_ids[: probe.end]) for probe in rollout.probes]
-        for boundary in rollout.boundaries:
-            length = len(rollout.prompt_ids) + boundary
-            context = whole[: TOKEN_BYTES * length]
+        for boundary, opening in rollout.opened:
+            context = whole[: TOKEN_BYTES * (len(rollout.prompt_ids) + boundary)]
+            opened = context + encode_path(opening)
+            length = len(opened) // TOKEN_BYTES
             for probe, reference in zip(rollout.probes, references, strict=True):
-                paths.append(ScoredPath(context + reference, context, length + probe.start))
+                paths.append(ScoredPath(opened + reference, context, length + probe.start))
                 requested += length + len(probe.token_ids)
     means, computed = score(paths)
     support: list[list[list[float]]] = []

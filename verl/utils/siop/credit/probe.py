@@ -1,0 +1,224 @@
+"""A probe: a reference answer with the texts around it, after a context that ends where the policy's turn begins.
+
+    context …<|im_end|> \\n<|im_start|>assistant\\n   <answer>\\n   Paris   \\n</answer><|im_end|>
+                        opening                      prefix       reference suffix
+
+What is inserted (the opening) and what ``auto`` stands for follow from the tokenizer's chat template and from the
+rendered prompt, whose end shows how a turn of the policy begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from verl.utils.siop.credit.config import AUTO
+from verl.utils.siop.credit.rollouts import Reference
+from verl.utils.siop.errors import RolloutError
+from verl.utils.siop.turn_utils import opens_thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from verl.utils.siop.credit.config import SiopConfig
+
+ANSWER = "<answer>\n"
+# The release's words, which end a thought.
+DONE_THINKING = f"Now there's enough information to answer\n</think>\n{ANSWER}"
+_MARK = "SIOP"
+# Tokens at the end of a prompt in which the policy's turn must begin: its header, and thinking that a template opens
+# or leaves empty.
+_OPENING_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class TurnForm:
+    """What a chat template writes around an assistant's turn.
+
+    Args:
+        end: after its text, the end token first: ``<|im_end|>\\n``.
+        header: before it, without thinking: ``<|im_start|>assistant\\n``; empty if the template has no such thing.
+        thinks: whether the model thinks, or would if the template let it.
+    """
+
+    end: str
+    header: str
+    thinks: bool
+
+
+def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm | None:
+    """The form of the assistant's turns by the tokenizer's chat template; None if it has none.
+
+    Raises:
+        RolloutError: the template cannot render a question with its answer.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    question = [{"role": "user", "content": _MARK}]
+    answered = [*question, {"role": "assistant", "content": _MARK}]
+
+    def render(messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+    def opening(**options: Any) -> str:
+        closed = render(question, **options)
+        return render(question, add_generation_prompt=True, **options).removeprefix(closed)
+
+    try:
+        end = render(answered).rpartition(_MARK)[2]
+        opened, unthinking = opening(), opening(enable_thinking=False)
+    except Exception as error:  # a template is a program that came with the model, and may raise anything
+        raise RolloutError(f"the chat template cannot render a question and its answer: {error}") from error
+    return TurnForm(end, opened.partition("<think>")[0], "<think>" in opened + unthinking)
+
+
+class Prober:
+    """Builds the probes of rollouts that one tokenizer has rendered.
+
+    Args:
+        tokenizer: the policy's fast tokenizer.
+        config: the texts around a reference, and whether contexts are opened (``siop_probe_opening``).
+
+    Raises:
+        RolloutError: the tokenizer gives no character offsets, or its chat template cannot be rendered.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: SiopConfig) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise RolloutError(
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets; use a fast tokenizer"
+            )
+        self._tokenizer, self._config = tokenizer, config
+        self._form = turn_form(tokenizer)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._built: dict[tuple[str, str, str], Reference] = {}
+
+    def texts(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
+        """Prefix and suffix of a reference in rollouts of this prompt; those of the configuration, unless ``auto``.
+
+        ``auto`` closes the thinking that the prompt has opened; opens and closes it where the model thinks and the
+        prompt leaves that to it; else ``<answer>`` comes at once. The suffix ends the turn as the template does.
+
+        Args:
+            prompt_ids: the rendered prompt; empty for one without thinking.
+        """
+        prefix, suffix = self._config.siop_reference_prefix, self._config.siop_reference_suffix
+        if prefix == AUTO:
+            if opens_thinking(prompt_ids, self._tokenizer):
+                prefix = DONE_THINKING
+            else:
+                own = self._form is not None and self._form.thinks and "</think>" not in self._opening_text(prompt_ids)
+                prefix = f"<think>\n{DONE_THINKING}" if own else ANSWER
+        if suffix == AUTO:
+            suffix = "\n</answer>" + (self._form.end.strip() if self._form else "")
+        return prefix, suffix
+
+    def reference(self, text: str, prompt_ids: Sequence[int] = ()) -> Reference:
+        """Probe: ``prefix + text + suffix`` tokenised alone, and which of its tokens are the reference's.
+
+        A token that overlaps the reference's characters belongs to it, also if it starts before or ends after them.
+
+        Args:
+            text: the reference.
+            prompt_ids: the rendered prompt.
+
+        Raises:
+            RolloutError: no token overlaps the reference.
+        """
+        prefix, suffix = self.texts(prompt_ids)
+        key = (prefix, text, suffix)
+        if key not in self._built:
+            self._built[key] = self._tokenised(*key)
+        return self._built[key]
+
+    def _tokenised(self, prefix: str, text: str, suffix: str) -> Reference:
+        first, last = len(prefix), len(prefix) + len(text)
+        encoded = self._tokenizer(
+            prefix + text + suffix,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+        )
+        inside = [
+            position
+            for position, (start, end) in enumerate(encoded["offset_mapping"])
+            if start < end and start < last and end > first
+        ]
+        if not inside:
+            raise RolloutError(f"reference {text!r} has no token of its own in the probe text")
+        return Reference(text=text, token_ids=list(encoded["input_ids"]), start=inside[0], end=inside[-1] + 1)
+
+    def openings(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        turn_ends: Sequence[int],
+        boundaries: Sequence[int],
+    ) -> list[list[int]]:
+        """What is inserted between the context of each boundary and a probe: nothing, where a turn begins there.
+
+        At the end of a turn: what the template writes there, as far as the turn has not, and the opening of the next
+        turn as it stands at the end of the prompt.
+
+        Args:
+            prompt_ids: the rendered prompt.
+            response_ids: L response tokens.
+            turn_ends: T exclusive ends of the assistant turns.
+            boundaries: exclusive ends into the response, 0 being the prompt alone.
+
+        Returns:
+            Token ids for each boundary; an empty list if there are none at any (a tokenizer without chat template, or
+            ``siop_probe_opening=false``).
+
+        Raises:
+            RolloutError: the prompt does not end with the opening of a turn.
+        """
+        ends = set(turn_ends)
+        if self._form is None or not self._config.siop_probe_opening or not ends.intersection(boundaries):
+            return []
+        opening = self._opening(prompt_ids)
+        end = self._encode(self._form.end)
+
+        def at(boundary: int) -> list[int]:
+            # The policy writes the end token itself; a model may have several.
+            closed = end[:1] and end[0] in self._special and response_ids[boundary - 1] in self._special
+            return [*(end[1:] if closed else end), *opening]
+
+        return [at(boundary) if boundary in ends else [] for boundary in boundaries]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _opening(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The end of the prompt from the header of the policy's turn on."""
+        assert self._form is not None
+        if not self._form.header:
+            return []
+        tail = list(prompt_ids[-_OPENING_TOKENS:])
+        # Without its white space, which may be one token with what follows.
+        for header in (self._encode(self._form.header), self._encode(self._form.header.rstrip())):
+            for start in range(len(tail) - len(header), -1, -1):
+                if tail[start : start + len(header)] == header:
+                    return tail[start:]
+        raise RolloutError(
+            f"a prompt does not end with the opening of the assistant's turn, {self._form.header!r} in the tokenizer's "
+            f"chat template, but with {self._tokenizer.decode(tail)!r}; if it was rendered otherwise, set "
+            "algorithm.siop_probe_opening=false, or siop_boundary=observation"
+        )
+
+    def _opening_text(self, prompt_ids: Sequence[int]) -> str:
+        text = str(self._tokenizer.decode(list(prompt_ids[-_OPENING_TOKENS:])))
+        header = self._form.header.strip() if self._form else ""
+        return text.rpartition(header)[2] if header else text
+
+
+def build_reference(
+    text: str, tokenizer: PreTrainedTokenizerBase, config: SiopConfig, prompt_ids: Sequence[int] = ()
+) -> Reference:
+    """Probe of one reference, see :meth:`Prober.reference`.
+
+    Raises:
+        RolloutError: no token overlaps the reference, or the tokenizer gives no character offsets.
+    """
+    return Prober(tokenizer, config).reference(text, prompt_ids)
