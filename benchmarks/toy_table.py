@@ -71,8 +71,9 @@ WORLDS: Mapping[str, ToyWorld] = {
         "chains",
     ),
 }
-METHODS: Mapping[str, tuple[str, ...]] = {
+_METHODS: Mapping[str, tuple[str, ...]] = {
     "siop": ("ablation=siop",),
+    "siop-bare": ("ablation=siop",),
     "release": ("ablation=release",),
     "empo": ("ablation=empo",),
     "grpo": ("ablation=grpo",),
@@ -109,6 +110,18 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "matchtir": ("ablation=matchtir",),
     "pure": ("ablation=pure",),
     "a2tgpo": ("ablation=a2tgpo",),
+    "trace": ("ablation=trace",),
+}
+
+
+def _bare(name: str) -> bool:
+    """Whether it was measured before contexts were opened; these stay comparable with each other."""
+    return (name.startswith("siop-") and name != "siop-observation") or name in ("igpo", "matchtir", "pure", "a2tgpo")
+
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    name: (*overrides, "algorithm.siop_probe_opening=false") if _bare(name) else overrides
+    for name, overrides in _METHODS.items()
 }
 _THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
 _STOP_SECONDS = 10.0
@@ -324,15 +337,30 @@ def collect(worlds: Iterable[str]) -> dict[str, Any]:
     return results
 
 
+def with_known(results: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with those that are known from runs whose folders are gone; a run that is there counts."""
+    for world, old in known.get("worlds", {}).items():
+        entry = results["worlds"].setdefault(world, {"runs": []})
+        there = {(run["method"], run["seed"]) for run in entry["runs"]}
+        runs = entry["runs"] + [run for run in old["runs"] if (run["method"], run["seed"]) not in there]
+        order = list(METHODS)
+        entry["runs"] = sorted(runs, key=lambda run: (order.index(run["method"]), run["seed"]))
+        for part in ("start", "auc"):
+            if part in old:
+                entry.setdefault(part, old[part])
+    return results
+
+
 def report() -> None:
-    """Writes docs/results from the finished runs."""
-    results = collect(WORLDS)
+    """Writes docs/results from the finished runs, and from what it holds of others."""
+    file = RESULTS / "results.json"
+    results = with_known(collect(WORLDS), json.loads(file.read_text()) if file.is_file() else {})
     if not results["worlds"]:
         sys.exit(f"error: no finished run in {RUNS}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "table.md").write_text(render(results))
-    written = [RESULTS / "table.md", RESULTS / "results.json"]
+    written = [RESULTS / "table.md", file]
     try:
         written += plot(results, RESULTS)
     except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.trainer.siop.turn_clip import clip_scale, turn_clip_loss
 from verl.utils.siop.credit.baselines import Turns, signal
+from verl.utils.siop.credit.batch import CreditBatch
 from verl.utils.siop.credit.registry import BASELINES, register_baseline
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -251,3 +253,50 @@ def test_what_is_ten_times_the_noise_counts_in_full(keys):
 def test_signal():
     np.testing.assert_allclose(signal(np.array([0.0, 1e-5, 5e-5, 7.5e-5, 1e-4, 1.0]), 1e-5), [0, 0, 0, 0.5, 1, 1])
     np.testing.assert_array_equal(signal(np.array([0.0, 1.0]), 0.0), [1, 1])
+
+
+# --- TRACE
+
+
+def _trace_by_the_paper(log_probs: list[list[float]], outcomes: list[float], gamma: float, weight: float) -> list:
+    """Algorithm 1 for one question: log_probs[rollout][boundary], one more than tool calls."""
+    mean = sum(outcomes) / len(outcomes)
+    sigma = math.sqrt(sum((outcome - mean) ** 2 for outcome in outcomes) / len(outcomes))
+    found = []
+    for values, outcome in zip(log_probs, outcomes, strict=True):
+        out = (outcome - mean) / sigma
+        gaps = [-value + 0.1 for value in values]
+        deltas = [math.log(before / after) for before, after in itertools.pairwise(gaps)]
+        rows = []
+        for t in range(len(deltas)):
+            window = deltas[t : t + 3]
+            weights = [gamma**j for j in range(len(window))]
+            credit = sum(w * d for w, d in zip(weights, window, strict=True)) / sum(weights)
+            if t + 3 >= len(deltas):
+                credit += 2.0 * gamma ** (len(deltas) - t) * out
+            rows.append(out + weight * credit)
+        found.append([*rows, out])
+    return found
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_trace_is_that_of_the_paper(data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(st.lists(st.floats(-20, -0.01), min_size=1, max_size=7), min_size=2, max_size=5))
+    outcomes = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=len(drawn), max_size=len(drawn)))
+    if len(set(outcomes)) == 1:
+        outcomes[0] = 1.5
+    config = SiopConfig(siop_use_gold_ref=True, siop_gain="gap", siop_boundary="observation", siop_baseline="trace")
+    batch = CreditBatch([], None, config, None)  # type: ignore[arg-type]
+    # p at the prompt and after each search; the last boundary equals the one before, so the last turn has no gain.
+    supports = [[math.exp(value) for value in [*values, values[-1]]] for values in drawn]
+    rewards = [[*batch.gains(support)[:-1], outcome] for support, outcome in zip(supports, outcomes, strict=True)]
+    keys = {"siop_baseline": "trace", "siop_turn_weight": 0.2, "gamma": 0.8}
+    found = advantages_of(rewards, ["a"] * len(drawn), **keys)
+    for ours, paper in zip(found, _trace_by_the_paper(drawn, outcomes, 0.8, 0.2), strict=True):
+        assert ours == pytest.approx(paper, abs=1e-4)
+
+
+def test_trace_refuses_another_return() -> None:
+    with pytest.raises(SiopConfigError, match="siop_return='min' is not allowed with siop_baseline='trace'"):
+        SiopConfig(siop_baseline="trace", siop_return="min")

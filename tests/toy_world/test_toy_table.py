@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -473,6 +474,14 @@ def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert "60 training" not in text and "EM 0.200, stale answers 0.000, right turns 0.500" in text
     results = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert [run["em"] for run in results["worlds"]["two_hop"]["runs"]] == [0.5, 0.75, 0.875]
+    # What is known of runs that are gone stays; a run that is there counts.
+    shutil.rmtree(tmp_path / "runs" / "two_hop" / "grpo-seed1")
+    _fake_run(tmp_path / "runs" / "two_hop" / "siop-seed2", TWO_HOP, 8)
+    (tmp_path / "runs" / "two_hop" / "turn_auc.json").unlink()
+    toy_table.report()
+    again = json.loads((tmp_path / "docs" / "results.json").read_text())["worlds"]["two_hop"]
+    assert [run["em"] for run in again["runs"]] == [0.5, 1.0, 0.875]
+    assert again["auc"] == results["worlds"]["two_hop"]["auc"]
 
 
 def test_plots(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
         ("matchtir", {"siop_baseline": "turn_index"}),
         ("pure", {"siop_return": "min", "siop_gain": "prob"}),
         ("a2tgpo", {"siop_baseline": "turn_group"}),
+        (
+            "trace",
+            {
+                "siop_use_gold_ref": True,
+                "siop_gain": "gap",
+                "siop_boundary": "observation",
+                "siop_baseline": "trace",
+                "siop_turn_weight": 0.2,
+            },
+        ),
     ],
 )
 def test_ablation_presets(name: str, changes: dict[str, Any]) -> None:

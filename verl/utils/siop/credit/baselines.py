@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from verl.utils.siop.credit.config import SiopConfig
 
 STD_FLOOR = 1e-6
+# TRACE's K, and its weight of the outcome at the end of the gains.
+TRACE_HORIZON, TRACE_FILL = 3, 2.0
 # Rewards that differ by the scorer's noise alone: their returns have a standard deviation of up to three times it, with
 # eight rollouts sometimes five times.
 NOISE_STDS = 5.0
@@ -227,6 +229,28 @@ def turn_group(turns: Turns) -> np.ndarray:
     terms_BT = before_last_BT[:, ::-1].cumsum(axis=1)[:, ::-1]
     weighted_BT = turns.config.siop_turn_weight * sum_BT / np.sqrt(np.maximum(terms_BT, 1))
     return np.where(turns.reached_BT, weighted_BT + outcome_B[:, None], 0.0)
+
+
+@register_baseline("trace")
+def trace(turns: Turns) -> np.ndarray:
+    """TRACE: Ô + w·(D_t + F_t) before the last turn, Ô on the last turn (arXiv 2607.13988, algorithm 1).
+
+    Ô: the reward of the last turn, normalised over the question's rollouts as in ``turn_group``. D_t, the mean of the
+    next K = 3 gains δ before the last turn, weighted by gamma^j: Σ_j gamma^j·δ_{t+j} / Σ_j gamma^j, as far as there are
+    any. F_t = 2·gamma^{T−t}·Ô where these reach turn T − 1, else 0. w is ``siop_turn_weight``; the paper has w = .2 and
+    gamma = .8. Not scaled any further.
+    """
+    last_BT = turns.last_BT
+    outcome_B1 = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns)[:, None]
+    left_BT = np.where(turns.reached_BT, turns.reached_BT.sum(axis=1)[:, None] - 1 - np.arange(last_BT.shape[1]), 0)
+    gain_BT = np.where(left_BT > 0, turns.rewards_BT, 0.0)
+    sum_BT, weight_BT = np.zeros_like(gain_BT), np.zeros_like(gain_BT)
+    for step in range(TRACE_HORIZON):
+        sum_BT += turns.gamma**step * np.pad(gain_BT, ((0, 0), (0, step)))[:, step:]
+        weight_BT += turns.gamma**step * (left_BT > step)
+    fill_BT = np.where(left_BT <= TRACE_HORIZON, TRACE_FILL * turns.gamma**left_BT * outcome_B1, 0.0)
+    credit_BT = np.where(left_BT > 0, sum_BT / np.maximum(weight_BT, 1.0) + fill_BT, 0.0)
+    return np.where(turns.reached_BT, outcome_B1 + turns.config.siop_turn_weight * credit_BT, 0.0)
 
 
 def _population_normalised(values_N: np.ndarray, group_N: np.ndarray, turns: Turns) -> np.ndarray:

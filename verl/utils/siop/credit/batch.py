@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from verl.utils.siop.credit.config import SiopConfig
 
 OBSERVATION_CHARACTERS = 2000
+# TRACE's epsilon, in nats: what is missing of a reference that is certain.
+GAP_OFFSET = 0.1
 # Log-probs are at most 0; a scorer in half precision may round a probability of 1 to slightly above.
 LOG_PROB_TOLERANCE = 1e-3
 
@@ -190,12 +193,16 @@ class CreditBatch:
           gain, so an answer held from the start earns nothing by a detour. Source: this project.
         - ``prob``: p_t − p_{t−1}, in [−1, 1]
         - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
+        - ``gap``: log(g_{t−1} / g_t) with g_t = 0.1 − log p_t, what is missing of a certain reference in nats. Source:
+          TRACE (arXiv 2607.13988)
         """
         values = list(support)
         if self.config.siop_gain == "peak":
             values = list(itertools.accumulate(values, max))
         elif self.config.siop_gain == "log":
             values = [math.log(value + self.config.siop_epsilon) for value in values]
+        elif self.config.siop_gain == "gap":
+            values = [-math.log(GAP_OFFSET - math.log(max(value, sys.float_info.min))) for value in values]
         return [after - before for before, after in itertools.pairwise(values)]
 
     def terminal(self, questions: Sequence[Sequence[Cluster]]) -> dict[int, list[float]]:

@@ -59,7 +59,7 @@ class SiopConfig:
     siop_return: str = _choice("sum", "min")
     siop_turn_weight: float = _number(0.3, 0.0, above=True)
     siop_boundary: str = _choice(*BOUNDARY_MODES)
-    siop_gain: str = _choice("peak", "prob", "log")
+    siop_gain: str = _choice("peak", "prob", "log", "gap")
     siop_lambda: float = _number(0.5, 0.0, 1.0)
     siop_eta: float = _number(1.0, 0.0)
     siop_evidence: str = _choice("mean", "max")
@@ -107,10 +107,10 @@ class SiopConfig:
                 "siop_probe_opening=False has no effect with siop_boundary='observation', where every context ends as "
                 "the policy's turn begins; leave it out"
             )
-        if self.siop_return != "sum" and self.siop_baseline == "turn_group":
+        if self.siop_return != "sum" and self.siop_baseline in ("turn_group", "trace"):
             raise SiopConfigError(
-                f"siop_return={self.siop_return!r} is not allowed with siop_baseline='turn_group', which sums the "
-                "normalised rewards of the turns itself. Use siop_return='sum' with it"
+                f"siop_return={self.siop_return!r} is not allowed with siop_baseline={self.siop_baseline!r}, which "
+                "sums the rewards of the turns itself. Use siop_return='sum' with it"
             )
 
     def _import_module(self) -> None:

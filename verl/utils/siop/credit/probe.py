@@ -9,7 +9,7 @@ rendered prompt, whose end shows how a turn of the policy begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,8 @@ def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm | None:
     question = [{"role": "user", "content": _MARK}]
     answered = [*question, {"role": "assistant", "content": _MARK}]
 
-    def render(messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    def render(messages: list[dict[str, str]], **options: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def opening(**options: Any) -> str:
         closed = render(question, **options)

@@ -189,8 +189,9 @@ def _format(chat: Chat, prompt: Prompt, call: str, name: str, arguments: dict[st
 def _check_rollout(fitted: Fit) -> None:
     """Make a rollout of the prompt, a call, its result and the probe's answer, and read it back as a run would."""
     chat, prompt = fitted.chat, fitted.prompt
-    given = {"siop_reference_prefix": prompt.reference_prefix, "siop_reference_suffix": prompt.reference_suffix}
-    prober = Prober(chat.tokenizer, SiopConfig(**{key: text for key, text in given.items() if text is not None}))
+    probe = {"siop_reference_prefix": prompt.reference_prefix, "siop_reference_suffix": prompt.reference_suffix}
+    config = SiopConfig.from_algorithm({key: text for key, text in probe.items() if text is not None})
+    prober = Prober(chat.tokenizer, config)
     messages, schemas = prompt.messages("Who wrote Emma?"), chat.schemas()
     answer, found = "Jane Austen", "Emma is a novel by Jane Austen"
     ids = chat.prompt_ids(messages, schemas)
@@ -216,8 +217,8 @@ def _check_rollout(fitted: Fit) -> None:
             raise SiopConfigError(f"its template cannot render a tool's result: {first_cause(error)}") from error
         mask = [1] * len(own) + [0] * (len(merged) - start - len(own))
         ids = list(merged)
-    probe = prober.reference(answer, prompt_ids)
-    response, mask = [*ids[start:], *probe.token_ids], mask + [1] * len(probe.token_ids)
+    end = prober.reference(answer, prompt_ids).token_ids
+    response, mask = [*ids[start:], *end], mask + [1] * len(end)
     turns = get_assistant_turn_ranges(mask)
     observations = extract_observations(response, turns, chat.tokenizer)
     read = {
