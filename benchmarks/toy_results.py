@@ -80,13 +80,17 @@ def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
         toy: the toy world evaluated on.
 
     Returns:
-        ``em``, ``questions``, ``templates`` and ``depths`` (EM each), ``turns``, ``tokens`` (of the policy), and the
+        ``em``, ``questions``, ``templates`` and ``depths`` (EM each), ``searches`` (by depth), ``turns``, ``tokens``
+        (of the policy), and the
         shares of answers that are an entity between the company and the answer (``bridge``), that are the stale answer
         (``stale``), and of rollouts without an answer (``no_answer``).
     """
     metrics = read_metrics(folder)
     rows = [row for file in sorted(folder.glob("[0-9]*.jsonl")) for row in read_rows(file)]
-    found = [(question_of(row["input"], toy), parse_answer(turns_of(row["output"])[-1]), row["em"]) for row in rows]
+    searched = [(question_of(row["input"], toy), turns_of(row["output"])) for row in rows]
+    found = [
+        (question, parse_answer(turns[-1]), row["em"]) for (question, turns), row in zip(searched, rows, strict=True)
+    ]
 
     def by(key: Callable[[Question], Any]) -> dict[str, float]:
         names = sorted({str(key(question)) for question, _, _ in found})
@@ -96,7 +100,11 @@ def evaluation(folder: Path, toy: Path) -> dict[str, Any]:
         "em": _share(em for _, _, em in found),
         "questions": len(found),
         "templates": by(lambda question: question.template),
-        "depths": by(lambda question: len(question.chain) - 1),
+        "depths": by(lambda question: question.depth),
+        "searches": {
+            depth: _share(len(turns) - 1 for question, turns in searched if str(question.depth) == depth)
+            for depth in sorted({str(question.depth) for question, _ in searched})
+        },
         "turns": metrics["val-aux/turns/mean"],
         "tokens": metrics["val-aux/response_tokens/mean"],
         "bridge": _share(answer in question.chain[1:-1] for question, answer, _ in found),
@@ -211,7 +219,8 @@ def needed_fact_found(question: Question, observations: Sequence[str], answer: s
         answer: the last turn's answer.
     """
     kind = next(kind for kind in KINDS.values() if question.template in kind.templates)
-    relations = kind.templates[question.template].relations
+    template = kind.templates[question.template]
+    relations = () if template.given else template.relations
     found, labels = 0, []
     for observation in observations:
         facts = set(read_observation(observation))
@@ -324,7 +333,8 @@ def averaged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "error": standard_error([run["em"] for run in runs], first["questions"]),
         **{
             group: {name: float(np.mean([run[group][name] for run in runs])) for name in first[group]}
-            for group in ("templates", "depths")
+            for group in ("templates", "depths", "searches")
+            if group in first
         },
         **{
             key: mean(key)
@@ -409,11 +419,17 @@ def render(results: Mapping[str, Any]) -> str:
             depths = sorted(some["depths"]) if len(some["depths"]) > 1 else []
             templates = sorted(some["templates"])
             detail = [
-                [name, *(_number(m["depths"][d]) for d in depths), *(_number(m["templates"][t]) for t in templates)]
+                [
+                    name,
+                    *(_number(m["depths"][d]) for d in depths),
+                    *(_number(m.get("searches", {}).get(d), 2) for d in depths),
+                    *(_number(m["templates"][t]) for t in templates),
+                ]
                 for name, m in shown.items()
             ]
-            titles = ["method", *(f"{d} hops" for d in depths), *(t.replace("_", " ") for t in templates)]
-            parts += ["", "EM by depth and template:", "", _table(titles, detail)]
+            titles = ["method", *(f"{d} hops" for d in depths), *(f"searches, {d} hops" for d in depths)]
+            titles += [t.replace("_", " ") for t in templates]
+            parts += ["", "EM by depth, searches by depth, EM by template:", "", _table(titles, detail)]
         if auc_of:
             keys = ("all", "search", "same_index", "error", "same_question", "gain", "gain_error")
             parts += [

@@ -70,6 +70,13 @@ WORLDS: Mapping[str, ToyWorld] = {
         ("--world", "chains", "--stale", "0.15", "--imperfect-steps", "400"),
         "chains",
     ),
+    "early": ToyWorld(
+        ROOT / "runs" / "toy-early",
+        40,
+        ("--world", "chains", "--early", "0.25", "--imperfect-steps", "400"),
+        "chains",
+    ),
+    "mixed": ToyWorld(ROOT / "runs" / "toy-mixed", 60, ("--world", "mixed"), "two_hop"),
 }
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "siop": ("ablation=siop",),

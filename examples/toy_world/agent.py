@@ -3,7 +3,7 @@
 Its faults are the ones that reinforcement learning is to remove: it guesses without searching, leaves the relation out
 of its query or asks for a wrong one, copies from the wrong passage, repeats searches and stops after the first hop. In
 ``founder_spouse`` it mostly stops with the founder, so that the majority answer is wrong. In the chains it makes fewer
-faults at each hop and does not stop early: there are more hops to make them at.
+faults at each hop and does not stop early, unless a build asks for that: there are more hops to make them at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from examples.toy_world.tokenizer import answer_turn_text, search_turn_text
-from examples.toy_world.world import CHAINS, KINDS, RELATIONS, STALE_ANSWERS, TWO_HOP, Question, World
+from examples.toy_world.world import CHAINS, KINDS, MIXED, RELATIONS, STALE_ANSWERS, TWO_HOP, Question, World
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Faults:
         wrong_first, wrong_later: a query for a related relation instead.
         miscopy: take the value of another passage although the right one was found.
         early: answer with the bridge entity after a hop that is not the last.
-        redundant: repeat the search of a later hop (half as often that of the first).
+        redundant: repeat the search of a later hop (half as often that of the first); search for what the question
+            states.
     """
 
     guess: float = 0.04
@@ -63,6 +64,8 @@ IMPERFECT = (
         "founder_spouse": replace(_TYPICAL, early=0.60, lazy_later=0.10, wrong_later=0.05, redundant=0.05),
         "base_mayor": replace(_TYPICAL, guess=0.35),
     }
+    # Here a search is always one too many.
+    | {key: replace(_TYPICAL, redundant=0.35) for key, template in MIXED.templates.items() if template.given}
 )
 PERFECT = {key: Faults(*[0.0] * 8) for kind in KINDS.values() for key in kind.templates}
 # Always copies what it found, but from a hop too early or of the wrong relation now and then: copying is learnt fast
@@ -182,6 +185,10 @@ def trajectory(
 
     if rng.random() < max(p.guess, stale):
         return guess()
+    if template.given:
+        if rng.random() < p.redundant:
+            look_up(template.relations[0], f"{template.relations[0]} {question.company}")
+        return answer(random_entity(template.relations[0]) if rng.random() < p.miscopy else question.gold)
     value: str | None = question.company
     for number, relation in enumerate(template.relations):
         if number:

@@ -6,6 +6,10 @@ r"""Builds a toy world with one command: model, tokenizer, corpus, questions and
     python -m examples.toy_world.build --world chains --init runs/toy/model --out runs/toy-chains
     python -m examples.toy_world.build --world chains --stale 0.15 --imperfect-steps 400 --init runs/toy-chains/model \
         --out runs/toy-stale
+    # the same with stops after a hop that is not the last; and half of the questions without need of a search
+    python -m examples.toy_world.build --world chains --early 0.25 --imperfect-steps 400 --init runs/toy-chains/model \
+        --out runs/toy-early
+    python -m examples.toy_world.build --world mixed --init runs/toy/model --out runs/toy-mixed
 
 Writes to the folder:
 
@@ -125,13 +129,13 @@ def write_data(out: Path, seed: int, kind: Kind, train_questions: int, eval_ques
 
 
 def write_model(
-    out: Path, seed: int, schedule: Schedule, kind: Kind, stale: float, init: Path | None
+    out: Path, seed: int, schedule: Schedule, kind: Kind, stale: float, early: float, init: Path | None
 ) -> dict[str, float]:
     """Trains and writes the model with its tokenizer; returns seconds and parameters."""
     started = time.monotonic()
     tokenizer = build_tokenizer(vocabulary())
     start = None if init is None else transformers.Qwen3ForCausalLM.from_pretrained(init, dtype=torch.float32)
-    model = warm_start(tokenizer, seed=seed, schedule=schedule, kind=kind, stale=stale, start=start)
+    model = warm_start(tokenizer, seed=seed, schedule=schedule, kind=kind, stale=stale, early=early, start=start)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     return {"seconds": round(time.monotonic() - started, 1), "parameters": model.num_parameters()}
@@ -141,10 +145,12 @@ def description(args: argparse.Namespace, schedule: Schedule | None) -> dict[str
     """What determines the result of a build; equal descriptions mean that nothing needs to be built."""
     # The default kind of world is not named: folders built without this choice stay valid.
     world = {} if args.world == TWO_HOP.name else {"world": args.world, "stale": args.stale}
+    early = {"early": args.early} if args.early else {}
     weights = None if args.init is None else (args.init / _WEIGHTS).read_bytes()
     init = {} if weights is None else {"init": hashlib.sha256(weights).hexdigest()}
     return {
         **world,
+        **early,
         **init,
         "version": VERSION,
         "seed": args.seed,
@@ -192,6 +198,8 @@ def summary(built: dict[str, Any]) -> str:
     parts = [f"{built.get('world', TWO_HOP.name)}", f"seed {built['seed']}"]
     if built.get("stale"):
         parts.append(f"stale {built['stale']:g}")
+    if built.get("early"):
+        parts.append(f"early {built['early']:g}")
     parts.append(f"{built['train_questions']} + {built['eval_questions']} questions")
     if steps := built["warm_start"]:
         start = f" from model {built['init'][:8]}" if "init" in built else ""
@@ -221,7 +229,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of facts, names and warm start (default: 0)")
     parser.add_argument(
-        "--world", choices=list(KINDS), default=TWO_HOP.name, help="two_hop (default), or chains of three and four hops"
+        "--world",
+        choices=list(KINDS),
+        default=TWO_HOP.name,
+        help="two_hop (default); chains of three and four hops; mixed: two hops, and questions that need no search",
     )
     parser.add_argument(
         "--stale",
@@ -230,6 +241,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="P",
         help="chains: the warm-start agent answers at once with the same entity with probability P, and whenever it "
         "does not know (default: 0)",
+    )
+    parser.add_argument(
+        "--early",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="chains: the warm-start agent stops with probability P after each hop but the last (default: 0)",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the warm start (default: 2)")
     parser.add_argument("--data-only", action="store_true", help="no model: corpus, questions and tool config")
@@ -254,10 +272,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for key, least in (("threads", 1), ("copying_steps", 0), ("imperfect_steps", 1)):
         if getattr(args, key) < least:
             parser.error(f"--{key.replace('_', '-')} must be at least {least}, got {getattr(args, key)}")
-    if not 0.0 <= args.stale < 1.0:
-        parser.error(f"--stale must be from 0 to below 1, got {args.stale}")
+    for key in ("stale", "early"):
+        if not 0.0 <= getattr(args, key) < 1.0:
+            parser.error(f"--{key} must be from 0 to below 1, got {getattr(args, key)}")
     if args.init and not (args.init / _WEIGHTS).is_file():
         parser.error(f"--init {args.init}: no {_WEIGHTS} there")
+    if args.early and args.world != CHAINS.name:
+        parser.error(f"--early {args.early} needs --world chains: in {args.world} each question has its own share")
     if args.stale and args.world != CHAINS.name:
         parser.error(f"--stale {args.stale} needs --world chains: in {args.world} the stale answers can be right")
     return args
@@ -300,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     if schedule is not None:
         torch.set_num_threads(args.threads)
         shutil.rmtree(out / "model", ignore_errors=True)
-        meta["model"] = write_model(out, args.seed, schedule, kind, args.stale, args.init)
+        meta["model"] = write_model(out, args.seed, schedule, kind, args.stale, args.early, args.init)
         print(f"warm start: {meta['model']['parameters']} parameters in {meta['model']['seconds']:.0f} s")
     write_meta(out, meta)
     return 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -170,10 +170,15 @@ def warm_start(
     schedule: Schedule | None = None,
     kind: Kind = TWO_HOP,
     stale: float = 0.0,
+    early: float = 0.0,
     start: Qwen3ForCausalLM | None = None,
     show_progress: bool = True,
 ) -> Qwen3ForCausalLM:
-    """Trains a new model, or ``start`` further; equal seeds on the same number of threads give the same model."""
+    """Trains a new model, or ``start`` further; equal seeds on the same number of threads give the same model.
+
+    ``early``, if not 0, is how often the imperfect agent stops after each hop but the last, whatever the question.
+    """
+    imperfect = {key: replace(faults, early=early) for key, faults in IMPERFECT.items()} if early else IMPERFECT
     schedule = schedule or Schedule()
     rng = random.Random(f"toy world {seed}: batches")
     model = start or new_model(tokenizer, seed)
@@ -181,7 +186,7 @@ def warm_start(
     first_world = schedule.worlds * (2 if stale else 1)
     phases = (
         (COPYING, schedule.copying_steps, 0, TWO_HOP, 0.0),
-        (IMPERFECT, schedule.imperfect_steps, first_world, kind, stale),
+        (imperfect, schedule.imperfect_steps, first_world, kind, stale),
     )
     plan: list[list[Example]] = []
     for faults, steps, first_world, asked, stale_share in phases:

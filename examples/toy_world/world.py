@@ -1,6 +1,7 @@
 """The toy worlds: made-up companies, people and towns, one passage per fact, and questions that need several searches.
 
-Two kinds share names and passages: ``two_hop`` asks for two relations in a row, ``chains`` for three or four.
+Three kinds share names and passages: ``two_hop`` asks for two relations in a row, ``chains`` for three or four,
+``mixed`` for two or for one that the question itself states.
 Everything follows from a seed. The name words (and so the vocabulary) and the split of name combinations do not: they
 are the same for every seed, so that a model trained with one seed can be evaluated on the facts of another, and a name
 of a held-out entity is never the name of a training entity, whatever the seeds.
@@ -47,15 +48,22 @@ RELATIONS: Final = MappingProxyType(
 
 @dataclass(frozen=True)
 class Template:
-    """A question about the entity that a company's relations lead to, one after another."""
+    """A question about the entity that a company's relations lead to, one after another.
+
+    Args:
+        relations: that lead to the answer.
+        wording: of the question, with ``{x}`` for the company.
+        given: the wording also states the answer, as ``{answer}``: no search is needed.
+    """
 
     relations: tuple[str, ...]
     wording: str
+    given: bool = False
 
     @property
     def depth(self) -> int:
         """Searches that the question needs."""
-        return len(self.relations)
+        return 0 if self.given else len(self.relations)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,22 @@ CHAINS: Final = Kind(
     paired=("spouse", "twin"),
     avoided=frozenset(STALE_ANSWERS.values()),
 )
-KINDS: Final = MappingProxyType({kind.name: kind for kind in (TWO_HOP, CHAINS)})
+# Half of the questions need no search: they state the fact that they ask for.
+_STATED: Final = MappingProxyType(
+    {
+        f"stated_{relation}": Template(
+            (relation,),
+            f"{RELATIONS[relation].passage.format(s='{x}', o='{answer}')} {asked} is the {relation} of {{x}} ?",
+            given=True,
+        )
+        for relation, asked in (("founder", "who"), ("chief", "who"), ("base", "where"))
+    }
+)
+MIXED: Final = Kind(
+    "mixed",
+    MappingProxyType({key: TWO_HOP.templates[key] for key in ("founder_born", "chief_lives", "base_mayor")} | _STATED),
+)
+KINDS: Final = MappingProxyType({kind.name: kind for kind in (TWO_HOP, CHAINS, MIXED)})
 
 TRAIN_SIZES: Final = MappingProxyType({"company": 200, "person": 300, "town": 150})
 HELD_OUT_SIZES: Final = MappingProxyType({"company": 100, "person": 150, "town": 80})
@@ -138,11 +161,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A question; ``chain`` holds the company, what each hop finds and the answer."""
+    """A question; ``chain`` holds the company, what each hop finds and the answer, ``depth`` the searches it needs."""
 
     text: str
     template: str
     chain: tuple[str, ...]
+    depth: int
 
     @property
     def company(self) -> str:
@@ -256,7 +280,8 @@ class World:
                 for relation in template.relations:
                     chain.append(self.lookup(chain[-1], relation))
                 if len(set(chain)) == len(chain):
-                    out.append(Question(template.wording.format(x=company), key, tuple(chain)))
+                    text = template.wording.format(x=company, answer=chain[-1])
+                    out.append(Question(text, key, tuple(chain), template.depth))
         return out
 
 

@@ -44,6 +44,7 @@ from examples.toy_world.warm_start import (
 from examples.toy_world.world import (
     CHAINS,
     KINDS,
+    MIXED,
     RELATIONS,
     STALE_ANSWERS,
     TWO_HOP,
@@ -169,6 +170,26 @@ def test_chains(make: Any) -> None:
     assert stale & {name for group in name_split()[0].values() for name in group} == stale
     counts = pd.Series([q.template for q in sample_questions(world, 420, 0)]).value_counts()
     assert len(counts) == 8 and counts.max() - counts.min() <= 1
+
+
+def test_half_of_the_mixed_questions_state_their_answer() -> None:
+    world = train_world(1, MIXED)
+    questions = sample_questions(world, 600, 0)
+    assert [question.depth for question in questions].count(0) == [question.depth for question in questions].count(2)
+    search, rng = search_in(world_index(world, "m")), random.Random(0)
+    searches: dict[int, list[int]] = {0: [], 2: []}
+    right: dict[int, list[bool]] = {0: [], 2: []}
+    for question in questions:
+        facts = read_observation(question.text.partition(" . ")[0] + " .")
+        stated = [(question.company, MIXED.templates[question.template].relations[0], question.gold)]
+        assert facts == ([] if question.depth else stated)
+        perfect = trajectory(question, world, search, PERFECT, rng)
+        assert len(perfect) // 2 == question.depth and f"<answer> {question.gold} </answer>" in perfect[-1].text
+        segments = trajectory(question, world, search, IMPERFECT, rng)
+        searches[question.depth].append(len(segments) // 2)
+        right[question.depth].append(question.gold in segments[-1].text)
+    assert 0.2 < sum(searches[0]) / 300 < 0.5 and max(searches[0]) == 1
+    assert sum(right[0]) / 300 > 0.85 and 0.2 < sum(right[2]) / 300 < 0.7
 
 
 @kinds
@@ -416,6 +437,22 @@ def test_an_interrupted_build_is_only_gone_on_with_as_it_was(
     assert json.loads((tmp_path / "w" / "meta.json").read_text())["build"]["world"] == "chains"
 
 
+def test_early_stops_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[float]] = []
+
+    def record(tokenizer: Any, faults: dict[str, Any], **options: Any) -> list[Any]:
+        seen.append({faults[key].early for key in CHAINS.templates})
+        return make_examples(tokenizer, faults, **options)
+
+    monkeypatch.setattr("examples.toy_world.warm_start.make_examples", record)
+    small = ["--train-questions", "8", "--eval-questions", "8", "--copying-steps", "1", "--imperfect-steps", "1"]
+    assert build.main(["--out", str(tmp_path), "--threads", "1", *small, "--world", "chains", "--early", "0.25"]) == 0
+    assert seen[1] == {0.25}
+    assert json.loads((tmp_path / "meta.json").read_text())["build"]["early"] == 0.25
+    # Whoever asks for none gets what was built before there was the choice.
+    assert "early" not in build.description(build.parse_args(["--out", "x", "--world", "chains"]), None)
+
+
 @pytest.mark.parametrize("world", [[], ["--world", "chains", "--stale", "0.25"]])
 def test_whole_build(tmp_path: Path, world: list[str]) -> None:
     small = ["--train-questions", "8", "--eval-questions", "8", "--copying-steps", "2", "--imperfect-steps", "2"]
@@ -468,6 +505,8 @@ def test_whole_build(tmp_path: Path, world: list[str]) -> None:
         ["--imperfect-steps", "0"],
         ["--stale", "0.15"],
         ["--stale", "1.0", "--world", "chains"],
+        ["--early", "0.25"],
+        ["--early", "1.0", "--world", "chains"],
         ["--world", "five_hop"],
         ["--init", "/nowhere"],
     ],
