@@ -48,12 +48,23 @@ RESULTS = ROOT / "docs" / "results"
 
 @dataclass(frozen=True)
 class ToyWorld:
-    """A world of the table: its folder, the options it is built with, the world whose model it goes on from."""
+    """A world of the table.
+
+    Args:
+        toy: its folder.
+        steps: of a training.
+        options: it is built with.
+        init: the world whose model it goes on from.
+        methods: that the plan trains in it, three seeds each; None for all of them, as the plan has them.
+        test_freq: steps between evaluations while it trains; -1 for none.
+    """
 
     toy: Path
     steps: int
     options: tuple[str, ...] = ()
     init: str | None = None
+    methods: tuple[str, ...] | None = None
+    test_freq: int = -1
 
     @property
     def settings(self) -> str:
@@ -75,8 +86,13 @@ WORLDS: Mapping[str, ToyWorld] = {
         40,
         ("--world", "chains", "--early", "0.25", "--imperfect-steps", "400"),
         "chains",
+        methods=("siop", "empo", "grpo"),
     ),
-    "mixed": ToyWorld(ROOT / "runs" / "toy-mixed", 60, ("--world", "mixed"), "two_hop"),
+    "mixed": ToyWorld(
+        ROOT / "runs" / "toy-mixed", 60, ("--world", "mixed"), "two_hop", methods=("siop", "empo", "grpo")
+    ),
+    # Ten times as long: does it last?
+    "long": ToyWorld(ROOT / "runs" / "toy", 600, methods=("siop", "siop-noise"), test_freq=60),
 }
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "siop": ("ablation=siop",),
@@ -118,18 +134,29 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "pure": ("ablation=pure",),
     "a2tgpo": ("ablation=a2tgpo",),
     "trace": ("ablation=trace",),
+    "siop-noise": (
+        "ablation=siop",
+        "algorithm.siop_import=benchmarks.noisy_support",
+        "algorithm.siop_reward_mode=noisy",
+    ),
 }
 
 
 def _bare(name: str) -> bool:
     """Whether it was measured before contexts were opened; these stay comparable with each other."""
-    return (name.startswith("siop-") and name != "siop-observation") or name in ("igpo", "matchtir", "pure", "a2tgpo")
+    return (name.startswith("siop-") and name not in ("siop-observation", "siop-noise")) or name in (
+        "igpo",
+        "matchtir",
+        "pure",
+        "a2tgpo",
+    )
 
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     name: (*overrides, "algorithm.siop_probe_opening=false") if _bare(name) else overrides
     for name, overrides in _METHODS.items()
 }
+_EVERYWHERE = tuple(name for name in METHODS if name != "siop-noise")
 _THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
 _STOP_SECONDS = 10.0
 
@@ -169,6 +196,7 @@ class Run:
             *METHODS[self.method],
             f"trainer.total_training_steps={steps}",
             "trainer.save_freq=20",
+            f"trainer.test_freq={WORLDS[self.world].test_freq}",
             "trainer.max_actor_ckpt_to_keep=1",
         ]
         script = (
@@ -201,12 +229,15 @@ def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
 
 
 def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
-    """The runs asked for: three seeds of the main methods where answers differ most, one seed of the others."""
+    """The runs asked for, or the plan: three seeds of the main methods where answers differ most, one of the others."""
     runs = []
     for method in methods or METHODS:
         for world in worlds:
-            default = (1, 2, 3) if method in _THREE_SEEDS and world != "chains" else (1,)
-            runs += [Run(world, method, seed) for seed in seeds or default]
+            chosen_here = WORLDS[world].methods
+            if methods is None and method not in (chosen_here or _EVERYWHERE):
+                continue
+            three = method in (chosen_here or _THREE_SEEDS) and world != "chains"
+            runs += [Run(world, method, seed) for seed in seeds or ((1, 2, 3) if three else (1,))]
     # The same seed of every method first: a table that is cut short compares like with like.
     return sorted(runs, key=lambda run: (list(WORLDS).index(run.world), run.seed))
 
@@ -276,6 +307,7 @@ def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
                     run.started = time.time()
                     run_env = {
                         **env,
+                        "PYTHONPATH": str(ROOT),  # for what METHODS import
                         "SEED": str(run.seed),
                         "EXPERIMENT_NAME": run.method,
                         "OUTPUT_DIR": str(run.folder),

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
+from method_helpers import Scorer, byte_tokenizer, mixed_batch
+from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest, compute_group_rewards
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 from benchmarks import toy_results, toy_services, toy_table, turn_auc
@@ -441,12 +442,34 @@ def test_plan() -> None:
         for method in ("siop", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
     assert {run.method for run in runs} == set(toy_table.METHODS)
+    for world in ("early", "mixed"):
+        assert {run.name for run in runs if run.world == world} == {
+            f"{world}/{method}-seed{seed}" for method in ("siop", "empo", "grpo") for seed in (1, 2, 3)
+        }
+    assert {run.method for run in runs if run.world == "long"} == {"siop", "siop-noise"}
+    assert [run.name for run in toy_table.plan(["long"], ["empo"], [4])] == ["long/empo-seed4"]
     # Presets and keys that exist; every preset is composed in the tests of the overrides.
     keys = {field.name for field in dataclasses.fields(SiopConfig)}
     for preset, *overrides in toy_table.METHODS.values():
         assert (ROOT / "config" / "ablation" / f"{preset.removeprefix('ablation=')}.yaml").is_file()
         named = [override.partition("=")[0] for override in overrides]
         assert all(name.removeprefix("algorithm.") in keys or name.endswith("rollout.n") for name in named)
+
+
+def test_noise_on_the_support() -> None:
+    from benchmarks import noisy_support
+
+    batch = mixed_batch()
+    config = SiopConfig(siop_reward_mode="noisy")
+    found = [
+        asyncio.run(compute_group_rewards(batch, byte_tokenizer(), replace, Scorer()))
+        for replace in (SiopConfig(), config, config)
+    ]
+    exact, noisy, again = ([value for values in rewards.support for value in values] for rewards in found)
+    assert len(exact) > 10 and noisy == again
+    changes = np.subtract(noisy, exact)
+    assert 0.2 * noisy_support.NOISE < changes.std() < 2 * noisy_support.NOISE
+    assert found[1].turn_rewards != found[0].turn_rewards and found[1].target_mass == found[0].target_mass
 
 
 def test_report(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
