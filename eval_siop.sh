@@ -92,8 +92,10 @@ fi
 trainer_args eval "$toy"
 log=$LOG_DIR/siop_eval.log
 [[ $EXPERIMENT_NAME == siop_eval ]] || log=$LOG_DIR/siop_eval-$EXPERIMENT_NAME.log
+# Takes the place of the old one when it is complete.
+results=$OUTPUT_DIR/validation new=$OUTPUT_DIR/validation.new old=$OUTPUT_DIR/validation.old
 command=("$PYTHON" -u scripts/run_module.py verl.trainer.siop.main "${TRAINER_ARGS[@]}" "${resume[@]}" "trainer.logger=[console]"
-    trainer.val_only=true trainer.val_before_train=true "trainer.validation_data_dir=$OUTPUT_DIR/validation"
+    trainer.val_only=true trainer.val_before_train=true "trainer.validation_data_dir=$new"
     ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 if [[ -n $DRY_RUN ]]; then
     dry_run eval "${command[@]}"
@@ -103,10 +105,35 @@ mkdir -p "$OUTPUT_DIR" "$LOG_DIR"
 # Of two evaluations at once each would remove what the other writes.
 exec 8>"$OUTPUT_DIR/.evaluation.lock"
 flock -n 8 || die "OUTPUT_DIR=$OUTPUT_DIR is the folder of an evaluation that is running; wait, or choose another one"
-rm -rf "$OUTPUT_DIR/validation"
+# Killed between the two names.
+[[ -e $results || ! -d $old ]] || mv "$old" "$results"
+rm -rf "$new" "$old"
 say "evaluating $checkpoint${from_hub:+ of the model hub} on $DEVICE; log: $log"
-if ! "${command[@]}" >"$log" 2>&1 8>&-; then
-    tail -n 20 "$log" >&2
-    die "evaluation failed; the whole log is $log"
+: >"$log"
+# In the background, so that a signal to this script alone reaches it too; with Ctrl-C as it is, which bash turns off there.
+(
+    trap - INT
+    exec env SIOP_CONSOLE=people SIOP_LOG="$log" "${command[@]}" 8>&-
+) &
+child=$! status=0
+for signal in INT TERM HUP; do
+    # shellcheck disable=SC2064
+    trap "kill -$signal $child 2>/dev/null || true" "$signal"
+done
+wait "$child" || status=$?
+# A signal ends the wait, not the evaluation.
+while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+done
+trap - INT TERM HUP
+if [[ $status -ne 0 ]]; then
+    [[ ! -d $results ]] || say "the earlier evaluation in $results is as it was"
+    # What a signal or an error of its own ended has said so.
+    [[ $status == @(1|129|130|143) ]] || die "the evaluation ended with exit status $status; the whole log is $log"
+    exit "$status"
 fi
-"$PYTHON" -m verl.trainer.siop.report "$OUTPUT_DIR/validation"
+[[ ! -d $results ]] || mv "$results" "$old"
+mv "$new" "$results"
+rm -rf "$old"
+"$PYTHON" -m verl.trainer.siop.report "$results"

@@ -37,7 +37,7 @@ topk=${RETRIEVER_TOPK:-3}
 corpus=${RETRIEVER_CORPUS_FILE:-${RETRIEVER_CORPUS_DIR:+$RETRIEVER_CORPUS_DIR/wiki-18.jsonl}}
 script=${RETRIEVAL_SERVER_SCRIPT:-}
 CONDA_ENV=${RETRIEVER_CONDA_ENV:-${CONDA_ENV:-}}
-# Indexed by the server while it starts; larger ones are indexed before.
+# Of these the server looks after an index that is there already; it takes no time.
 SMALL_CORPUS=$((100 * 2 ** 20))
 BUILD=()
 health=http://$address:$port/health
@@ -60,7 +60,7 @@ own_server() {
 }
 
 # Sets COMMAND to the server of this project, and BUILD to what makes its index; BUILD is empty where nothing has to be
-# made, or the server does it itself in no time.
+# made.
 our_server() {
     local toy=${TOY_DIR:-runs/toy} module=verl.utils.siop.retriever file=${RETRIEVER_INDEX_FILE:-} kind unused
     local folder=${RETRIEVER_INDEX_DIR:-} encoder=(${RETRIEVER_MODEL:+--model "$RETRIEVER_MODEL"})
@@ -96,7 +96,7 @@ our_server() {
         if [[ $kind == bm25 ]]; then
             what="BM25 over $corpus"
             COMMAND+=(${folder:+--index "$folder"})
-            [[ $(stat -L -c %s "$corpus") -lt $SMALL_CORPUS ]] ||
+            [[ $(stat -L -c %s "$corpus") -lt $SMALL_CORPUS && ${folder:-$corpus.bm25}/manifest.json -nt $corpus ]] ||
                 BUILD=("$PYTHON" -m "$module.build" bm25 --corpus "$corpus" ${folder:+--index "$folder"})
         else
             folder=${folder:-$corpus.flat}
@@ -138,9 +138,9 @@ case $ACTION in
         # Without a time limit: it shows its progress, and Ctrl-C ends it.
         [[ ${#BUILD[@]} -eq 0 ]] || "${BUILD[@]}" || die "the index was not built"
         service_start "$name" "$host" "$port" "$health" "$timeout" "${COMMAND[@]}" || exit 1
-        say "it answers at http://$address:$port/retrieve   stop it: bash launch_retriever.sh stop"
+        say "it answers at http://$address:$port/retrieve   stop it: $(service_call launch_retriever.sh stop)"
         ;;
-    stop) service_stop "$name" ;;
-    status) service_status "$name" "$health" ;;
+    stop) service_stop "$name" "${RETRIEVER_PORT:-}" ;;
+    status) service_status "$name" "${RETRIEVER_PORT:-}" ;;
     *) die "unknown action '$ACTION'; choose start, stop, status or --help" ;;
 esac

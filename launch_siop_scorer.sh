@@ -58,9 +58,9 @@ case $ACTION in
         fi
         say "scorer model $SIOP_MODEL, NLI ${nli/#none/lexical}, $device"
         service_start "$name" "$host" "$port" "$url/health" "${SIOP_START_TIMEOUT:-600}" "${command[@]}" || exit 1
-        say "check it: curl -f $url/health   stop it: bash launch_siop_scorer.sh stop"
+        say "check it: curl -f $url/health   stop it: $(service_call launch_siop_scorer.sh stop)"
         ;;
-    stop) service_stop "$name" ;;
-    status) service_status "$name" "$url/health" ;;
+    stop) service_stop "$name" "${SIOP_PORT:-}" ;;
+    status) service_status "$name" "${SIOP_PORT:-}" ;;
     *) die "unknown action '$ACTION'; choose start, stop, status or --help" ;;
 esac

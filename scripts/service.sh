@@ -1,7 +1,8 @@
 # Sourced by the launchers, after common.sh: starts, watches and stops a background service.
 #
 # A service runs in a session of its own; NAME.pid and NAME.log in LOG_DIR are its process id and its output. Its
-# environment carries SIOP_SERVICE=NAME, so that a recycled process id is never taken for it.
+# environment carries SIOP_SERVICE=NAME, so that a recycled process id is never taken for it, SIOP_SERVICE_PORT and
+# SIOP_SERVICE_HEALTH. Of one name there is one service in a LOG_DIR.
 # shellcheck shell=bash
 
 LOG_DIR=${LOG_DIR:-logs}
@@ -24,6 +25,26 @@ service_pid() {
     [[ $pid =~ ^[0-9]+$ ]] || return 1
     tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qx "SIOP_SERVICE=$1" || return 1
     echo "$pid"
+}
+
+# service_said PID NAME: value of the variable NAME in the environment of the service PID.
+service_said() { tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | sed -n "s/^$2=//p"; }
+
+# Last lines of a log, of each what a progress bar has left to see.
+log_tail() { tail -n "$1" "$2" | sed 's/\r*$//; s/.*\r//'; }
+
+# Last line of a log with something in it.
+log_line() {
+    local line
+    line=$(log_tail 20 "$1" | grep '[^[:space:]]' | tail -n 1 | cut -c 1-160) || line="no output yet"
+    echo "$line"
+}
+
+# The call of a launcher with the LOG_DIR that it needs to find a service started here.
+service_call() {
+    local set=
+    [[ $LOG_DIR == logs ]] || printf -v set 'LOG_DIR=%q ' "$LOG_DIR"
+    echo "${set}bash $*"
 }
 
 # Through /proc, because slim containers have no pgrep.
@@ -104,13 +125,14 @@ service_start() {
     exec 9>"$LOG_DIR/$name.lock"
     flock -n 9 || die "$name is just being started by someone else (lock $LOG_DIR/$name.lock)"
     if pid=$(service_pid "$name"); then
-        die "$name is already running (process $pid, log $log)"
+        die "$name is already running on port $(service_said "$pid" SIOP_SERVICE_PORT) (process $pid, log $log); stop it" \
+            "($(service_call "$0" stop)), or start another one beside it with a LOG_DIR and a port of its own"
     fi
     port_is_free "$port" || die "$name: port $port is in use; stop what listens there or choose another port"
     [[ ! -f $log ]] || mv "$log" "$log.1"
 
     say "starting $name on $host:$port, log: $log"
-    env "SIOP_SERVICE=$name" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 9>&- &
+    env "SIOP_SERVICE=$name" "SIOP_SERVICE_PORT=$port" "SIOP_SERVICE_HEALTH=$health" PYTHONUNBUFFERED=1 setsid nohup "$@" </dev/null >"$log" 2>&1 9>&- &
     pid=$!
     echo "$pid" >"$LOG_DIR/$name.pid"
     trap 'say "interrupted: stopping '"$name"'"; session_end '"$pid"'; rm -f "$LOG_DIR/'"$name"'.pid"; exit 130' \
@@ -126,48 +148,56 @@ service_start() {
             session_end "$pid"
             rm -f "$LOG_DIR/$name.pid"
             echo "last lines of $log:" >&2
-            tail -n 20 "$log" >&2
+            log_tail 20 "$log" >&2
             return 1
         fi
         if ((SECONDS - reported >= 10)); then
             reported=$SECONDS
-            say "waiting for $name, $((SECONDS - started)) of $timeout s: $(tail -n 1 "$log" | cut -c 1-160)"
+            say "waiting for $name, $((SECONDS - started)) of $timeout s: $(log_line "$log")"
         fi
         sleep 0.2
     done
     trap - INT TERM
     # The port may have been taken by someone else in the meantime: then the service is gone.
     kill -0 "$pid" 2>/dev/null || {
-        tail -n 20 "$log" >&2
+        log_tail 20 "$log" >&2
         die "$name ended, but something else answers at $health"
     }
     say "$name is ready after $((SECONDS - started)) s (process $pid)"
 }
 
-# service_stop NAME: stops the service and all its processes, and waits for them.
-service_stop() {
-    local pid
-    if ! pid=$(service_pid "$1"); then
-        say "$1 is not running"
-        rm -f "$LOG_DIR/$1.pid"
-        return 0
-    fi
-    session_end "$pid"
-    rm -f "$LOG_DIR/$1.pid"
-    say "$1 is stopped"
-}
-
-# service_status NAME HEALTH: says how the service is; fails unless it is healthy.
-service_status() {
-    local pid
-    if ! pid=$(service_pid "$1"); then
-        say "$1 is not running"
+# service_found NAME PORT: sets PID to the service NAME; fails if there is none, and ends the launcher if PORT (empty: any)
+# is another one than the service's.
+service_found() {
+    local port
+    if ! PID=$(service_pid "$1"); then
+        say "$1 is not running$([[ $LOG_DIR == logs ]] || echo " (LOG_DIR=$LOG_DIR)")"
         return 1
     fi
-    if service_healthy "$2"; then
-        say "$1 is healthy (process $pid, log $(service_log "$1"))"
+    port=$(service_said "$PID" SIOP_SERVICE_PORT)
+    [[ -z $2 || -z $port || $port == "$2" ]] ||
+        die "$1 of LOG_DIR=$LOG_DIR listens on port $port (process $PID), not on $2: name that port, or the LOG_DIR of the" \
+            "one on $2"
+}
+
+# service_stop NAME PORT: stops the service and all its processes, and waits for them. PORT: see service_found.
+service_stop() {
+    if service_found "$1" "$2"; then
+        session_end "$PID"
+        say "$1 is stopped"
+    fi
+    rm -f "$LOG_DIR/$1.pid"
+}
+
+# service_status NAME PORT: says how the service is; fails unless it is healthy. PORT: see service_found.
+service_status() {
+    local where
+    service_found "$1" "$2" || return 1
+    where="on port $(service_said "$PID" SIOP_SERVICE_PORT) (process $PID, log $(service_log "$1"))"
+    if service_healthy "$(service_said "$PID" SIOP_SERVICE_HEALTH)"; then
+        say "$1 is healthy $where"
     else
-        say "$1 is running but not healthy (process $pid, log $(service_log "$1"))"
+        say "$1 is running but not healthy $where"
         return 1
     fi
 }

@@ -4,61 +4,37 @@ commands."""
 from __future__ import annotations
 
 import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transfer_queue as tq
+from fake_retriever import HEALTH, FakeRetriever
 from hydra import compose, initialize_config_module
 from method_helpers import byte_tokenizer
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
+from verl.trainer.siop.checks import retrievers
+from verl.trainer.siop.checks.retrievers import RetrieverUnavailable
 from verl.trainer.siop.evaluation import identity
+from verl.trainer.siop.evaluation.compare import check_comparable
 from verl.trainer.siop.evaluation.manifest import read_evaluation
 from verl.trainer.siop.evaluation.questions import EvaluationError
 from verl.trainer.siop.evaluation.recorder import Recorder
 from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord
+from verl.utils.siop.errors import SiopConfigError
 
 ROOT = Path(__file__).parents[2]
-HEALTH = {"status": "healthy", "documents": 9, "corpus_sha256": "71"}
-
-
-class Retriever:
-    """A service that has /health alone."""
-
-    def __init__(self) -> None:
-        self.health: Any = HEALTH
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                known = self.path == "/health" and outer.health is not None
-                body = json.dumps(outer.health).encode()
-                self.send_response(200 if known else 404)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/retrieve"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
-def retriever(monkeypatch: pytest.MonkeyPatch) -> Iterator[Retriever]:
-    service = Retriever()
-    monkeypatch.setenv("RETRIEVER_URL", service.url)
-    yield service
-    service.server.shutdown()
-    service.server.server_close()
+def retriever(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRetriever]:
+    monkeypatch.setattr(retrievers, "_PAUSE_S", 0)
+    with FakeRetriever() as service:
+        monkeypatch.setenv("RETRIEVER_URL", service.url)
+        yield service
 
 
 def configuration(folder: Path, *overrides: str) -> DictConfig:
@@ -105,7 +81,7 @@ def record(
 ROWS = {"u1_0_0": row("Where?", "Paris"), "u2_0_0": row("Who?", "Rome", id="test_5")}
 
 
-def test_an_evaluation_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever) -> None:
+def test_an_evaluation_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever) -> None:
     config = configuration(tmp_path)
     record(monkeypatch, tmp_path, config, ROWS).finish()
     manifest, samples = read_evaluation(tmp_path / "out")
@@ -132,7 +108,7 @@ def test_an_evaluation_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_same_data_has_the_same_digests_whatever_the_uids_and_the_order(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
 ) -> None:
     config = configuration(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
@@ -149,7 +125,7 @@ def test_the_same_data_has_the_same_digests_whatever_the_uids_and_the_order(
 
 
 def test_of_a_session_the_last_trajectory_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
 ) -> None:
     rows = {"u_0_0": row("Where?", "no"), "u_0_1": row("Where?", "Paris"), "u_1_0": row("Where?", "Rome")}
     recorder = record(monkeypatch, tmp_path, configuration(tmp_path), {})
@@ -162,27 +138,49 @@ def test_of_a_session_the_last_trajectory_counts(
     assert [(sample.sample, sample.answer) for sample in samples] == [(0, "Paris"), (1, "Rome")]
 
 
-def test_a_new_evaluation_takes_the_old_ones_place_from_its_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever
+def test_a_new_evaluation_takes_the_old_ones_place_when_it_is_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
 ) -> None:
-    record(monkeypatch, tmp_path, configuration(tmp_path), ROWS).finish()
-    record(monkeypatch, tmp_path, configuration(tmp_path), ROWS)  # interrupted
-    assert list((tmp_path / "out").iterdir()) == []
-    with pytest.raises(EvaluationError, match="no finished evaluation"):
-        read_evaluation(tmp_path / "out")
+    one = record(monkeypatch, tmp_path, configuration(tmp_path), ROWS).finish()
+    other = {"u1_0_0": ROWS["u1_0_0"]}
+    recorder = record(monkeypatch, tmp_path, configuration(tmp_path), other)  # interrupted
+    assert read_evaluation(tmp_path / "out")[0] == one
     with pytest.raises(EvaluationError, match="no question was evaluated"):
         record(monkeypatch, tmp_path, configuration(tmp_path), {}).finish()
+    retriever.health = {**HEALTH, "documents": 8}
+    with pytest.raises(EvaluationError, match="documents is 9 at the start, 8 at the end; evaluate again"):
+        recorder.finish()
+    assert read_evaluation(tmp_path / "out")[0] == one
+    record(monkeypatch, tmp_path, configuration(tmp_path), other).finish()
+    assert read_evaluation(tmp_path / "out")[0].data["questions"] == 1
+
+
+def test_a_retriever_that_does_not_answer_is_an_error_that_says_how_to_start_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
+) -> None:
+    recorder = record(monkeypatch, tmp_path, configuration(tmp_path), ROWS)
+    with FakeRetriever() as other:
+        monkeypatch.setenv("RETRIEVER_URL", f"{retriever.url},{other.url}")
+        Recorder(tmp_path / "two", configuration(tmp_path), byte_tokenizer())
+    # Of two the one that is down is named, and no difference is.
+    expected = rf"no answer from the retriever at {other.url} \(RETRIEVER_URL\): ConnectError.*bash launch_retriever.sh"
+    with pytest.raises(RetrieverUnavailable, match=expected):
+        Recorder(tmp_path / "two", configuration(tmp_path), byte_tokenizer())
+    retriever.close()
+    with pytest.raises(RetrieverUnavailable, match="no answer from the retriever"):
+        recorder.finish()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("later", [{**HEALTH, "corpus_sha256": "72"}, None])
 def test_a_retriever_that_changes_spoils_the_evaluation(
-    later: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever
+    later: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
 ) -> None:
     recorder = record(monkeypatch, tmp_path, configuration(tmp_path), ROWS)
     retriever.health = later
-    with pytest.raises(EvaluationError, match=r"has changed during the evaluation: it was .*'71'.*, it is .*"):
+    with pytest.raises(EvaluationError, match=rf"{retriever.url} has changed during the evaluation: .*; eval"):
         recorder.finish()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["questions.jsonl"]
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("health", [None, ["a list"]])
@@ -190,7 +188,7 @@ def test_a_retriever_without_health_is_written_down_as_unknown(
     health: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    retriever: Retriever,
+    retriever: FakeRetriever,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     retriever.health = health
@@ -198,19 +196,29 @@ def test_a_retriever_without_health_is_written_down_as_unknown(
     assert manifest.retriever == {retriever.url: None} and "does not say what it serves" in caplog.text
 
 
+def test_the_web_is_written_down_as_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SERPER_API_KEY", "k")
+    monkeypatch.setenv("SERPER_CACHE_DIR", "")
+    tools = f"actor_rollout_ref.rollout.multi_turn.tool_config_path={ROOT}/config/serper_tool_config.yaml"
+    manifest = record(monkeypatch, tmp_path, configuration(tmp_path, tools), ROWS).finish()
+    assert manifest.retriever == {"https://google.serper.dev/search": None}
+    with pytest.raises(EvaluationError, match=r"retriever: \[None\] \| \[None\]"):
+        check_comparable(manifest, manifest)
+
+
 def test_replicas_that_serve_different_things_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: Retriever
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, retriever: FakeRetriever
 ) -> None:
-    other = Retriever()
-    try:
+    with FakeRetriever() as other:
         monkeypatch.setenv("RETRIEVER_URL", f"{retriever.url},{other.url}")
         assert len(record(monkeypatch, tmp_path, configuration(tmp_path), ROWS).finish().retriever) == 2
+        expected = rf"do not serve the same: documents is 9 at {retriever.url}, 8 at {other.url}$"
         other.health = {**HEALTH, "documents": 8}
-        with pytest.raises(EvaluationError, match="replicas of the retriever do not serve the same"):
+        with pytest.raises(SiopConfigError, match=expected):
             Recorder(tmp_path / "out", configuration(tmp_path), byte_tokenizer())
-    finally:
-        other.server.shutdown()
-        other.server.server_close()
+        other.health = None
+        with pytest.raises(SiopConfigError, match=rf"a usable /health at {retriever.url}, and none at {other.url}$"):
+            Recorder(tmp_path / "out", configuration(tmp_path), byte_tokenizer())
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ case "$*" in
     *verl.trainer.siop.main*)
         printf '%s\\n' "RETRIEVER_URL=${{RETRIEVER_URL:-}}" "$@" >{calls}
         echo "step:$((STEP)) - siop/turns/mean:2.00" >>"${{SIOP_LOG:-/dev/stdout}}"
+        for word; do [[ $word != trainer.validation_data_dir=* ]] || mkdir -p "${{word#*=}}"; done
         ;;
     *verl.trainer.siop.report*) echo "the table" ;;
     *'m.version("torch")'*) echo "${{TORCH:-2.11.0}}" ;;

@@ -20,7 +20,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 from scorer_process import free_port
-from verl.trainer.siop.preflight import check_before_start
+from verl.trainer.siop.preflight import SEARCH, check_before_start
 
 Parts = dict[str, str]
 ROW: dict[str, Any] = {
@@ -110,8 +110,9 @@ def model_with_template(model: Path, folder: Path, template: str) -> str:
 
 
 def check(parts: Parts, *overrides: str, **changes: Any) -> None:
-    """All checks; ``a__b=c`` stands for ``a.b=c``."""
-    check_before_start(changed({**parts, **{key.replace("__", "."): str(x) for key, x in changes.items()}}, *overrides))
+    """All checks but that of the retriever, which is not there; ``a__b=c`` stands for ``a.b=c``."""
+    values = {key.replace("__", "."): str(x) for key, x in changes.items()}
+    check_before_start(changed({**parts, **values}, *overrides), without=[SEARCH])
 
 
 @contextmanager

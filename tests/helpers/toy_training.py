@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+from fake_retriever import FakeRetriever
 from scorer_process import ROOT
 
 from examples.toy_world import build
@@ -26,7 +27,8 @@ def small_world(folder: Path) -> Path:
 
 
 class ToyTraining:
-    """``verl.trainer.siop.main`` with a console for people, in a session of its own.
+    """``verl.trainer.siop.main`` with a console for people, in a session of its own. Its retriever, if ``env`` names
+    none, is a :class:`FakeRetriever`.
 
     Args:
         world: of :func:`small_world`.
@@ -48,7 +50,13 @@ class ToyTraining:
             f"trainer.default_local_dir={self.out}",
             *overrides,
         ]
-        own = {"SIOP_CONSOLE": "people", "SIOP_LOG": str(self.log), "SIOP_TEST_MARK": self._mark}
+        self._retriever = FakeRetriever()
+        own = {
+            "RETRIEVER_URL": self._retriever.url,
+            "SIOP_CONSOLE": "people",
+            "SIOP_LOG": str(self.log),
+            "SIOP_TEST_MARK": self._mark,
+        }
         unset = ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS", "SIOP_STOP_GRACE_S", "TENSORBOARD_DIR")
         outer = {name: value for name, value in os.environ.items() if name not in unset}
         self.process = subprocess.Popen(
@@ -109,3 +117,4 @@ class ToyTraining:
             except psutil.NoSuchProcess:
                 continue
         self.process.wait(10)
+        self._retriever.close()

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_retriever import FakeRetriever
 from launching import bash
-from preflight_world import Parts, changed, right_parts
+from preflight_world import SEARCH_TOOL, Parts, changed, health_of_scorer, right_parts, write_tools
 from scorer_process import ScorerProcess, free_port
 from verl.trainer.siop import doctor
 from verl.trainer.siop.checks import machine
@@ -66,12 +67,38 @@ def test_all_checks_are_made_also_after_failures(parts: Parts, tmp_path: Path) -
     )
     assert not starts
     failed = {name for name, finding in found.items() if finding.failed}
-    assert failed == {"disk", "settings", "data files", "round trips", "data rows", "verl", "scorer", "search"}
+    assert failed == {"disk", "settings", "data files", "round trips", "data rows", "verl", "scorer"}
     assert "siop_lambda=2 is not allowed" in found["settings"].text
     assert found["data files"].text == "data.train_files=nowhere.parquet: no such file"
     assert found["data rows"].text.startswith("not checked, for it needs what failed above (")
     assert "cannot be written" in found["disk"].text
     assert "ppo_micro_batch_size" in found["verl"].text
+
+
+def test_services_are_asked_also_where_model_and_data_are_wrong(parts: Parts, tmp_path: Path) -> None:
+    with FakeRetriever() as retriever, health_of_scorer(engine="vllm", model="m", nli="org/deberta") as url:
+        tool = {**SEARCH_TOOL, "config": {**SEARCH_TOOL["config"], "retrieval_service_url": retriever.url}}
+        starts, found = _findings(
+            parts,
+            data__train_files="nowhere.parquet",
+            actor_rollout_ref__model__path=tmp_path / "nowhere",
+            actor_rollout_ref__rollout__multi_turn__tool_config_path=write_tools(tmp_path / "search.yaml", tool),
+            algorithm__siop_scorer_url=url,
+        )
+    assert not starts and {"model and tools", "data files"} <= {name for name in found if found[name].failed}
+    assert found["scorer"].text == f"{url}: m (vllm), NLI org/deberta" and not found["scorer"].failed
+    assert found["scorer"].warnings == ["not compared with the policy's tokenizer, for there is no policy"]
+    assert not found["search"].failed and "1 passages for 'who ?'" in found["search"].text
+
+
+def test_settings_are_all_told_at_once(parts: Parts) -> None:
+    _, found = _findings(
+        {**parts, "actor_rollout_ref.model.path": "~/models/deepseek-llm-7b-chat"},
+        trainer__device="cuda",
+        algorithm__siop_lambda=2,
+    )
+    for part in ("model.path is not set", "trainer.device=cuda but VERL_PLATFORM", "siop_lambda=2 is not allowed"):
+        assert found["settings"].text.count(part) == 1
 
 
 def test_an_output_folder_in_use_is_told(parts: Parts) -> None:
@@ -243,6 +270,7 @@ def test_the_toy_world_without_services(world: Path, tmp_path: Path) -> None:
     assert code == 1 and lines[-1] == "a training run would not start"
     failed = [line for line in lines if line.startswith("failed")]
     assert [line.split(":")[0] for line in failed] == ["failed   scorer", "failed   search"]
+    assert "bash launch_siop_scorer.sh" in failed[0] and "bash launch_retriever.sh" in failed[1]
 
 
 def test_overrides_are_those_of_the_launcher(world: Path, services: dict[str, str], tmp_path: Path) -> None:

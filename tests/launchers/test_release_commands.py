@@ -84,7 +84,8 @@ def test_the_commands_of_the_release(release: Environment, tmp_path: Path) -> No
     table = ok(bash("eval_siop.sh", "experiment=toy", env=evaluate))
     assert "toy_two_hop" in table and "mean turns" in table
     rows = (tmp_path / "eval" / "validation" / "0.jsonl").read_text().splitlines()
-    assert len(rows) == 8 and (logs / "siop_eval.log").is_file()
+    assert len(rows) == 8 and "8 of 8 questions" in table
+    assert "validation: 8 of 8 questions" in (logs / "siop_eval.log").read_text()
 
     # What the evaluation left agrees with what verl counted, and names what was evaluated.
     manifest, samples = read_evaluation(tmp_path / "eval")

@@ -320,8 +320,17 @@ def test_the_retriever_that_the_variables_name(tmp_path: Path, trainer: Environm
 
     module = "-m verl.utils.siop.retriever"
     folder = {"RETRIEVER_CORPUS_DIR": data}
-    # By words; small corpora are indexed by the server.
-    assert "first: " not in dry(**folder) and f"{module}.server --corpus {corpus} --host" in dry(**folder)
+    # By words, indexed first unless that was done.
+    shown = dry(**folder)
+    assert f"{module}.build bm25 --corpus {corpus}\n" in shown and f"{module}.server --corpus {corpus} --host" in shown
+    built = Path(f"{corpus}.bm25", "manifest.json")
+    built.parent.mkdir()
+    built.touch()
+    os.utime(corpus, (1e9, 1e9))
+    assert "first: " not in dry(**folder)
+    os.utime(built, (1e9 - 1, 1e9 - 1))  # of an older corpus
+    assert f"{module}.build bm25 --corpus {corpus}\n" in dry(**folder)
+    built.touch()
     with corpus.open("wb") as file:
         file.truncate(200 * 2**20)
     assert f"{module}.build bm25 --corpus {corpus}\n" in dry(**folder)

@@ -12,12 +12,15 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scorer_process import ROOT
 from toy_training import ToyTraining, small_world
+from verl.trainer.siop.run import counting
 from verl.trainer.siop.run.console import Console
+from verl.trainer.siop.run.counting import Due, QuestionCounter
 from verl.trainer.siop.run.log_warnings import LogWarnings, Once
 from verl.trainer.siop.run.progress import Progress, step_numbers, validation_numbers
 from verl.utils.siop.errors import SiopConfigError
@@ -114,15 +117,7 @@ with Console(Path(sys.argv[1])) as console:
 
 
 def test_on_a_terminal_the_steps_are_a_bar(tmp_path: Path) -> None:
-    mine, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    done = subprocess.Popen([sys.executable, "-c", SHOW, str(tmp_path / "log")], cwd=ROOT, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while chunk := _read(mine):
-        shown += chunk
-    assert done.wait(60) == 0, shown
-    text = shown.decode()
+    text = on_a_terminal(SHOW, tmp_path / "log")
     assert re.search(r"step 2/4 .*EM \.2, \d\d:\d\d left", text), text
     assert text.count("warning: mind the gap") == 1
     assert f"error: all is lost\r\nlog: {tmp_path / 'log'}\r\n" in text
@@ -136,6 +131,62 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 4096)
     except OSError:  # how a terminal says that nobody writes any more
         return b""
+
+
+def on_a_terminal(code: str, log: Path) -> str:
+    """What a program shows on a terminal of 100 columns."""
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    done = subprocess.Popen([sys.executable, "-c", code, str(log)], cwd=ROOT, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(mine):
+        shown += chunk
+    assert done.wait(60) == 0, shown
+    return shown.decode()
+
+
+COUNT = SHOW.replace(
+    """    logging.getLogger("x").warning""",
+    """    for done in (0, 30, 120):
+        progress.update({"kind": "questions", "done": done, "total": 120, "seconds": done / 2})
+        console.questions(progress)
+    logging.getLogger("x").warning""",
+    1,
+)
+
+
+def test_on_a_terminal_the_questions_of_a_validation_are_a_bar(tmp_path: Path) -> None:
+    text = on_a_terminal(COUNT, tmp_path / "log")
+    assert re.search(r"30 of 120 questions, about 00:45 left ", text), text
+    assert "120 of 120 questions " in text and "0 of 120 questions " in text
+    assert "step 2/4" in text
+
+
+def test_elsewhere_they_are_lines_now_and_then(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, str(tmp_path / "log")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    counted = [line for line in done.stdout.splitlines() if "questions" in line]
+    assert counted == ["0 of 120 questions", "30 of 120 questions, about 00:45 left", "120 of 120 questions"]
+    due = Due()
+    assert [seconds for seconds in range(0, 4000, 2) if due(seconds)][:3] == [10, 20, 30]
+    assert sum(due(seconds) for seconds in range(4000, 8000)) < 20
+
+
+def test_the_trainer_tells_how_many_questions_are_done(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, sent = [100.0], list[tuple[int, float]]()
+    monkeypatch.setattr(counting.time, "monotonic", lambda: now[0])
+    channel: Any = SimpleNamespace(put=lambda kind, done, total, seconds: sent.append((done, seconds)))
+    count = QuestionCounter(50, channel)
+    for second, done in ((0.0, 0), (0.1, 0), (0.5, 2), (11.0, 5), (12.0, 5), (12.5, 10), (12.6, 50), (12.7, 50)):
+        now[0] = 100.0 + second
+        count(done)
+    assert sent == [(0, 0.0), (5, 11.0), (10, 12.5), (50, pytest.approx(12.6))]
+    lines = ["validation: 5 of 50 questions, about 01:39 left", "validation: 50 of 50 questions"]
+    assert [record.message for record in caplog.records] == lines
 
 
 def test_a_run_goes_on_when_nobody_looks_any_more(tmp_path: Path) -> None:
@@ -222,6 +273,44 @@ def test_where_a_stopped_run_goes_on(options: dict[str, str], start: int, saved:
     if saved:
         progress.update({"kind": "saved", "step": saved})
     assert progress.stopped("SIGINT") == f"stopped by SIGINT {told}"
+
+
+def test_a_stopped_evaluation_says_how_far_it_came() -> None:
+    progress = run_of(evaluates=True)
+    assert progress.stopped("SIGINT").startswith("the evaluation was stopped by SIGINT after 0 of all questions")
+    progress.update({"kind": "questions", "done": 12, "total": 420, "seconds": 5.0})
+    assert progress.stopped("SIGINT") == (
+        "the evaluation was stopped by SIGINT after 12 of 420 questions; it has no results"
+    )
+
+
+def test_a_run_whose_steps_are_all_done_is_known_by_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "global_step_4").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4\n")
+
+    def is_complete(steps: int | None, **options: Any) -> bool:
+        return Progress(folder=tmp_path, **options).is_complete(steps)
+
+    assert is_complete(4) and is_complete(3) and not is_complete(5) and not is_complete(None)
+    assert not is_complete(4, resume_mode="disable")
+    named = str(tmp_path / "global_step_4")
+    assert is_complete(4, resume_mode="resume_path", resume_path=named)
+    assert not is_complete(4, resume_mode="resume_path", resume_path=f"{tmp_path}/global_step_5")
+    progress = Progress(folder=tmp_path)
+    assert progress.is_complete(4) and progress.started().startswith(f"all 4 steps are done, in {named}: ")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")  # its folder is gone
+    assert not is_complete(4)
+
+
+def test_a_complete_run_says_so_before_it_loads_a_model(world: Path, tmp_path: Path) -> None:
+    run_of_4 = tmp_path / "out"
+    (run_of_4 / "global_step_4").mkdir(parents=True)
+    (run_of_4 / "latest_checkpointed_iteration.txt").write_text("4")
+    # 32 questions, 8 a step.
+    run = ToyTraining(world, tmp_path, "ablation=grpo", "trainer.total_epochs=1")
+    assert run.wait(120) == 0, run.report()
+    assert run.printed[-2].startswith(f"all 4 steps are done, in {run_of_4}/global_step_4: more come of"), run.report()
+    assert not any("loading the models" in line for line in run.printed)
 
 
 # --- warnings in the log ----------------------------------------------------------------------------------------------

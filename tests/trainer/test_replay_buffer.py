@@ -20,6 +20,17 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
+def _buffer() -> CheckedReplayBuffer:
+    return CheckedReplayBuffer(
+        trainer_mode="sync",
+        trainer_config={},
+        max_off_policy_threshold=8,
+        max_off_policy_strategy="drop",
+        sampler_kwargs={"poll_interval": 0.1},
+        refill_fn=None,
+    )
+
+
 def _sample(
     monkeypatch: pytest.MonkeyPatch, failed: set[str], partition: str = "train", causes: dict[str, Any] | None = None
 ) -> tuple[KVBatchMeta, dict]:
@@ -41,14 +52,7 @@ def _sample(
     stored = {partition: prompts, "other": {"q9": prompts["q0"] | {"status": "finished"}}}
     monkeypatch.setattr(tq, "kv_list", lambda part=None: stored if part is None else {part: stored[part]})
     monkeypatch.setattr(ReplayBuffer, "sample", upstream)
-    buffer = CheckedReplayBuffer(
-        trainer_mode="sync",
-        trainer_config={},
-        max_off_policy_threshold=8,
-        max_off_policy_strategy="drop",
-        sampler_kwargs={"poll_interval": 0.1},
-        refill_fn=None,
-    )
+    buffer = _buffer()
     assert buffer.poll_interval == 0.1
     return buffer.sample(global_steps=1, partition_id=partition, batch_size=4)
 
@@ -68,6 +72,28 @@ def test_a_question_with_a_failed_rollout_is_dropped_whole_and_counted(
     assert cleared == ["q1_0_0", "q3_0_0"]
     assert metrics == {"siop/failed_groups": 2.0}
     assert "2 of 4 questions dropped" in caplog.text
+
+
+def test_the_questions_of_a_validation_that_have_ended_are_told_over_all_its_batches(
+    monkeypatch: pytest.MonkeyPatch, cleared: list[str]
+) -> None:
+    statuses = ["pending", "running", "finished", "failure", "finished"]
+    tags = {f"q{i}": {"is_prompt": True, "global_steps": 1, "status": status} for i, status in enumerate(statuses)}
+    monkeypatch.setattr(tq, "kv_list", lambda part=None: {"val": tags} if part is None else {part: tags})
+    buffer = _buffer()
+    told: list[int] = []
+    buffer.on_progress = told.append
+    buffer._sync_metadata_from_transfer_queue()
+    # A batch of four that ended well, and the next one.
+    batch = KVBatchMeta(partition_id="val", keys=[], tags=[])
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda *args, **kwargs: (batch, {}))
+    monkeypatch.setattr(tq, "kv_batch_get", lambda **kwargs: {"response_mask": []})
+    buffer.failure_keys.clear()
+    buffer.sample(global_steps=1, partition_id="val", batch_size=4)
+    buffer._sync_metadata_from_transfer_queue()
+    buffer.take_validation_metrics()
+    buffer._sync_metadata_from_transfer_queue()
+    assert told == [3, 7, 3]
 
 
 def test_more_than_half_ends_the_run(monkeypatch: pytest.MonkeyPatch, cleared: list[str]) -> None:

@@ -25,17 +25,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.siop.checks import machine as machine
-from verl.trainer.siop.checks.services import check_scorer, check_search
+from verl.trainer.siop.checks.policy import Policy
+from verl.trainer.siop.checks.services import check_scorer
 from verl.trainer.siop.checks.settings import measures_support
 from verl.trainer.siop.preflight import (
     CHECKS,
+    SEARCH,
     VALUES,
     Run,
+    ask_tools,
     check_overrides,
     forget_empty_variables,
     needs_scorer,
 )
 from verl.trainer.siop.run.lock import check_free
+from verl.utils.siop.data.chat import build_tools
 from verl.utils.siop.errors import SiopError
 
 SERVICE_WAIT_S = 10.0
@@ -72,14 +76,18 @@ Check = Callable[[Run], str]
 
 
 def _search(run: Run) -> str:
-    return asyncio.run(check_search(run.policy.tools, run.sample, run.warn, SERVICE_WAIT_S))
+    tools = build_tools(run.config.actor_rollout_ref.rollout.multi_turn)  # (the model's may be wrong)
+    return ask_tools(run, tools, run.sample, SERVICE_WAIT_S)
 
 
 def _scorer(run: Run) -> str:
     if not needs_scorer(run):
         return "not needed"
     scored = run.siop.siop_scorer == "server" and measures_support(run.siop)
-    check = check_scorer(run.siop, run.policy, run.warn, SERVICE_WAIT_S, run.sample if scored else None)
+    policy: Policy | None = None
+    with contextlib.suppress(SiopError, OmegaConfBaseException):
+        policy = run.policy
+    check = check_scorer(run.siop, policy, run.warn, SERVICE_WAIT_S, run.sample if scored else None)
     limit = 3 * SERVICE_WAIT_S
     try:
         return asyncio.run(asyncio.wait_for(check, limit))
@@ -103,7 +111,7 @@ def _quiet(check: Check) -> Check:
     return made
 
 
-_CHECKS = dict(CHECKS)
+_CHECKS = {name: check for name, check in CHECKS if name not in ("scorer", SEARCH)}
 # The machine first, then what every run checks before it starts, with a look into the services in place of a wait.
 ALL_CHECKS: tuple[tuple[str, Check], ...] = (
     ("Python and packages", lambda run: machine.check_packages(run.config)),
@@ -114,9 +122,9 @@ ALL_CHECKS: tuple[tuple[str, Check], ...] = (
     ("Ray", lambda run: machine.check_ray(run.config, run.warn)),
     ("disk", lambda run: machine.check_disk(run.config, run.warn)),
     ("output folder", _output),
-    *((name, _quiet(check) if name == "verl" else check) for name, check in _CHECKS.items() if name != "scorer"),
+    *((name, _quiet(check) if name == "verl" else check) for name, check in _CHECKS.items()),
     ("scorer", _scorer),
-    ("search", _search),
+    (SEARCH, _search),
 )
 
 

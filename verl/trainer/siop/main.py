@@ -75,9 +75,9 @@ def record_config(config: DictConfig) -> None:
 class Run(threading.Thread):
     """Checks, then trains or evaluates until the end. ``error`` is what it ended with once ``ended`` is set."""
 
-    def __init__(self, config: DictConfig, console: Console, on_ray: Callable[[], None]) -> None:
+    def __init__(self, config: DictConfig, console: Console, progress: Progress, on_ray: Callable[[], None]) -> None:
         super().__init__(name="run", daemon=True)
-        self._config, self._console, self._on_ray = config, console, on_ray
+        self._config, self._console, self._progress, self._on_ray = config, console, progress, on_ray
         self.ended = threading.Event()
         self.error: BaseException | None = None
 
@@ -96,7 +96,10 @@ class Run(threading.Thread):
         config = self._config
         require_registered()
         auto_set_device(config)
-        check_before_start(config)
+        steps = check_before_start(config, self._console.line).steps
+        if not config.trainer.val_before_train and self._progress.is_complete(steps):
+            self._console.tell(self._progress.started())
+            return
         record_config(config)
         OmegaConf.resolve(config)  # here, where the user's environment is; a cluster's workers have another
         self._console.line("the checks have passed; starting Ray and loading the models")
@@ -142,7 +145,7 @@ def _supervise(config: DictConfig, console: Console) -> None:
             log = str(console.log.absolute()) if console.log else None
             stack.enter_context(output_lock(Path(config.trainer.default_local_dir), log))
         _introduce(config, console, grace)
-        run = Run(config, console, on_ray)
+        run = Run(config, console, progress, on_ray)
         run.start()
         while not (run.ended.wait(_PERIOD_S) or signals.run_is_over() or processes.dead_daemon()):
             signals.install()
@@ -153,10 +156,12 @@ def _supervise(config: DictConfig, console: Console) -> None:
             watch.finish()
         if signals.signum is not None and (run.error is None or ray_failed):
             processes.end()
+            console.end_bar()
             console.tell(progress.stopped(signals.signum.name))
             _exit(128 + signals.signum)
         if dead:
             processes.end()
+            console.end_bar()
             console.error(f"Ray's {dead} has ended, and with it the run; {progress.last_checkpoint()}")
             _exit(1)
         if run.error is not None:

@@ -8,19 +8,22 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from verl.tools.local_search_tool import LocalSearchTool
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.siop.checks.choices import check_choices
-from verl.trainer.siop.checks.data import DataError, check_files, check_rows, first_row
+from verl.trainer.siop.checks.data import KEYS, DataError, check_files, check_rows, first_row
 from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_policy
 from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
-from verl.trainer.siop.checks.services import check_scorer, measure_noise
+from verl.trainer.siop.checks.retrievers import check_replicas, healths_of, retrievers_of
+from verl.trainer.siop.checks.services import check_scorer, check_search, measure_noise
 from verl.trainer.siop.checks.settings import check_settings, measures_support
 from verl.trainer.siop.checks.values import check_dataclasses, check_values
 from verl.trainer.siop.rollouts.rows import question_of
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 # Longest wait for a scorer that is still loading.
 SCORER_WAIT_S = 60.0
+# For the answer to one query.
+SEARCH_WAIT_S = 60.0
 # Keys that the user has to set: where verl's own defaults, which are its authors' paths, are left in their place, and
 # the variable of the launchers for each.
 REQUIRED = {
@@ -54,6 +59,7 @@ REQUIRED = {
 }
 # The check on which all others build.
 VALUES = "keys and values"
+SEARCH = "search"
 # What the configuration and the tools' files take from the environment.
 VARIABLES = ("SIOP_SCORER_URL", "RAY_ADDRESS", "RETRIEVER_URL", "TENSORBOARD_DIR", "MAX_TOOL_RESPONSE_LENGTH")
 
@@ -65,10 +71,14 @@ class Run:
     Args:
         config: the whole configuration.
         warn: gets what is no error, but worth a look.
+        say: gets what is being waited for.
     """
 
     config: DictConfig
     warn: Callable[[str], None] = logger.warning
+    say: Callable[[str], None] = logger.info
+    # Of data.train_files and data.val_files, once they are checked.
+    rows: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def siop(self) -> SiopConfig:
@@ -92,14 +102,25 @@ class Run:
 
     @property
     def sample(self) -> str:
-        """The end of the first question without marks of any markup: small vocabularies know no other words."""
-        prompt = self.prompt
+        """The end of the first question without marks of any markup: small vocabularies know no other words.
+
+        A text of ours where there is none, as in data that another check finds wrong.
+        """
         try:
-            question = question_of(prompt, self._row.get("extra_info"))
-        except SiopError:  # an evaluation needs none
+            question = question_of(self.prompt, self._row.get("extra_info"))
+        except (SiopError, OmegaConfBaseException):
             question = ""
         words = re.sub(r"[^\w\s?.,'-]", " ", question).split()
         return " ".join(words[-12:]) or "who ?"
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the training with all its earlier parts; None where a class of the user's makes the rows."""
+        trainer, most = self.config.trainer, self.config.trainer.total_training_steps
+        if KEYS[0] not in self.rows:
+            return most
+        steps = self.rows[KEYS[0]] // self.config.data.train_batch_size * trainer.total_epochs
+        return steps if most is None else min(steps, most)
 
     @property
     def trains(self) -> bool:
@@ -130,33 +151,70 @@ def check_overrides(arguments: Sequence[str]) -> None:
                 SiopConfig.from_algorithm({key: value})
 
 
-def check_before_start(config: DictConfig) -> None:
+def check_before_start(
+    config: DictConfig, say: Callable[[str], None] = logger.info, without: Collection[str] = ()
+) -> Run:
     """Check everything that a user can get wrong and that is cheap to check, in the order of :data:`CHECKS`.
+
+    Args:
+        config: of the run.
+        say: gets what is being waited for.
+        without: names of checks that are not made.
+
+    Returns:
+        The run, with what the checks have found.
 
     Raises:
         SiopConfigError: a key, a value, a file, a row, a model; the message names it and says what is allowed.
+        RetrieverUnavailable: the search tool's retriever does not answer.
         ScorerUnavailable: the method needs a scorer and none answers in time.
         ScorerError: the scorer refuses the token.
     """
-    run = Run(config)
-    for _, check in CHECKS:
-        check(run)
+    run = Run(config, say=say)
+    for name, check in CHECKS:
+        if name not in without:
+            check(run)
+    return run
 
 
 # ---------------------------------------------------------------------- the checks; each returns what it found
 def _settings(run: Run) -> str:
-    for key, (default, variable) in REQUIRED.items():
-        if OmegaConf.select(run.config, key) == default and not Path(default).expanduser().exists():
-            raise SiopConfigError(f"{key} is not set; give it a value ({variable} of the launchers)")
-    _check_platform(run.config)
-    _check_rejection(run.config)
-    check_method(run.config, run.siop)  # (imports siop_import, which may register names)
-    check_choices(run.config)
+    def required() -> None:
+        missing = [
+            f"{key} is not set; give it a value ({variable} of the launchers)"
+            for key, (default, variable) in REQUIRED.items()
+            if OmegaConf.select(run.config, key) == default and not Path(default).expanduser().exists()
+        ]
+        if missing:
+            raise SiopConfigError("; ".join(missing))
+
+    problems, found = list[str](), ""
+    for check in (
+        required,
+        lambda: _check_platform(run.config),
+        lambda: _check_rejection(run.config),
+        lambda: check_method(run.config, run.siop),  # (imports siop_import, which may register names)
+        lambda: check_choices(run.config),
+        lambda: _check_learning(run),
+        lambda: check_settings(run.config, run.siop),
+    ):
+        try:
+            found = check() or found
+        except SiopError as error:
+            problems.append(str(error))
+        except Exception:
+            if not problems:  # else it is likely to be one of them
+                raise
+    if problems:
+        raise SiopConfigError("; ".join(dict.fromkeys(problems)))
+    return found
+
+
+def _check_learning(run: Run) -> None:
     if run.trains_by_siop and run.config.actor_rollout_ref.rollout.n == 1:
         run.warn("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
     if run.trains_by_siop and run.siop.siop_scorer == "policy":
         _check_router_replay(run.config)
-    return check_settings(run.config, run.siop)
 
 
 def _verl(run: Run) -> str:
@@ -182,9 +240,30 @@ def _round_trips(run: Run) -> str:
 
 
 def _rows(run: Run) -> str:
-    found = check_rows(run.config, run.siop, run.policy, run.warn)
+    found = check_rows(run.config, run.siop, run.policy, run.warn, run.rows.__setitem__)
     check_instructions(run.policy, run.prompt, run.warn)
     return found
+
+
+def _search(run: Run) -> str:
+    """The retrievers alone: a query to a web search has its price, and what it has cached needs no service."""
+    tools = {name: tool for name, tool in run.policy.tools.items() if isinstance(tool, LocalSearchTool)}
+    return ask_tools(run, tools, run.sample, SEARCH_WAIT_S)
+
+
+def ask_tools(run: Run, tools: Mapping[str, Any], sample: str, wait_s: float) -> str:
+    """Whether every retriever answers, for an evaluation also all alike, and a query with each search tool.
+
+    Raises:
+        RetrieverUnavailable: one does not.
+        SiopError: as :func:`check_search`; or the replicas of an evaluation differ.
+    """
+    urls = retrievers_of(tools)
+    if run.trains:
+        healths_of(urls, warn=lambda text: None)
+    else:
+        check_replicas(healths_of(urls, run.warn))
+    return asyncio.run(check_search(tools, sample, run.warn, wait_s))
 
 
 def needs_scorer(run: Run) -> bool:
@@ -195,7 +274,7 @@ def needs_scorer(run: Run) -> bool:
 def _scorer(run: Run) -> str:
     if not needs_scorer(run):
         return "not needed"
-    found = asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S))
+    found = asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S, say=run.say))
     if run.siop.siop_scorer == "policy" or not measures_support(run.siop):
         return found
     noise = asyncio.run(measure_noise(run.siop, run.policy, run.sample))
@@ -213,6 +292,7 @@ CHECKS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("data files", lambda run: check_files(run.config)),
     ("round trips", _round_trips),
     ("data rows", _rows),
+    (SEARCH, _search),
     ("scorer", _scorer),
 )
 

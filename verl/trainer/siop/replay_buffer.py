@@ -40,14 +40,17 @@ class CheckedReplayBuffer(ReplayBuffer):
 
     Attributes:
         on_validation: gets every validation batch while its rollouts are there.
+        on_progress: gets the number of questions of a validation that have ended, at every look for more.
     """
 
     on_validation: Callable[[KVBatchMeta], None] | None = None
+    on_progress: Callable[[int], None] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(poll_interval=float(kwargs["sampler_kwargs"].get("poll_interval", 2.0)), **kwargs)
         self._causes: dict[str, str] = {}  # of the first failure in a partition
         self._validation: dict[str, list[int]] = {"turns": [], "response_tokens": []}
+        self._validated = 0  # questions in earlier batches of the validation
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """Upstream's batch without the questions that lost a rollout.
@@ -74,6 +77,7 @@ class CheckedReplayBuffer(ReplayBuffer):
             )
             batch = self._without(batch, failed)
         if partition_id == "val":
+            self._validated += batch_size
             self._note_validation(batch)
         else:
             metrics["siop/failed_groups"] = float(len(failed))
@@ -81,6 +85,8 @@ class CheckedReplayBuffer(ReplayBuffer):
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         super()._sync_metadata_from_transfer_queue()
+        if self.on_progress is not None:
+            self.on_progress(self._validated + len(self.finished_keys["val"]) + len(self.failure_keys["val"]))
         self._causes = {}
         for partition_id, failed in self.failure_keys.items():
             if failed:
@@ -127,5 +133,5 @@ class CheckedReplayBuffer(ReplayBuffer):
     def take_validation_metrics(self) -> dict[str, float]:
         """Means over the validation rollouts since the last call: assistant turns and tokens the model generated."""
         metrics = {f"val-aux/{name}/mean": float(np.mean(x)) for name, x in self._validation.items() if x}
-        self._validation = {name: [] for name in self._validation}
+        self._validation, self._validated = {name: [] for name in self._validation}, 0
         return metrics

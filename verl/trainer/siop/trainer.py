@@ -26,11 +26,13 @@ from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
+from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.supervised import SupervisedTrainer
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
+from verl.utils.siop.files import write_whole
 from verl.utils.siop.scoring_client import LEXICAL, ScoringClient
 from verl.utils.siop.siop_process_reward import (
     GroupRewards,
@@ -323,21 +325,23 @@ class SiopTrainer(SupervisedTrainer):
     def _validate(self) -> dict[str, float]:
         named = self.config.trainer.get("validation_data_dir")
         folder, recorder = Path(named) if named else None, None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / METRICS_FILE).unlink(missing_ok=True)
         # The weights of a validation in training are in no file.
         if folder is not None and self.config.trainer.get("val_only", False):
             recorder = Recorder(folder, self.config, self.tokenizer)
             self.replay_buffer.on_validation = recorder.note
-        metrics = super()._validate()
+        self.replay_buffer.on_progress = QuestionCounter(len(self.val_dataset), self._channel)
+        try:
+            metrics = super()._validate()
+        finally:
+            self.replay_buffer.on_progress = None
         metrics.update(core_metrics(metrics))
         metrics.update(self.replay_buffer.take_validation_metrics())
         if recorder is not None:
             recorder.finish()
         if folder is not None:
             values = {name: float(value) for name, value in metrics.items()}
-            (folder / METRICS_FILE).write_text(json.dumps(values, indent=1, sort_keys=True))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / METRICS_FILE, json.dumps(values, indent=1, sort_keys=True).encode())
         return metrics
 
 

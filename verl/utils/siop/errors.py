@@ -31,6 +31,7 @@ class ServiceUnavailable(SiopError, ConnectionError):
     """
 
     service: ClassVar[str] = "service"
+    advice: ClassVar[str] = ""
 
     def __init__(self, url: str, attempts: int, last_error: str) -> None:
         super().__init__(url, attempts, last_error)
@@ -39,7 +40,7 @@ class ServiceUnavailable(SiopError, ConnectionError):
     def __str__(self) -> str:
         return (
             f"no answer from the {self.service} at {self.url} after {self.attempts} attempt(s); "
-            f"last error: {self.last_error}"
+            f"last error: {self.last_error}{self.advice}"
         )
 
 
@@ -47,6 +48,7 @@ class ScorerUnavailable(ServiceUnavailable):
     """The scorer did not answer."""
 
     service = "scorer"
+    advice = "; start it with bash launch_siop_scorer.sh, or set SIOP_SCORER_URL"
 
 
 class RolloutError(SiopError, ValueError):

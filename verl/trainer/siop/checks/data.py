@@ -150,10 +150,16 @@ class Use:
         chosen = np.random.default_rng(data.seed).choice(self.rows, size=most, replace=False)
         return sum(self.fits[int(index)] for index in chosen)
 
+    @property
+    def left(self) -> int:
+        """The rows that verl draws from."""
+        most = "train_max_samples" if self.key == "data.train_files" else "val_max_samples"
+        return self._drawn(self.config.data.get(most, -1))
+
     def check_counts(self) -> str:
         """Whether the rows are enough; a line about them."""
         data, trains = self.config.data, self.key == "data.train_files"
-        kept, left = sum(self.fits), self._drawn(data.get("train_max_samples" if trains else "val_max_samples", -1))
+        kept, left = sum(self.fits), self.left
         if not self.rows:
             raise DataError(f"{self.key}: the files have no rows")
         needed = data.train_batch_size if trains else 1
@@ -300,8 +306,19 @@ def first_row(config: DictConfig) -> dict[str, Any]:
     raise DataError(f"{KEYS[0]}: the files have no rows")
 
 
-def check_rows(config: DictConfig, siop: SiopConfig, policy: Policy, warn: Callable[[str], None]) -> str:
+def check_rows(
+    config: DictConfig,
+    siop: SiopConfig,
+    policy: Policy,
+    warn: Callable[[str], None],
+    left: Callable[[str, int], None] = lambda key, rows: None,
+) -> str:
     """Check every row of every file for all that the run takes from it. An evaluation draws no training rows.
+
+    Args:
+        config, siop, policy: of the run.
+        warn: gets what is no error, but worth a look.
+        left: gets each key with the rows that verl draws from.
 
     Raises:
         DataError: naming the file, the row and what is wrong with it; or too few rows.
@@ -319,4 +336,5 @@ def check_rows(config: DictConfig, siop: SiopConfig, policy: Policy, warn: Calla
                 use.rows += 1
                 if wrong := use.check(row):
                     raise DataError(f"{path}: row {number}: {wrong}")
+        left(use.key, use.left)
     return "; ".join(f"{use.key} {use.check_counts()}" for use in uses)

@@ -11,13 +11,14 @@ from typing import Any
 from verl.tools.search_common import SearchTool
 from verl.trainer.siop.checks.policy import Policy
 from verl.utils.siop.data.chat import sample_arguments
-from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError, SiopError
 from verl.utils.siop.scoring_client import LEXICAL, ScoringClient
 from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, build_reference
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
 
 NO_MODEL = "none"  # what /health says of a scorer without a language model
 _NOISE_TEXTS = 8
+_PATIENCE_S = 1.0  # before a line says what is being waited for
 # What it cannot do decides what is learnt from its answers.
 LEXICAL_WARNING = (
     "the scorer at {url} has no NLI model and compares words: answers that say the same in other words are different "
@@ -27,16 +28,22 @@ LEXICAL_WARNING = (
 
 
 async def check_scorer(
-    siop: SiopConfig, policy: Policy, warn: Callable[[str], None], wait_s: float, sample: str | None = None
+    siop: SiopConfig,
+    policy: Policy | None,
+    warn: Callable[[str], None],
+    wait_s: float,
+    sample: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Check that the scorer is up, lets us in, and reads the policy's token ids as the policy does.
 
     Args:
         siop: address and who measures support.
-        policy: whose ids are sent.
+        policy: whose ids are sent; without one nothing is checked about ids, and a warning says so.
         warn: gets what could not be checked.
         wait_s: longest wait for it to be ready.
         sample: if given, this text is scored once.
+        say: gets that it is being waited for.
 
     Raises:
         ScorerUnavailable: it does not answer in time.
@@ -46,7 +53,13 @@ async def check_scorer(
     # The client says at its deadline what was wrong with the last answer.
     limit = min(wait_s, siop.siop_scorer_timeout_s)
     async with ScoringClient(siop.siop_scorer_url, timeout_s=limit, deadline_s=limit) as client:
-        health = await client.wait_ready(timeout_s=limit)
+        try:
+            health = await client.wait_ready(timeout_s=min(_PATIENCE_S, limit))
+        except ScorerUnavailable as error:
+            if limit <= _PATIENCE_S:
+                raise
+            say(f"waiting for the scorer at {siop.siop_scorer_url}, {limit:g} s at most: {error.last_error}")
+            health = await client.wait_ready(timeout_s=limit)
         await client.check_token()
         found = f"{siop.siop_scorer_url}: {health.get('model')} ({health.get('engine')}), NLI {health.get('nli')}"
         if health.get("nli") == LEXICAL and not siop.siop_use_gold_ref:
@@ -58,6 +71,9 @@ async def check_scorer(
                 f"algorithm.siop_scorer=server, but the scorer at {siop.siop_scorer_url} has no language model: start "
                 "it with one (SIOP_MODEL), or set algorithm.siop_scorer=policy"
             )
+        if policy is None:
+            warn("not compared with the policy's tokenizer, for there is no policy")
+            return found
         check_tokenizers(health, siop, policy, warn)
         if sample is not None:
             prompt = policy.tokenizer(sample, add_special_tokens=False)["input_ids"]

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
-from verl.tools.local_search_tool import LocalSearchTool
-from verl.tools.search_config import shown_url
 from verl.trainer.siop.checks.data import files_of
 from verl.trainer.siop.evaluation.questions import EvaluationError, digest_of
+from verl.utils.siop.files import sha256_of
 from verl.utils.siop.tokenizer_digest import tokenizer_digest
 
-logger = logging.getLogger(__name__)
-
 DATA_MANIFEST = "manifest.json"
-_BLOCK = 2**22
 _THREADS = 4  # hashing leaves the interpreter to others
 _MANY_FILES = 4
-_HEALTH_TIMEOUT_S = 10.0
 # Kinds of weight files, of which the first that is there is loaded; and what else has such a name.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 _OTHER = ("optim", "extra_state", "training_args", "scheduler", "rng")
 _TOOL_SETTINGS = ("topk", "max_chars", "country", "language")
 _PACKAGES = ("siop-verl", "verl", "torch", "transformers")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def data_of(config: DictConfig) -> dict[str, Any]:
@@ -53,8 +35,8 @@ def data_of(config: DictConfig) -> dict[str, Any]:
     manifests = [path.with_name(DATA_MANIFEST) for path in paths]
     return {
         "files": [str(path) for path in paths],
-        "sha256": [sha256(path) if path.is_file() else None for path in paths],
-        "manifest_sha256": [sha256(path) if path.is_file() else None for path in manifests],
+        "sha256": [sha256_of(path) if path.is_file() else None for path in paths],
+        "manifest_sha256": [sha256_of(path) if path.is_file() else None for path in manifests],
     }
 
 
@@ -76,7 +58,7 @@ def model_of(config: DictConfig) -> dict[str, Any]:
         files += _weights(_local_folder(str(adapter)))
     step = re.search(r"global_step_(\d+)(?:/|$)", named)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(sha256, files)
+        found = pool.map(sha256_of, files)
         digests = list(tqdm(found, "hash weights", len(files), disable=len(files) < _MANY_FILES))
     return {
         "checkpoint": named,
@@ -180,38 +162,6 @@ def versions_of(config: DictConfig) -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:  # an engine of this project, or of the user's
         versions[engine] = None
     return versions
-
-
-def retrievers_of(tools: Mapping[str, Any]) -> list[str]:
-    """The addresses that the search tools ask."""
-    services = [
-        service for tool in tools.values() if isinstance(tool, LocalSearchTool) for service in tool.each_service()
-    ]
-    urls = [service.settings.retrieval_service_url for service in services if isinstance(service, LocalSearchTool)]
-    return list(dict.fromkeys(urls))
-
-
-def healths_of(urls: Sequence[str]) -> dict[str, Any]:
-    """What retrievers say about themselves under ``/health``, beside their endpoint; null where one does not.
-
-    Returns:
-        address without secrets -> JSON object or null.
-    """
-    return {shown_url(url): _health(url) for url in urls}
-
-
-def _health(url: str) -> dict[str, Any] | None:
-    address = httpx.URL(url).join("health")
-    try:
-        answer = httpx.get(address, timeout=_HEALTH_TIMEOUT_S, trust_env=False)
-        found = answer.raise_for_status().json()
-        if isinstance(found, dict):
-            return found
-        reason = f"no JSON object: {found!r:.100}"
-    except (httpx.HTTPError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    logger.warning("%s does not say what it serves, so that nothing proves what was searched: %s", address, reason)
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import transfer_queue as tq
 from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
+from verl.trainer.siop.checks import retrievers
 from verl.trainer.siop.evaluation import identity
 from verl.trainer.siop.evaluation.manifest import MANIFEST_FILE, METRICS, Manifest
 from verl.trainer.siop.evaluation.questions import (
@@ -21,18 +22,18 @@ from verl.trainer.siop.evaluation.questions import (
     lines_of,
     question_ids,
     sample_of,
-    write_whole,
 )
 from verl.trainer.siop.evaluation.summary import summarise
 from verl.trainer.siop.replay_buffer import column
 from verl.utils.siop.data.chat import build_tools
+from verl.utils.siop.files import write_whole
 
 _OF_QUESTION = ("data_source", "raw_prompt", "reward_model", "extra_info")
 _OF_SAMPLE = ("responses", "response_mask", "extra_fields")
 
 
 class Recorder:
-    """One evaluation, from its beginning: what an earlier one left in the folder is gone.
+    """One evaluation, from its beginning. What an earlier one left in the folder stays until this one is complete.
 
     Args:
         folder: ``trainer.validation_data_dir``.
@@ -40,20 +41,18 @@ class Recorder:
         tokenizer: the policy's.
 
     Raises:
-        EvaluationError: the weights of the checkpoint cannot be found, or replicas of a retriever serve different
-            things.
+        EvaluationError: the weights of the checkpoint cannot be found.
+        RetrieverUnavailable: a retriever does not answer.
+        SiopConfigError: replicas of a retriever serve different things.
     """
 
     def __init__(self, folder: Path, config: DictConfig, tokenizer: Any) -> None:
         self._folder, self._config, self._tokenizer = folder, config, tokenizer
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST_FILE, QUESTIONS_FILE):
-            (folder / name).unlink(missing_ok=True)
         tools = build_tools(config.actor_rollout_ref.rollout.multi_turn)
-        self._urls = identity.retrievers_of(tools)
-        self._healths = identity.healths_of(self._urls)
-        if len({digest_of(health) for health in self._healths.values()}) > 1:
-            raise EvaluationError(f"the replicas of the retriever do not serve the same: {self._healths}")
+        self._urls, self._unknown = retrievers.retrievers_of(tools), retrievers.unknown_services_of(tools)
+        self._healths = retrievers.healths_of(self._urls)
+        retrievers.check_replicas(self._healths)
         self._fixed: dict[str, Any] = {
             "metrics": METRICS,
             "model": identity.model_of(config),
@@ -90,6 +89,7 @@ class Recorder:
 
         Raises:
             EvaluationError: no question was evaluated, or a retriever is not what it was at the start.
+            RetrieverUnavailable: it does not answer any more.
         """
         if not self._rows:
             raise EvaluationError("no question was evaluated")
@@ -99,13 +99,11 @@ class Recorder:
             sample_of(self._questions[uid], row, self._tokenizer, max_turns, name=names[uid], number=session)
             for (uid, session), row in self._rows.items()
         ]
-        content = lines_of(samples)
-        write_whole(self._folder / QUESTIONS_FILE, content)
-        for url, health in identity.healths_of(self._urls).items():
+        for url, health in retrievers.healths_of(self._urls).items():
             if health != self._healths[url]:
+                what = retrievers.difference(self._healths[url], health, "at the start", "at the end")
                 raise EvaluationError(
-                    f"the retriever at {url} has changed during the evaluation: it was {self._healths[url]}, it is "
-                    f"{health}; evaluate again"
+                    f"the retriever at {url} has changed during the evaluation: {what}; evaluate again"
                 )
         asked = sorted(
             (question.data_source, names[uid], question.messages) for uid, question in self._questions.items()
@@ -116,15 +114,17 @@ class Recorder:
             "questions": len(asked),
             "ids_sha256": digest_of([[data_source, name] for data_source, name, _ in asked]),
         }
+        content = lines_of(samples)
         manifest = Manifest(
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             questions_sha256=hashlib.sha256(content).hexdigest(),
             data=data,
             prompt={"messages_sha256": digest_of(asked)},
-            retriever=self._healths,
+            retriever={**self._healths, **dict.fromkeys(self._unknown)},
             sets=sets,
             average=average,
             **self._fixed,
         )
+        write_whole(self._folder / QUESTIONS_FILE, content)
         write_whole(self._folder / MANIFEST_FILE, manifest.content())
         return manifest

@@ -17,11 +17,13 @@ from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
+from verl.trainer.siop.run.counting import Due, told
 from verl.trainer.siop.run.log_warnings import LogWarnings, Once
 from verl.trainer.siop.run.progress import Progress
 from verl.utils.siop.errors import SiopConfigError
 
-_BAR = "step {n_fmt}/{total_fmt} {bar}{postfix}, {remaining} left"
+_STEPS = "step {n_fmt}/{total_fmt} {bar}{postfix}, {remaining} left"
+_QUESTIONS = "{desc} {bar}"
 # Of a message that a library warns with; the log has the rest.
 _MOST_CHARACTERS = 400
 _OUTPUTS = (1, 2)
@@ -38,6 +40,8 @@ class Console:
         self.log = log
         self._out, self._err = _Screen(sys.stdout), _Screen(sys.stderr)
         self._bar: tqdm | None = None
+        self._bar_format = ""
+        self._due = Due()
         self._once = Once()
         self._warnings: LogWarnings | None = None
         self._handler: logging.Handler | None = None
@@ -91,7 +95,7 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_bar()
+        self.end_bar()
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
 
@@ -116,17 +120,41 @@ class Console:
         if self.log is None or not self._out.isatty():
             self.line(f"step {progress.step}/{progress.total}  {numbers}  {progress.time_left()} left")
             return
+        bar = self._bar_of(_STEPS, progress.total, progress.step - 1)
+        bar.set_postfix_str(numbers, refresh=False)
+        bar.update(progress.step - bar.n)
+
+    def questions(self, progress: Progress) -> None:
+        """Show how many questions of a validation are done: a bar on a terminal, else a line now and then."""
+        assert progress.questions is not None
+        done, total, seconds = progress.questions
+        if self.log is None or not self._out.isatty():
+            if not done:
+                self._due = Due()
+            if not done or done == total or self._due(seconds):
+                self.line(told(done, total, seconds))
+            return
+        bar = self._bar_of(_QUESTIONS, total, 0)
+        bar.set_description_str(told(done, total, seconds), refresh=False)
+        bar.n = done
+        bar.refresh()
+
+    def _bar_of(self, bar_format: str, total: int, initial: int) -> tqdm:
+        """The bar of this kind and length; one of another kind makes way for it."""
+        if self._bar is not None and (self._bar_format, self._bar.total) != (bar_format, total):
+            self._bar.leave = False
+            self.end_bar()
         if self._bar is None:
+            self._bar_format = bar_format
             self._bar = tqdm(
-                total=progress.total,
-                initial=progress.step - 1,
+                total=total,
+                initial=initial,
                 file=self._out,
-                bar_format=_BAR,
+                bar_format=bar_format,
                 dynamic_ncols=True,
                 mininterval=0,
             )
-        self._bar.set_postfix_str(numbers, refresh=False)
-        self._bar.update(progress.step - self._bar.n)
+        return self._bar
 
     def follow_log(self, to_its_end: bool = False) -> None:
         """Show the warnings that the log has got since the last call, each once in a run."""
@@ -146,7 +174,8 @@ class Console:
         self.follow_log(to_its_end=True)
         self.tell(f"error: {message}" + (f"\nlog: {self.log}" if self.log else ""))
 
-    def _end_bar(self) -> None:
+    def end_bar(self) -> None:
+        """Leave the bar as it is; what comes next begins on a line of its own."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

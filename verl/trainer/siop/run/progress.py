@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import deque
@@ -21,6 +22,7 @@ _STEP = [
     ("turns", "siop/turns/mean", 2),
     ("no answer", "siop/no_answer", 2),
 ]
+LATEST = "latest_checkpointed_iteration.txt"  # where verl writes the number of the last checkpoint
 _REWARD = ("reward", "critic/score/mean", 3)
 
 
@@ -28,19 +30,24 @@ _REWARD = ("reward", "critic/score/mean", 3)
 class Progress:
     """The state of a run, from records ``{"kind": …}``:
 
-    ``train`` (step: where it starts, total), ``step`` (one begins), ``saved`` (step), ``metrics`` (step, values).
+    ``train`` (step: where it starts, total), ``step`` (one begins), ``saved`` (step), ``metrics`` (step, values),
+    ``questions`` (of a validation: done, total, seconds).
     """
 
     folder: Path
     """``trainer.default_local_dir``, where the checkpoints are."""
     resume_mode: str = "auto"
     resume_path: str | None = None
+    evaluates: bool = False
+    """Whether the run is an evaluation, which trains nothing."""
     total: int = 0
     step: int = 0
     """Steps that are done."""
     training: bool = False
     checkpoint: Path | None = None
     """The last checkpoint of this run: written, or started from."""
+    questions: tuple[int, int, float] | None = None
+    """Of the last validation: questions that are done, all, seconds."""
     _began: float | None = None
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=10))
 
@@ -52,6 +59,7 @@ class Progress:
             folder=Path(trainer.default_local_dir),
             resume_mode=trainer.resume_mode,
             resume_path=trainer.resume_from_path,
+            evaluates=trainer.get("val_only", False),
         )
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -64,11 +72,30 @@ class Progress:
                     self.checkpoint = Path(named) if named else self._checkpoint_of(self.step)
             case "step":
                 self._began = time.monotonic()
+            case "questions":
+                self.questions = record["done"], record["total"], record["seconds"]
             case "saved":
                 self.checkpoint = self._checkpoint_of(record["step"])
             case "metrics" if is_step(record["values"]):
                 self.step, self._began = record["step"], None
                 self._seconds.append(record["values"]["timing_s/step"])
+
+    def is_complete(self, steps: int | None) -> bool:
+        """Whether the checkpoint that the run would go on from is that of its last step; told by :meth:`started` then.
+
+        Args:
+            steps: of the training; None if nobody knows.
+        """
+        named = self.resume_path if self.resume_mode == "resume_path" else None
+        if self.resume_mode == "auto":
+            latest = self.folder / LATEST
+            number = latest.read_text().strip() if latest.is_file() else ""
+            named = str(self._checkpoint_of(int(number))) if number.isdecimal() else None
+        found = re.search(r"global_step_(\d+)/?$", named or "")
+        if steps is None or found is None or int(found[1]) < steps or not Path(str(named)).is_dir():
+            return False
+        self.update({"kind": "train", "step": int(found[1]), "total": int(found[1])})
+        return True
 
     def _checkpoint_of(self, step: int) -> Path:
         return self.folder / f"global_step_{step}"
@@ -102,6 +129,9 @@ class Progress:
 
     def stopped(self, signal_name: str) -> str:
         """The line that a run which a signal stopped ends with."""
+        if self.evaluates:
+            done, total = self.questions[:2] if self.questions else (0, "all")
+            return f"the evaluation was stopped by {signal_name} after {done} of {total} questions; it has no results"
         if not self.training:
             earlier = "; what was saved in earlier runs is as it was" if any(self.folder.glob("global_step_*")) else ""
             return f"stopped by {signal_name} before the first step{earlier}"

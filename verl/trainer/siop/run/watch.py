@@ -64,9 +64,11 @@ class Watch(threading.Thread):
     def _show(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "train":
             self._console.line(self._progress.started())
+        elif record["kind"] == "questions":
+            self._console.questions(self._progress)
         elif record["kind"] == "metrics":
             values = record["values"]
             if is_step(values):
                 self._console.step(self._progress, step_numbers(values))
-            if validation := validation_numbers(values):
+            if (validation := validation_numbers(values)) and not self._progress.evaluates:
                 self._console.line(f"validation after step {record['step']}  {validation}")

@@ -154,7 +154,7 @@ def _invalid(message: str, kind: str, *loc: str) -> RequestValidationError:
     return RequestValidationError([{"loc": ("body", *loc), "msg": message, "type": kind}])
 
 
-async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
+async def answer_invalid(request: Request, error: RequestValidationError) -> Response:
     """Answer 422 with the first ``MAX_ERRORS`` errors, in bounded length.
 
     FastAPI's own repeats the input, which may be megabytes of token ids, or nothing that JSON can hold.
@@ -163,6 +163,11 @@ async def answer_invalid(_: Request, error: RequestValidationError) -> Response:
         {"type": e["type"], "loc": [p[:100] if isinstance(p, str) else p for p in e["loc"]], "msg": e["msg"][:500]}
         for e in error.errors()[:MAX_ERRORS]
     ]
+    kind = request.headers.get("content-type", "none")
+    for one in detail:
+        # FastAPI does not parse it then.
+        if one["loc"] == ["body"] and "json" not in kind:
+            one["msg"] += f"; a body is read with the header Content-Type: application/json, got {kind[:100]}"
     if (more := len(error.errors()) - MAX_ERRORS) > 0:
         detail.append({"type": "truncated", "loc": ["body"], "msg": f"and {more} more errors"})
     return Response(json.dumps({"detail": detail}), status_code=422, media_type="application/json")
