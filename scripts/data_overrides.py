@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 from launch_variables import in_quotes
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 FILES = ("manifest.json", "overrides.yaml")
 
@@ -32,7 +34,7 @@ def words(key: str, value: Any, new: bool = False) -> list[str]:
             f"{key} has a {type(value).__name__}; allowed are text, numbers, true, false, null and mappings"
         )
     if not isinstance(value, str):
-        return [f"{start}{key}={json.dumps(value)}"]
+        return [f"{start}{key}={value if isinstance(value, float) else json.dumps(value)}"]
     return [f"{start}{key}={in_quotes(value)}"]
 
 
@@ -45,8 +47,9 @@ def overrides(folder: Path) -> list[str]:
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ValueError(f"no {missing[0]} there; a data folder is made by python -m verl.utils.siop.data build")
     try:
-        told = yaml.safe_load((folder / FILES[1]).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        # As Hydra reads YAML: PyYAML by itself takes 1e-6 for a text.
+        told = OmegaConf.to_container(OmegaConf.load(folder / FILES[1]))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{FILES[1]} cannot be read: {error}") from error
     if not isinstance(told, dict):
         raise ValueError(f"{FILES[1]} needs lines of the form key: value, got {type(told).__name__}")

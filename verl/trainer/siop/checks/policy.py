@@ -13,6 +13,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from verl.tools.local_read_tool import LocalReadTool
 from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
 from verl.utils.siop.data.chat import MULTI_TURN, Chat, build_tools, first_cause
 from verl.utils.siop.errors import SiopConfigError
@@ -129,7 +130,7 @@ def _agents(rollout: DictConfig) -> frozenset[str]:
 
 
 def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:
-    """Refuse a second cut of tool results that would take out their middle or their beginning.
+    """Refuse a second cut of tool results that would take out their middle or their beginning, or any of a page.
 
     Raises:
         SiopConfigError: naming both limits.
@@ -138,6 +139,11 @@ def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:
     limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
     for name, tool in tools.items():
         longest = getattr(getattr(tool, "settings", None), "max_chars", None)
+        if isinstance(tool, LocalReadTool) and limit < longest:
+            raise SiopConfigError(
+                f"{MULTI_TURN}.max_tool_response_length={limit} is below max_chars={longest} of the tool {name!r}: of "
+                f"every page verl would cut off what no other has; raise it, or set max_chars to {limit} at most"
+            )
         if longest is not None and limit < longest and side != "right":
             raise SiopConfigError(
                 f"{MULTI_TURN}.max_tool_response_length={limit} is below max_chars={longest} of the tool {name!r}, and "

@@ -38,7 +38,7 @@ class Pairs:
         questions: how many.
         scores: em, f1, f1_release.
         only_a, only_b: questions on which EM is higher in A, in B.
-        p: of McNemar's exact test on these two; the sign test where questions have several samples.
+        p: of the test that :attr:`Comparison.test` names, on these two.
     """
 
     questions: int
@@ -56,11 +56,13 @@ class Comparison:
         sets: by set.
         average: the unweighted average over the sets; its counts and p are those of all questions together.
         left_out: scored questions of A alone, of B alone.
+        test: what p is of: McNemar's exact test, or the sign test where questions have several samples.
     """
 
     sets: dict[str, Pairs]
     average: Pairs
     left_out: tuple[int, int]
+    test: str
 
 
 def check_comparable(a: Manifest, b: Manifest, allow: Sequence[str] = ()) -> list[str]:
@@ -90,7 +92,7 @@ def check_comparable(a: Manifest, b: Manifest, allow: Sequence[str] = ()) -> lis
         name
         for name in names
         if not (name in left and name in right and left[name] == right[name])
-        or (name == "retriever" and left[name] == [None])
+        or (name == "retriever" and None in left[name])
     ]
     refused = [name for name in unequal if not any(covers(field, name) for field in allow)]
     if refused:
@@ -108,15 +110,20 @@ def _shown(fields: dict[str, Any], name: str) -> str:
 
 
 def compare(a: Sequence[Sample], b: Sequence[Sample]) -> Comparison:
-    """Pair the questions that both evaluations scored.
+    """Pair the questions that both evaluations scored: those of one set, one id and one text.
 
     Raises:
         EvaluationError: there is none.
     """
     left, right = (
-        {key: scores_of(group) for key, group in by_question(samples).items() if group[0].em is not None}
+        {
+            (*key, group[0].question): scores_of(group)
+            for key, group in by_question(samples).items()
+            if group[0].em is not None
+        }
         for samples in (a, b)
     )
+    several = any(sample.sample > 0 for sample in (*a, *b))
     sets: dict[str, list[np.ndarray]] = defaultdict(list)
     for key in sorted(left.keys() & right.keys()):
         sets[key[0]].append(np.array([left[key], right[key]]))
@@ -130,6 +137,7 @@ def compare(a: Sequence[Sample], b: Sequence[Sample]) -> Comparison:
         sets={name: _pairs(rows, means[name], ends[name]) for name, rows in pairs.items()},
         average=_pairs(everything, np.mean(list(means.values()), axis=0), average_ends),
         left_out=(len(left.keys() - right.keys()), len(right.keys() - left.keys())),
+        test="sign test on the means of questions" if several else "McNemar's exact test",
     )
 
 

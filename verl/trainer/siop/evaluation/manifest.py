@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from verl.trainer.siop.evaluation.questions import QUESTIONS_FILE, EvaluationError, Sample, read_lines
-from verl.trainer.siop.evaluation.summary import Summary
+from verl.trainer.siop.evaluation.summary import Summary, summarise
 
 MANIFEST_FILE = "manifest.json"
 # Changes with the definition of a score or a count.
 METRICS = 1
+# What tables and comparisons show of a section.
+_SHOWN: dict[str, tuple[str, type]] = {"model": ("checkpoint", str), "decoding": ("n", int)}
+_TOLERANCE = 1e-9
 
 
 class Manifest(BaseModel):
@@ -32,7 +36,7 @@ class Manifest(BaseModel):
         probe: texts around a reference.
         decoding: sampling and limits.
         tools: classes, schemas and settings by name.
-        retriever: address -> its /health, the same at the start and the end.
+        retriever: address -> its /health, the same at the start and the end; null of what does not say what it serves.
         versions: of packages.
         sets: results of each.
         average: over the sets.
@@ -56,9 +60,17 @@ class Manifest(BaseModel):
     sets: dict[str, Summary]
     average: Summary
 
+    @field_validator("model", "decoding")
+    @classmethod
+    def _has_what_is_shown(cls, section: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        key, kind = _SHOWN[str(info.field_name)]
+        if not isinstance(section.get(key), kind):
+            raise ValueError(f"needs {key} ({kind.__name__}), got {section.get(key)!r}")
+        return section
+
     def content(self) -> bytes:
-        """The file."""
-        return (json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n").encode()
+        """The file; in ASCII, for a path may be no UTF-8."""
+        return (json.dumps(self.model_dump(), indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -69,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = _home(folder) / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate(json.loads(path.read_bytes()))
     except OSError as error:
         raise EvaluationError(
             f"{folder} holds no finished evaluation ({MANIFEST_FILE}: {error.strerror}); make one with eval_siop.sh"
@@ -80,13 +92,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise EvaluationError(
             f"{path} is damaged or of another version ({where}: {first['msg']}); evaluate again"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path} is damaged or of another version (not JSON: {error}); evaluate again") from error
 
 
 def read_evaluation(folder: Path) -> tuple[Manifest, list[Sample]]:
-    """The manifest and the samples that belong to it.
+    """The manifest and the samples that belong to it; the results in it are computed from them again.
 
     Raises:
-        EvaluationError: as :func:`read_manifest`; the samples are missing, or are not those of the manifest.
+        EvaluationError: as :func:`read_manifest`; the samples are missing, or are not those of the manifest, or its
+            results are not theirs.
     """
     manifest, path = read_manifest(folder), _home(folder) / QUESTIONS_FILE
     try:
@@ -95,7 +110,29 @@ def read_evaluation(folder: Path) -> tuple[Manifest, list[Sample]]:
         raise EvaluationError(f"{folder} has no {QUESTIONS_FILE}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != manifest.questions_sha256:
         raise EvaluationError(f"{path} is not the file that {MANIFEST_FILE} was written for; evaluate again")
-    return manifest, read_lines(content, path)
+    samples = read_lines(content, path)
+    sets, average = summarise(samples)
+    found = manifest.model_copy(update={"sets": sets, "average": average})
+    told, true = _results(manifest), _results(found)
+    for name in {**told, **true}:
+        if not _equal(told.get(name), true.get(name)):
+            raise EvaluationError(
+                f"{path.with_name(MANIFEST_FILE)}: {name} is {told.get(name, 'missing')}, but {QUESTIONS_FILE} gives "
+                f"{true.get(name, 'nothing')}; evaluate again"
+            )
+    return found, samples
+
+
+def _results(manifest: Manifest) -> dict[str, Any]:
+    """Counts and means by dotted names. Ends of intervals may move with the version of numpy, which draws them."""
+    found = manifest.model_dump(include={"sets", "average"})
+    return {name: value for name, value in _leaves(found) if not name.endswith((".low", ".high"))}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, abs_tol=_TOLERANCE)
+    return bool(one == other)
 
 
 def _home(folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -195,7 +194,7 @@ def read_lines(content: bytes, where: Path) -> list[Sample]:
     """The samples of such a file.
 
     Raises:
-        EvaluationError: a line is none, or a question has the same sample twice.
+        EvaluationError: a line is none, there is no line, or a question has the same sample twice.
     """
     samples = []
     # Not splitlines: JSON leaves other line breaks of Unicode in a text as they are.
@@ -204,6 +203,8 @@ def read_lines(content: bytes, where: Path) -> list[Sample]:
             samples.append(Sample.model_validate_json(line))
         except ValidationError as error:
             raise EvaluationError(f"{where}: line {number} is no sample of a question: {error.errors()[0]}") from error
+    if not samples:
+        raise EvaluationError(f"{where}: no sample of a question stands there; evaluate again")
     if len({(*sample.key, sample.sample) for sample in samples}) < len(samples):
         raise EvaluationError(f"{where}: a sample stands there twice")
     return samples
@@ -212,10 +213,3 @@ def read_lines(content: bytes, where: Path) -> list[Sample]:
 def digest_of(value: Any) -> str:
     """SHA-256 of a value as JSON, in 64 hexadecimal digits; the order of keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file aside and renames it, so that half of it is never found."""
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)

@@ -105,7 +105,7 @@ def comparison_table(comparison: Comparison) -> str:
     everything, (only_a, only_b) = comparison.average, comparison.left_out
     parts.append(
         f"all {everything.questions} questions: EM higher in A {everything.only_a}, in B {everything.only_b}, "
-        f"p {number(everything.p, 4)} (McNemar's exact test)"
+        f"p {number(everything.p, 4)} ({comparison.test})"
     )
     if only_a or only_b:
         parts.append(f"left out: {only_a} questions of A alone, {only_b} of B alone")

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from verl.utils.siop.data.manifest import (
     FolderError,
     Manifest,
     Output,
+    PromptIdentity,
     SetCounts,
     Source,
     changed_files,
@@ -34,10 +34,11 @@ from verl.utils.siop.data.presets import LICENCES, Preset, preset_of
 from verl.utils.siop.data.prompts import PROMPTS, Prompt, overrides, overrides_text, prompt_of
 from verl.utils.siop.data.rows import SCHEMA, answer_type, canonical, question_key, reachable, row_of
 from verl.utils.siop.data.select import Options, Part, find_files, leave_out, read_parts
-from verl.utils.siop.data.sources import SourceFile, digests
+from verl.utils.siop.data.sources import SourceError, SourceFile, digests
 from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.files import put_in_place, sha256_of, workplace
 
-VERSION = 1  # raise it when the same options would build something else than before
+VERSION = 2  # raise it when the same options would build something else than before
 TOOLS = "config/local_search_tool_config.yaml"  # those of a run that names none
 SHOWN_ROWS = 5000  # more rows get a progress bar
 
@@ -83,30 +84,12 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> tuple[int, str
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of ``out`` at the end, and is gone if that is not reached."""
+def _workplace(out: Path) -> Iterator[Path]:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
-        partial.chmod(0o755)
-    except OSError as error:
-        raise FolderError(f"{out} cannot be written: {error}") from error
-    try:
-        yield partial
-        before = Path(f"{partial}.before")
-        try:
-            if out.exists():
-                out.rename(before)
-            partial.rename(out)
-        except BaseException:
-            if before.exists() and not out.exists():
-                before.rename(out)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
+        with workplace(out) as place:
+            yield place
     except OSError as error:
         raise FolderError(f"{out} cannot be written: {error}; what was there is unchanged") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- all of it
@@ -146,7 +129,10 @@ def _described(options: Options, sources: list[Source], prompt: Prompt, fitted: 
     names = ("preset", "train", "eval", "train_per_set", "eval_per_set", "seed", "question_mark", "dedupe",
              "decontaminate", "max_alias_words", "label_free", "tool_config")  # fmt: skip
     described = {name: getattr(options, name) for name in names}
-    read = {f"{source.part} {','.join(source.sets)} {source.name}": source.sha256 for source in sources}
+    # By their places: two may have one name, and the rows stand in this order.
+    read = {
+        f"{i} {source.part} {','.join(source.sets)} {source.name}": source.sha256 for i, source in enumerate(sources)
+    }
     model = fitted.identity() if fitted else None
     return {"version": VERSION, **described, "sources": read, "prompt_sha256": prompt.sha256, "model": model}
 
@@ -169,6 +155,12 @@ def _is_built(out: Path, wanted: dict[str, Any], force: bool) -> bool:
     changed = changed_files(out, manifest)
     if edited := [name for name, state in changed.items() if state == "changed"]:
         raise FolderError(f"{out / edited[0]} was changed after it was built; keep it and do not build, or {advice}")
+    built = {MANIFEST, OVERRIDES, *manifest.outputs}
+    if changed and (foreign := sorted(path.name for path in out.iterdir() if path.name not in built)):
+        raise FolderError(
+            f"{out} lacks {', '.join(changed)}, and building it anew would delete {', '.join(foreign[:4])}, which is "
+            f"none of its files: move that away, {advice}"
+        )
     return not changed
 
 
@@ -185,46 +177,66 @@ def build(options: Options) -> Manifest | None:
         SiopConfigError: an option is wrong.
         SourceError: the questions cannot be had; names file and line.
         FolderError: the folder holds something else, or cannot be written; what was there is unchanged.
+        InUse: another process builds it.
     """
     prompt, fitted = choose_prompt(options)
     files = find_files(options)
     sources = [_source(file) for file in files]
     wanted = json.loads(json.dumps(_described(options, sources, prompt, fitted)))
-    if _is_built(options.out, wanted, options.force):
-        return None
-    preset = preset_of(options.preset) if options.preset else None
+    out = Path(os.path.realpath(options.out))
+    with _workplace(out) as place:
+        if _is_built(out, wanted, options.force):
+            return None
+        parts, contaminated = _choose(options, files, sources)
+        new = place / "new"
+        new.mkdir()
+        manifest = _write(
+            new, options, parts, prompt, fitted, build=wanted, sources=sources, decontaminated=contaminated
+        )
+        put_in_place(new, out)
+    return manifest
+
+
+def _choose(
+    options: Options, files: list[SourceFile], sources: list[Source]
+) -> tuple[dict[str, Part], dict[str, list[str]]]:
+    """The questions to write, and those that are left out for being in an evaluation; ``sources`` learn their rows."""
     parts, readings = read_parts(options, files)
-    for source, reading in zip(sources, readings, strict=True):
+    for file, source, reading in zip(files, sources, readings, strict=True):
         source.shape, source.rows = reading.shape, reading.rows
-    contaminated = leave_out(parts, options, preset)
+        if digests(file.path)[0] != source.sha256:
+            raise SourceError(f"{file.path} was changed while it was read; build again when it is whole")
+    return parts, leave_out(parts, options, preset_of(options.preset) if options.preset else None)
+
+
+def _write(
+    folder: Path, options: Options, parts: dict[str, Part], prompt: Prompt, fitted: Fit | None, **told: Any
+) -> Manifest:
+    """All files of a data folder; ``told`` is what else its manifest says."""
     questions = [question.text for part in parts.values() for each in part.questions.values() for question in each]
     longest = fitted.longest(questions) if fitted else 0
-    with _new_folder(options.out) as folder:
-        outputs = {}
-        for key, part in parts.items():
-            if not part.questions:
-                continue
-            name = f"{key}.parquet"
-            labelled = key == "eval" or not options.label_free
-            count, rows_sha256 = _write_parquet(folder / name, _rows(part, prompt, options, labelled))
-            sha256, _ = digests(folder / name)
-            sets = _counts(part, options.max_alias_words)
-            outputs[name] = Output(sha256=sha256, rows_sha256=rows_sha256, rows=count, sets=sets)
-        told = overrides(prompt, longest, options.tool_config)
-        text = overrides_text(told, f"Made by python -m verl.utils.siop.data build; prompt {prompt.name}.")
-        (folder / OVERRIDES).write_text(text, encoding="utf-8")
-        names = {name for part in parts.values() for name in part.questions}
-        manifest = Manifest(
-            build=wanted,
-            made_with={name: importlib.metadata.version(name) for name in ("siop-verl", "pyarrow")},
-            sources=sources,
-            outputs=outputs,
-            overrides_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            decontaminated=contaminated,
-            prompt={"name": prompt.name, "sha256": prompt.sha256, "longest": longest, "model": options.model},
-            licences={name: list(LICENCES[name]) for name in sorted(names & LICENCES.keys())},
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    outputs = {}
+    for key, part in parts.items():
+        if not part.questions:
+            continue
+        name = f"{key}.parquet"
+        labelled = key == "eval" or not options.label_free
+        count, rows_sha256 = _write_parquet(folder / name, _rows(part, prompt, options, labelled))
+        sets = _counts(part, options.max_alias_words)
+        outputs[name] = Output(sha256=sha256_of(folder / name), rows_sha256=rows_sha256, rows=count, sets=sets)
+    settings = overrides(prompt, longest, options.tool_config)
+    text = overrides_text(settings, f"Made by python -m verl.utils.siop.data build; prompt {prompt.name}.")
+    (folder / OVERRIDES).write_text(text, encoding="utf-8")
+    names = {name for part in parts.values() for name in part.questions}
+    manifest = Manifest(
+        made_with={name: importlib.metadata.version(name) for name in ("siop-verl", "pyarrow")},
+        outputs=outputs,
+        overrides_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        prompt=PromptIdentity(name=prompt.name, sha256=prompt.sha256, longest=longest, model=options.model),
+        licences={name: list(LICENCES[name]) for name in sorted(names & LICENCES.keys())},
+        **told,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -11,10 +11,20 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
+from pydantic import ValidationError
 from verl.utils.siop.data.build import TOOLS, build, surprises
 from verl.utils.siop.data.fit import fit, load_chat
-from verl.utils.siop.data.manifest import OVERRIDES, Manifest, check_folder, compare, read_manifest, rows_of, table
+from verl.utils.siop.data.manifest import (
+    OVERRIDES,
+    FolderError,
+    Manifest,
+    check_folder,
+    compare,
+    read_manifest,
+    read_overrides,
+    rows_of,
+    table,
+)
 from verl.utils.siop.data.presets import PARTS, PRESETS, preset_of
 from verl.utils.siop.data.prompts import PROMPTS, ROLLOUT, Prompt
 from verl.utils.siop.data.select import Options
@@ -122,8 +132,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _built(manifest: Manifest) -> None:
     say(table(manifest))
-    preset = manifest.build.get("preset")
-    for line in surprises(manifest, preset_of(preset) if preset else None):
+    for line in surprises(manifest, PRESETS.get(str(manifest.build.get("preset")))):
         say(f"note: {line}")
 
 
@@ -149,23 +158,33 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    _built(check_folder(args.dir))
-    say(f"{args.dir} is as it was built")
+    manifest, edited = check_folder(args.dir)
+    _built(manifest)
+    if edited:
+        say(f"note: {args.dir / OVERRIDES} was edited after it was built; a run takes the settings that it has now")
+    say(f"{args.dir} is as it was built{f', but for {OVERRIDES}' if edited else ''}")
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.dir)
     names = [f"{part}.parquet" for part in PARTS if f"{part}.parquet" in manifest.outputs]
+    if not names:
+        raise FolderError(f"{args.dir}: its manifest names no parquet file; build it anew")
     name = f"{args.part}.parquet" if args.part else names[0]
     if name not in names:
         raise SiopConfigError(f"--part {args.part}: {args.dir} has {', '.join(names)}")
     row = next(itertools.islice(rows_of(args.dir / name), args.row, None), None)
     if row is None:
         raise SiopConfigError(f"--row {args.row}: {args.dir / name} has rows 0 to {manifest.outputs[name].rows - 1}")
-    told = yaml.safe_load((args.dir / OVERRIDES).read_text(encoding="utf-8")) or {}
+    told = read_overrides(args.dir)
     tools = args.tool_config or told.get(f"{ROLLOUT}.tool_config_path") or TOOLS
-    prompt = Prompt(name=OVERRIDES, template_kwargs=told.get("data.apply_chat_template_kwargs") or {})
+    try:
+        prompt = Prompt(name=OVERRIDES, template_kwargs=told.get("data.apply_chat_template_kwargs") or {})
+    except ValidationError as error:
+        raise FolderError(
+            f"{args.dir / OVERRIDES}: data.apply_chat_template_kwargs: {error.errors()[0]['msg']}"
+        ) from error
     chat = fit(load_chat(args.model, tools), prompt).chat
     schemas, messages = chat.schemas(), row["prompt"]
     count, bare = len(chat.prompt_ids(messages, schemas)), len(chat.prompt_ids(messages, []))
@@ -191,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     actions = {"build": _build, "fetch": _fetch, "check": _check, "show": _show, "diff": _diff}
     try:
         return actions[args.action](args)
-    except SiopError as error:
+    except (SiopError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

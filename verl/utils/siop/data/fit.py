@@ -223,7 +223,7 @@ def _check_rollout(fitted: Fit) -> None:
     observations = extract_observations(response, turns, chat.tokenizer)
     read = {
         "turns": (len(turns), 2 if chat.tools else 1),
-        "answer": (extract_answer(response, turns, chat.tokenizer), answer),
+        "answer": (extract_answer(response, turns, chat.tokenizer, prompt_ids), answer),
         # Some templates leave a header in it.
         "result": (found if any(found in text for text in observations) else observations, found if chat.tools else []),
     }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from verl.utils.siop.data.presets import PARTS
 from verl.utils.siop.data.rows import SCHEMA, canonical
-from verl.utils.siop.data.sources import digests
 from verl.utils.siop.errors import SiopError
+from verl.utils.siop.files import sha256_of
 
 MANIFEST, OVERRIDES = "manifest.json", "overrides.yaml"
 FORMAT = 1
@@ -73,6 +78,15 @@ class Source(_Model):
     revision: str = ""
 
 
+class PromptIdentity(_Model):
+    """A prompt: name, SHA-256 of its texts, tokens of the longest one and the model that counted them."""
+
+    name: str
+    sha256: str
+    longest: int
+    model: str | None
+
+
 class Manifest(_Model):
     """The whole file.
 
@@ -84,7 +98,7 @@ class Manifest(_Model):
         outputs: by file name.
         overrides_sha256: of ``overrides.yaml``.
         decontaminated: ids of training questions that an evaluation set asks as well, by set.
-        prompt: name, SHA-256 of its texts, tokens of the longest prompt and the model that counted them.
+        prompt: see :class:`PromptIdentity`.
         licences: of the questions, by set: the licence and where it stands.
     """
 
@@ -95,7 +109,7 @@ class Manifest(_Model):
     outputs: dict[str, Output]
     overrides_sha256: str
     decontaminated: dict[str, list[str]]
-    prompt: dict[str, Any]
+    prompt: PromptIdentity
     licences: dict[str, list[str]]
 
 
@@ -128,7 +142,7 @@ def changed_files(folder: Path, manifest: Manifest) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             found[name] = "missing"
-        elif digests(path)[0] != wanted:
+        elif sha256_of(path) != wanted:
             found[name] = "changed"
     return found
 
@@ -137,24 +151,54 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file.
 
     Raises:
-        FolderError: its schema is not that of our data.
+        FolderError: its schema is not that of our data, or it cannot be read to its end.
     """
-    with pq.ParquetFile(path) as file:
-        if not file.schema_arrow.equals(SCHEMA):
-            raise FolderError(f"{path}: its columns are {file.schema_arrow.names}, not those of this version's data")
-        for batch in file.iter_batches(batch_size=8192):
-            yield from batch.to_pylist()
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                names = file.schema_arrow.names
+                raise FolderError(f"{path}: its columns are {names}, not those of this version's data")
+            for batch in file.iter_batches(batch_size=8192):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise FolderError(f"{path}: not a whole parquet file: {reason}; build it anew") from error
 
 
-def check_folder(folder: Path) -> Manifest:
-    """Check that a folder holds what its manifest says: bytes, schema, rows, unique ids.
+def read_overrides(folder: Path) -> dict[str, Any]:
+    """``overrides.yaml`` of a folder: Hydra keys and their values, read as Hydra reads YAML.
 
     Raises:
-        FolderError: it does not; the message names the file.
+        FolderError: it is missing, or does not map keys to values.
+    """
+    path = folder / OVERRIDES
+    try:
+        told = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise FolderError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict):
+        raise FolderError(f"{path} needs lines of the form key: value, got {type(told).__name__}")
+    return {str(key): value for key, value in told.items()}
+
+
+def check_folder(folder: Path) -> tuple[Manifest, bool]:
+    """Check that a folder holds what its manifest says: bytes, schema, rows, unique ids.
+
+    Returns:
+        The manifest, and whether ``overrides.yaml`` was edited since, as it may be.
+
+    Raises:
+        FolderError: it does not, or ``overrides.yaml`` cannot be read; the message names the file.
     """
     manifest = read_manifest(folder)
-    for name, state in changed_files(folder, manifest).items():
-        raise FolderError(f"{folder / name} is {state}: it is not the file that {MANIFEST} describes; build it anew")
+    changed = changed_files(folder, manifest)
+    edited = changed.get(OVERRIDES) == "changed"
+    for name, state in changed.items():
+        if not (edited and name == OVERRIDES):
+            raise FolderError(
+                f"{folder / name} is {state}: it is not the file that {MANIFEST} describes; build it anew"
+            )
+    read_overrides(folder)
     for name, output in manifest.outputs.items():
         digest, seen = hashlib.sha256(), set()
         for row in rows_of(folder / name):
@@ -166,7 +210,7 @@ def check_folder(folder: Path) -> Manifest:
             seen.add(key)
         if digest.hexdigest() != output.rows_sha256 or len(seen) != output.rows:
             raise FolderError(f"{folder / name}: its {len(seen)} rows are not the {output.rows} of {MANIFEST}")
-    return manifest
+    return manifest, edited
 
 
 def table(manifest: Manifest) -> str:
@@ -183,9 +227,9 @@ def table(manifest: Manifest) -> str:
                 f"{part:6}{name:18}{n.rows:8}{n.read:8}{n.aliases_mean:9.1f}{n.aliases_max:5}{n.yes_no:8.1%}{share:>13}"
                 f"  {dropped}"
             )
-    if tokens := manifest.prompt.get("longest"):
-        lines.append(f"longest prompt: {tokens} tokens by {manifest.prompt['model']}")
-    lines.append(f"prompt: {manifest.prompt['name']}")
+    if manifest.prompt.longest:
+        lines.append(f"longest prompt: {manifest.prompt.longest} tokens by {manifest.prompt.model}")
+    lines.append(f"prompt: {manifest.prompt.name}")
     return "\n".join(lines)
 
 
@@ -205,13 +249,17 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Why two data folders differ: options and sources, counts of sets, and rows by their ids; empty if they do not.
+    """Why two data folders differ: options and sources, settings, counts of sets, and rows by their ids.
+
+    Returns:
+        A line for each difference; empty if there is none.
 
     Raises:
         FolderError: one of them is no whole data folder.
     """
-    a, b = check_folder(one), check_folder(other)
+    (a, _), (b, _) = check_folder(one), check_folder(other)
     lines = difference(_told(a), _told(b))
+    lines += difference({"overrides": read_overrides(one)}, {"overrides": read_overrides(other)})
     for name in {**a.outputs, **b.outputs}:
         if name not in a.outputs or name not in b.outputs:
             lines.append(f"{name}: only in {one if name in a.outputs else other}")
@@ -223,7 +271,12 @@ def compare(one: Path, other: Path) -> list[str]:
 def _told(manifest: Manifest) -> dict[str, Any]:
     """What of a manifest is worth comparing key by key."""
     content = manifest.model_dump()
-    sources = {f"{source['part']} {source['name']}": source for source in content["sources"]}
+    seen: Counter[str] = Counter()
+    sources = {}
+    for source in content["sources"]:
+        key = f"{source['part']} {source['name']}"
+        seen[key] += 1
+        sources[key if seen[key] == 1 else f"{key} #{seen[key]}"] = source
     outputs = {name: {"sets": output["sets"]} for name, output in content["outputs"].items()}
     build = {key: value for key, value in content["build"].items() if key != "sources"}
     return {"build": build, "sources": sources, "outputs": outputs, "prompt": content["prompt"]}

@@ -122,7 +122,7 @@ def prompt_of(name: str) -> Prompt:
         allowed = f"; allowed are {', '.join(Prompt.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise SiopConfigError(f"--prompt {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}{allowed}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise SiopConfigError(f"--prompt {name}: {error}") from error
+        raise SiopConfigError(f"--prompt {name}: {' '.join(str(error).split())}") from error
 
 
 def overrides(prompt: Prompt, longest: int = 0, tool_config: str | None = None) -> dict[str, Any]:

@@ -51,7 +51,10 @@ _SET = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 @dataclass(slots=True)
 class Question:
-    """One question as it was published; ``line`` counts from 1, rows of parquet too."""
+    """One question as it was published; ``line`` counts from 1, rows of parquet too.
+
+    ``lacks`` says why there are no aliases.
+    """
 
     set: str
     split: str
@@ -60,6 +63,7 @@ class Question:
     aliases: list[str]
     line: int
     file: str
+    lacks: str = "no answer"
 
 
 @dataclass
@@ -105,6 +109,8 @@ def read_questions(file: SourceFile) -> Reading:
         reading.rows += 1
         try:
             _take(row, line, file, reading, made)
+        except RecursionError as error:
+            raise SourceError(f"{where}: nested too deeply") from error
         except ValueError as error:
             raise SourceError(f"{where}: {error}") from error
     if reading is None:
@@ -120,19 +126,20 @@ def _take(row: Mapping[str, Any], line: int, file: SourceFile, reading: Reading,
     if file.wanted and name not in file.wanted:
         return
     text = _text(row, extra, reading.shape)
-    text.encode()  # half a surrogate pair cannot be written, and is a ValueError
-    aliases, reason = _aliases(row, reading.shape)
-    "".join(aliases).encode()
-    if not text:
-        reason = "no question"
+    aliases, lacks = _aliases(row, reading.shape)
     split = str(row.get("split") or extra.get("split") or file.split)
-    if reason:
-        reading.dropped[name, split, reason] += 1
-        return
     given = next((found for found in (row.get("id"), row.get("_id"), extra.get("id"), extra.get("index"))
                   if found is not None), None)  # fmt: skip
-    key = str(given) if given is not None else _made_id(name, text, aliases, made)
-    reading.questions.append(Question(name, split, key, text, aliases, line, str(file.path)))
+    for key, value in (("question", text), ("answer", "".join(aliases)), ("split", split), ("id", str(given))):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{key!r} has half a surrogate pair: {error}") from error
+    if not text:
+        reading.dropped[name, split, "no question"] += 1
+        return
+    id_ = str(given) if given is not None else _made_id(name, text, made)
+    reading.questions.append(Question(name, split, id_, text, aliases, line, str(file.path), lacks))
 
 
 def set_name(text: str) -> str:
@@ -151,9 +158,12 @@ def set_name(text: str) -> str:
     return name
 
 
-def _made_id(name: str, text: str, aliases: list[str], made: Counter[str]) -> str:
-    """An id from what the row says, so that it does not change with the rows around it."""
-    key = hashlib.sha256(json.dumps([name, text, aliases]).encode()).hexdigest()[:16]
+def _made_id(name: str, text: str, made: Counter[str]) -> str:
+    """An id from set and question, which does not change with the rows around it; of equal ones the second has ``.2``.
+
+    Nothing of the label is in it: it is written, and decides the sample, where there must be no labels.
+    """
+    key = hashlib.sha256(json.dumps([name, text]).encode()).hexdigest()[:16]
     made[key] += 1
     return key if made[key] == 1 else f"{key}.{made[key]}"
 
@@ -161,7 +171,8 @@ def _made_id(name: str, text: str, aliases: list[str], made: Counter[str]) -> st
 def _text(row: Mapping[str, Any], extra: Mapping[str, Any], shape: str) -> str:
     named = extra.get("question") if shape == "verl" else row.get("question")
     if named is None and shape == "verl":
-        messages = [message for message in row.get("prompt") or [] if isinstance(message, dict)]
+        prompt = row.get("prompt")
+        messages = [each for each in prompt if isinstance(each, dict)] if isinstance(prompt, list) else []
         users = [message.get("content") for message in messages if message.get("role") == "user"]
         if not users or not isinstance(users[-1], str):
             raise ValueError("no user message with text in 'prompt', and no extra_info.question")
@@ -179,27 +190,30 @@ def _text(row: Mapping[str, Any], extra: Mapping[str, Any], shape: str) -> str:
 
 
 def _aliases(row: Mapping[str, Any], shape: str) -> tuple[list[str], str]:
-    """Aliases, or why the row has none that a short answer could be compared with."""
+    """Aliases, and why the row has none that a short answer could be compared with, if it has none."""
     if shape == "verl":
-        return parse_aliases((row.get("reward_model") or {}).get("ground_truth")), ""
+        return parse_aliases((row.get("reward_model") or {}).get("ground_truth")), "no answer"
     column = next(name for name in ("golden_answers", "answers", "answer") if name in row or name == "answer")
     value = row.get(column)
     if isinstance(value, bool | dict) or (column == "answer" and isinstance(value, list)):
         return [], f"answer is a {type(value).__name__}"
     # Before its own aliases, so that the first one is the answer of the set.
-    return parse_aliases([value, row.get("answer_aliases")]), ""
+    return parse_aliases([value, row.get("answer_aliases")]), "no answer"
 
 
 # ---------------------------------------------------------------------- rows of a file
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with tqdm(total=path.stat().st_size, desc=f"read {path.name}", unit="B", unit_scale=True,
-              disable=path.stat().st_size < SHOWN_BYTES) as bar:  # fmt: skip
-        if path.name.endswith(".parquet"):
-            yield from _parquet(path, bar)
-        elif path.name.endswith(".json"):
-            yield from _json(path)
-        else:
-            yield from _jsonl(path, bar)
+    try:
+        size = path.stat().st_size
+        with tqdm(total=size, desc=f"read {path.name}", unit="B", unit_scale=True, disable=size < SHOWN_BYTES) as bar:
+            if path.name.endswith(".parquet"):
+                yield from _parquet(path, bar)
+            elif path.name.endswith(".json"):
+                yield from _json(path)
+            else:
+                yield from _jsonl(path, bar)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _jsonl(path: Path, bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
@@ -241,8 +255,13 @@ def _parquet(path: Path, bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
                 yield from enumerate(batch.to_pylist(), number + 1)
                 number += batch.num_rows
                 bar.update(bar.total * batch.num_rows // file.metadata.num_rows)
+    except SourceError:
+        raise
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: not a whole parquet file: {error}; fetch or copy the file again") from error
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{path}: not a whole parquet file: {reason}; fetch or copy the file again") from error
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time that Python does not have
+        raise SourceError(f"{path}: a value after row {number} cannot be read: {error}") from error
 
 
 # ---------------------------------------------------------------------- all files

@@ -72,11 +72,22 @@ def reachable(aliases: Sequence[str], max_words: int) -> bool:
 def question_key(text: str) -> str:
     """Normal form in which questions are compared: NFKC, lower case, no punctuation, one space.
 
-    >>> question_key("Who  wrote “Emma”?")
-    'who wrote emma'
+    What changes the meaning stays: symbols, ``#``, ``%``, dashes (as ``-``), and what stands between two digits, except
+    for a comma. A question of punctuation alone stays as it is.
+
+    >>> [question_key(text) for text in ("Who  wrote “Emma”?", "Who made C++?", "Is 7–5 or 3.5 over 1,000?")]
+    ['who wrote emma', 'who made c++', 'is 7-5 or 3.5 over 1000']
     """
     folded = unicodedata.normalize("NFKC", text).lower()
-    return " ".join("".join(c for c in folded if not unicodedata.category(c).startswith(("P", "S"))).split())
+    kept = []
+    for before, c, after in zip(f" {folded}", folded, f"{folded[1:]} ", strict=False):
+        kind = unicodedata.category(c)
+        in_number = c != "," and before.isdecimal() and after.isdecimal()
+        if kind == "Pd":
+            kept.append("-")
+        elif not (kind.startswith("P") or c == "`") or c in "#%" or in_number:  # (some write quotes with backticks)
+            kept.append(c)
+    return " ".join("".join(kept).split()) or " ".join(folded.split())
 
 
 def rank(seed: int, question: Question) -> str:

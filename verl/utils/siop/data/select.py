@@ -117,8 +117,10 @@ def read_parts(options: Options, files: Sequence[SourceFile]) -> tuple[dict[str,
             key = part_of(file, question.split, question.line)
             part = parts[key]
             part.questions.setdefault(question.set, [])
-            if not question.aliases and not (options.label_free and key == "train"):
-                part.drop(question.set, "no answer")
+            if options.label_free and key == "train":
+                question.aliases = []  # so that nothing of what follows knows them
+            elif not question.aliases:
+                part.drop(question.set, question.lacks)
                 continue
             if options.question_mark == "add" and not question.text.endswith("?"):
                 question.text += "?"
@@ -171,7 +173,7 @@ def _check_not_empty(parts: dict[str, Part], files: Sequence[SourceFile]) -> Non
 def dedupe(part: Part, seed: int) -> None:
     """Leave one of the questions of a set with the same text and aliases: the one with the lowest rank.
 
-    Never by the text alone: PopQA asks the same question about several entities of one name.
+    Never by the text alone where there are labels: PopQA asks the same question about several entities of one name.
     """
     for name, questions in part.questions.items():
         best: dict[tuple[str, frozenset[str]], tuple[str, Question]] = {}

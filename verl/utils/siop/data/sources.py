@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 from verl.utils.siop.data.presets import PARTS, Preset
 from verl.utils.siop.errors import SiopError
+from verl.utils.siop.files import blocks, workplace
 
 GITHUB = "https://raw.githubusercontent.com"
 TIMEOUT_S = 30.0  # without a byte
@@ -189,24 +189,25 @@ def _from_github(repo: str, revision: str, names: list[str]) -> tuple[Path, dict
 
 
 def _download(url: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with httpx.stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True) as response, partial.open("wb") as file:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length") or 0) or None
-            with tqdm(total=total, desc=f"fetch {path.name}", unit="B", unit_scale=True) as bar:
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        with partial.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise SourceError(f"{url}: a pointer of Git LFS, not the file itself")
-        partial.replace(path)
+        with workplace(path) as place:
+            partial = place / path.name
+            with (
+                httpx.stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True) as response,
+                partial.open("wb") as file,
+            ):
+                response.raise_for_status()
+                total = int(response.headers.get("content-length") or 0) or None
+                with tqdm(total=total, desc=f"fetch {path.name}", unit="B", unit_scale=True) as bar:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+                        bar.update(len(chunk))
+            with partial.open("rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise SourceError(f"{url}: a pointer of Git LFS, not the file itself")
+            partial.replace(path)
     except (OSError, httpx.HTTPError) as error:
         raise SourceError(f"{url}: {_one_line(error)}; with a copy on disk use --source DIR") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:
@@ -215,15 +216,17 @@ def _one_line(error: BaseException) -> str:
 
 # ---------------------------------------------------------------------- what a file is
 def digests(path: Path) -> tuple[str, str]:
-    """SHA-256 of a file, and its git blob (SHA-1 of ``blob SIZE\\0`` and the content)."""
-    sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    for chunk in _chunks(path):
-        sha256.update(chunk)
-        blob.update(chunk)
+    """SHA-256 of a file, and its git blob (SHA-1 of ``blob SIZE\\0`` and the content).
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+        for block in blocks(path):
+            sha256.update(block)
+            blob.update(block)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
     return sha256.hexdigest(), blob.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            yield chunk
