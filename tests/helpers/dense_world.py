@@ -72,8 +72,11 @@ def command(*arguments: object) -> None:
 
 
 def edit_manifest(folder: Path, change: Any) -> None:
-    """Apply ``change`` to the manifest as JSON."""
+    """Apply ``change`` to the manifest as JSON, and let its digest be right again."""
+    from verl.utils.siop.retriever.folder import manifest_text
+
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["sha256"]
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(manifest_text(manifest))

@@ -18,8 +18,8 @@ from bm25_cases import files_of, random_passages
 from corpora import write_corpus
 from verl.utils.siop.retriever import bm25_blocks, bm25_estimate, build
 from verl.utils.siop.retriever.bm25 import Bm25Index
-from verl.utils.siop.retriever.bm25_parts import locked_parts
 from verl.utils.siop.retriever.corpus import CorpusError
+from verl.utils.siop.retriever.parts import locked_parts
 
 PASSAGES = random_passages(600)
 BLOCK = 2000  # tokens; the passages are eight blocks
@@ -38,7 +38,7 @@ def hooked(module, name, n, act):
         return original(*args, **kwargs)
     setattr(module, name, call)
 {hook}
-sys.exit(build.main(["bm25", "--corpus", {corpus!r}, "--out", {out!r}]))
+sys.exit(build.main(["bm25", "--corpus", {corpus!r}, "--index", {out!r}]))
 """
 
 
@@ -123,7 +123,7 @@ def test_a_full_disk_ends_a_build_with_one_line_and_loses_no_block(
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, corpus: Path, index: Path) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(bm25_blocks, "_check_ids", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(bm25_blocks, "check_ids", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Bm25Index.build(corpus, index, show_progress=False)
 
@@ -188,7 +188,14 @@ def test_only_blocks_that_are_whole_and_of_the_corpus_are_kept(
         ('{"id": 1, "contents": "a"}\n{"id": 2, "contents"', "line 2: not valid JSON"),
         ('{"id": 1, "contents": "a"}\n\n["b"]', "line 3: expected an object"),
         ('{"id": 1, "text": "a"}', "line 1: 'contents' must be a string, got None"),
-        ('{"contents": "a"}', "line 1: 'id' must be"),
+        (
+            '{"title": "t", "id": 1}',
+            r"got None \(the keys are 'title', 'id'\); it is the title in quotes, a line break",
+        ),
+        (
+            '{"contents": "a"}',
+            r"line 1: 'id' must be .* got None \(the keys are 'contents'\); the number of the line will",
+        ),
         ('{"id": 1, "contents": "a"}\n{"id": 2, "contents": "\\ud83d"}', "line 2: half a surrogate pair"),
     ],
 )

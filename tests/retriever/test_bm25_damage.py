@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dense_world
 import pytest
 from bm25_cases import files_of, found, random_passages
 from corpora import write_corpus
@@ -40,7 +41,7 @@ def change_a_byte(path: Path) -> None:
 
 def edit_manifest(**changes: Any) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        dense_world.edit_manifest(path.parent, lambda fields: fields.update(changes))
 
     return edit
 
@@ -131,7 +132,8 @@ def test_an_index_of_format_1_is_built_again(tmp_path: Path, caplog: pytest.LogC
 
 def test_an_index_of_another_kind_is_left_alone(built: tuple[Path, Path]) -> None:
     corpus, index = built
-    edit_manifest(kind="flat")(index / "manifest.json")
+    files = {name: {"bytes": 1, "sha256": ""} for name in ("offsets.npy", "probes.npy", "vectors/00000.f16.npy")}
+    edit_manifest(kind="flat", settings={"shard_rows": 300}, files=files)(index / "manifest.json")
     before = (index / "manifest.json").read_bytes()
     for use in (Bm25Index.open, Bm25Index.build):
         with pytest.raises(CorpusError, match="holds an index of kind flat, not bm25; choose another folder"):

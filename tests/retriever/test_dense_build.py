@@ -1,7 +1,9 @@
 """``retriever.build encode|import|index|verify``: what is built, what goes on after a stop, what is refused."""
 
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -305,6 +307,14 @@ def test_options_and_corpora_that_cannot_be_used_are_named(encoder: Path, tmp_pa
     with pytest.raises(SiopError, match=r"bad.jsonl, line 2: 'contents'"):
         command(*encode, tmp_path / "bad.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "c.jsonl", "empty.jsonl"]
+
+
+def test_the_verdict_of_verify_comes_last(flat: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        command("verify", flat)
+    assert re.fullmatch(rf"{flat} is whole: \d+ files, \d\.\d{{3}} GB", caplog.messages[-1])
+    with pytest.raises(SiopError, match=r"manifest\.json is a file, and an index is a folder; if it is the corpus"):
+        command("verify", flat / "manifest.json")
 
 
 def test_verify_refuses_a_changed_byte(flat: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The service over a dense index: batches, memory, counters, and real HTTP."""
 
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,11 +101,12 @@ def test_what_waits_is_searched_together_and_split() -> None:
     batched.close()
 
 
-def test_a_batch_that_fails_fails_its_own_queries_with_the_cause() -> None:
+def test_a_query_that_fails_does_so_alone_and_with_the_cause() -> None:
     index, metrics = Recorded(), Metrics()
     batched = BatchedIndex([index], metrics=metrics)
-    results = held(index, batched, metrics, [("bad", 1), ("good", 1)])
-    assert [str(error) for error in results] == ["the search failed: RuntimeError: the device is gone"] * 2
+    results = held(index, batched, metrics, [("bad", 1), ("good", 1), ("bad", 2), ("fine", 2)])
+    assert [str(error) for error in results[::2]] == ["the search failed: RuntimeError: the device is gone"] * 2
+    assert results[1::2] == [[({"id": "good 0"}, 0.0)], [({"id": "fine 0"}, 0.0), ({"id": "fine 1"}, -1.0)]]
     assert batched.search(["good"], 2) == [[({"id": "good 0"}, 0.0), ({"id": "good 1"}, -1.0)]]
     batched.close()
     with pytest.raises(SearchFailed, match="the index is closed"):
@@ -137,9 +140,38 @@ def test_hits_are_remembered_up_to_a_size() -> None:
     searches = len(index.batches)
     batched.search(["a"], 1)
     assert len(index.batches) == searches + 1  # it has left
-    batched.search(["large"], 100)  # more than all of the memory
-    batched.search(["large"], 100)
+    batched.search(["large" * 99], 100)  # more than all of the memory
+    batched.search(["large" * 99], 100)
     assert len(index.batches) == searches + 3
+    batched.close()
+
+
+def test_the_memory_is_what_its_limit_says() -> None:
+    """Of hits whose bulk is in lists, of small numbers, or in the query."""
+
+    class Bulky(Recorded):
+        def search(self, queries: Sequence[str], k: int) -> list[Hits]:
+            self.batches.append((list(queries), k))
+            return [
+                [({"id": q[:9], "parts": [q[:9] * 900 for _ in range(3)], "n": [*range(999)]}, 0.5)] for q in queries
+            ]
+
+    index = Bulky()
+    batched = BatchedIndex([index], cache_mb=1)
+    ask = [f"{i:09d}" + "\U0001f600" * 4000 for i in range(400)]
+    tracemalloc.start()
+    first = [batched.search([query], 1) for query in ask[:1]]
+    before = tracemalloc.get_traced_memory()[0]
+    for query in ask:
+        batched.search([query], 1)
+    index.batches.clear()
+    gc.collect()
+    assert tracemalloc.get_traced_memory()[0] - before < 1.3 * 2**20
+    tracemalloc.stop()
+    assert batched.search(ask[-1:], 1) == [
+        [({**first[0][0][0][0], "id": ask[-1][:9], "parts": [ask[-1][:9] * 900] * 3}, 0.5)]
+    ]
+    assert not index.batches  # from memory
     batched.close()
 
 
@@ -252,6 +284,21 @@ def test_a_start_that_cannot_be_is_one_line(flat: Path, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         server.main([])
     assert "there is nothing to search: give --index" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: data.replace(b'"bm25"', b'"flat"')])
+def test_a_damaged_manifest_of_bm25_is_built_again(tmp_path: Path, damage: Any) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", passages(20))
+    folder = tmp_path / "c.jsonl.bm25"
+    server.Bm25Index.build(corpus, folder, show_progress=False)
+    path = folder / "manifest.json"
+    path.write_bytes(damage(path.read_bytes()))
+    if b"flat" in path.read_bytes():  # it says that it is another kind's, which is not replaced
+        assert server.main(["--corpus", str(corpus), "--port", "0"]) == 1
+        return
+    with running(tmp_path, "--corpus", corpus) as url:
+        assert httpx.get(url + "/health").json()["kind"] == "bm25"
+    assert f"into {folder} again: {path} is damaged" in (tmp_path / "log").read_text()
 
 
 def test_bm25_is_served_from_its_folder_alone(tmp_path: Path) -> None:

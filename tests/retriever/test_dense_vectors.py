@@ -56,6 +56,22 @@ def test_flat_is_brute_force_over_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [5, 7, 9, 1025, 1027, 1033])
+@pytest.mark.parametrize("queries", [1, 4, 33])
+def test_equal_vectors_have_equal_scores_wherever_they_are(count: int, queries: int) -> None:
+    """The last block of 1,024 rows is short."""
+    vectors = unit(count, 384, count).astype(np.float16)
+    equal = sorted({0, 1, count // 2, *range(max(2, count - 9), count)})
+    vectors[equal] = vectors[0]
+    for cut in (count, 3):
+        scores, rows = FlatVectors([vectors[:cut], vectors[cut:]][: 1 + (cut < count)]).search(
+            unit(queries, 384, 1), count
+        )
+        for found, order in zip(scores, rows, strict=True):
+            places = np.isin(order, equal)
+            assert order[places].tolist() == equal and len(set(found[places].tolist())) == 1
+
+
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vectors").mkdir()
     paths = [shard_path(tmp_path, i) for i in range(2)]

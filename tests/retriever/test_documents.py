@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from verl.tools.http_tool import SearchRefused, SearchUnavailable
 from verl.tools.local_read_tool import LocalReadTool
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.retriever.corpus import CorpusError
-from verl.utils.siop.retriever.documents import Documents, title_of
+from verl.utils.siop.retriever.documents import MAX_PASSAGES, Documents, title_of
 from verl.utils.siop.retriever.folder import read_manifest
+from verl.utils.siop.retriever.parts import locked_parts
 from verl.utils.siop.retriever.reading import reading
 
 CORPUS: list[dict[str, Any]] = [
@@ -105,6 +107,26 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="not empty and holds no index"):
         Documents.open(write(tmp_path, CORPUS), tmp_path / "thesis", show_progress=False)
     assert (tmp_path / "thesis" / "chapter1").read_text() == "text"
+
+
+def test_a_document_is_the_first_passages_of_its_title(tmp_path: Path) -> None:
+    passages = [{"id": str(i), "contents": f'"Town"\n{i}'} for i in range(MAX_PASSAGES + 5)]
+    found = Documents.open(write(tmp_path, passages), tmp_path / "d", show_progress=False).read("town", 1, 10**6)
+    assert found is not None and found["text"].split("\n") == [str(i) for i in range(MAX_PASSAGES)]
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    corpus, folder = write(tmp_path, CORPUS), tmp_path / "titles"
+    with ThreadPoolExecutor(1) as pool:
+        with locked_parts(folder) as (parts, _):
+            second = pool.submit(Documents.open, corpus, folder, show_progress=False)
+            while "another process builds" not in caplog.text:
+                assert not second.done()
+            Documents._build(corpus, folder, parts, False)
+            built = (folder / "manifest.json").stat().st_ino
+        assert second.result(60).read("Peruo", 1, 99)
+    assert (folder / "manifest.json").stat().st_ino == built
 
 
 def test_titles() -> None:

@@ -157,6 +157,15 @@ def test_input_is_not_repeated_in_the_answer(service: str, body: bytes, loc: lis
     assert len(others) < 20 or [error["msg"] for error in others[19:]] == ["and 480 more errors"]
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", None])
+def test_a_body_that_is_not_called_json_is_refused_with_the_header(service: str, kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    response = httpx.post(service + "/retrieve", content=b'{"queries": ["a"]}', headers=headers)
+    (error,) = response.json()["detail"]
+    assert response.status_code == 422 and "with the header Content-Type: application/json" in error["msg"]
+    assert (kind or "none") in error["msg"]
+
+
 def test_a_body_is_bounded_by_a_limit_that_the_answer_names(process: tuple[str, int]) -> None:
     url, pid = process
 

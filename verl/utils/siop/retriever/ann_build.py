@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from verl.utils.siop.retriever.ann import INDEX_FILE, KINDS, AnnVectors, file_bytes, load_faiss
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, unchanged
 from verl.utils.siop.retriever.dense import (
     OFFSETS_FILE,
     PROBES_FILE,
@@ -29,10 +29,12 @@ from verl.utils.siop.retriever.folder import (
     IndexFolderError,
     Manifest,
     check_folder,
+    check_target,
     identify_files,
     new_folder,
     write_manifest,
 )
+from verl.utils.siop.retriever.parts import locked_parts
 from verl.utils.siop.retriever.vector_job import library_versions
 from verl.utils.siop.retriever.vectors import Vectors
 
@@ -63,7 +65,7 @@ def build_ann(
 
     Args:
         source: folder of a flat index.
-        target: folder of the new one, which it replaces if it is an index.
+        target: folder of the new one, which it replaces if it is an index of the same kind.
         kind: one of ``KINDS``.
         queries: to measure with; None for 1,000 spans of eight words from passages.
         recall: to be reached at 10.
@@ -72,7 +74,7 @@ def build_ann(
         show_progress: show bars.
 
     Raises:
-        CorpusError: ``source`` is no flat index or is damaged, or ``target`` cannot be written.
+        CorpusError: ``source`` is no flat index or is damaged, or ``target`` holds something else or cannot be written.
         EncoderError: no such encoder, or another one.
     """
     if kind not in KINDS:
@@ -81,18 +83,23 @@ def build_ann(
         raise CorpusError(f"{target} holds the vectors that the new index is built from; choose another folder")
     if queries is not None and not queries:
         raise CorpusError("the file of queries is empty")
+    if not 0 < recall <= 1:
+        raise CorpusError(f"--recall is above 0 and at most 1, got {recall}")
     flat = read_flat(source)
-    corpus = check_folder(source, flat, corpus, show_progress=show_progress)
+    check_target(target, kind)
     identity = encoder_of(source, flat)
+    corpus = corpus or Path(flat.corpus.path)
+    with unchanged(corpus, "checked"):
+        check_folder(source, flat, corpus, show_progress=show_progress)
+        documents = CorpusFile(corpus, read_offsets(source, flat))
     encoder = Encoder.load_same(identity, model=model, device=device)
-    check_probes(source, flat, encoder, corpus)
-    documents = CorpusFile(corpus, read_offsets(source, flat))
+    check_probes(source, encoder, documents)
     exact = open_vectors(source, flat, identity.dimension, [device])
     needed = file_bytes(kind, len(documents), identity.dimension)
     built_with = load_faiss().__version__
     logger.info("%s of %d vectors: about %.2f GB in memory and in %s", kind, len(documents), needed / 1e9, target)
 
-    with new_folder(target) as folder:
+    with locked_parts(target) as (parts, _), new_folder(target, parts, kind) as folder:
         started = time.monotonic()
         built = AnnVectors.build(kind, flat_shards(source, flat, identity.dimension), show_progress=show_progress)
         seconds = time.monotonic() - started

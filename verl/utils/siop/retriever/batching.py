@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import sys
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 64
 CACHE_MB = 64.0
+_ENTRY_BYTES = 500  # of a remembered query, beside its text and its hits
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class BatchedIndex:
     ) -> None:
         self._documents, self._max_batch = len(indexes[0]), max_batch
         self._metrics = metrics or Metrics()
-        self._cache: LRUCache[tuple[str, int], Hits] = LRUCache(cache_mb * 2**20, getsizeof=_bytes)
+        # Hits as JSON, which they came from: it takes the memory that its length says.
+        self._cache: LRUCache[tuple[str, int], tuple[bytes, int]] = LRUCache(cache_mb * 2**20, getsizeof=lambda e: e[1])
         self._lock, self._closed = threading.Lock(), False
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._metrics.watch_queue(self._queue.qsize)
@@ -65,7 +68,7 @@ class BatchedIndex:
         """The best ``k`` documents of each query, best first.
 
         Raises:
-            SearchFailed: the search of a batch with one of these queries failed.
+            SearchFailed: the search of one of these queries failed.
         """
         found: dict[str, Hits] = {}
         asked: dict[str, _Asked] = {}
@@ -73,12 +76,12 @@ class BatchedIndex:
             if self._closed:
                 raise SearchFailed("the index is closed")
             for query in dict.fromkeys(queries):
-                hits = self._cache.get((query, k))
-                if hits is None:
+                remembered = self._cache.get((query, k))
+                if remembered is None:
                     asked[query] = _Asked(query, k)
                     self._queue.put(asked[query])
                 else:
-                    found[query] = hits
+                    found[query] = [(document, score) for document, score in json.loads(remembered[0])]
         self._metrics.queries.inc(len(queries))
         self._metrics.cache_hits.inc(sum(query in found for query in queries))
         for query, waiting in asked.items():
@@ -86,11 +89,12 @@ class BatchedIndex:
                 found[query] = waiting.answer.result()
             except Exception as error:
                 raise SearchFailed(f"the search failed: {type(error).__name__}: {error}") from error
-        with self._lock:
-            for query in asked:
-                size = _bytes(found[query])
-                if size <= self._cache.maxsize:
-                    self._cache[query, k] = found[query]
+        for query in asked if self._cache.maxsize else ():
+            text = json.dumps(found[query]).encode()
+            size = sys.getsizeof(text) + sys.getsizeof(query) + _ENTRY_BYTES
+            if size <= self._cache.maxsize:
+                with self._lock:
+                    self._cache[query, k] = text, size
         return [found[query] for query in queries]
 
     def close(self) -> None:
@@ -123,18 +127,14 @@ class BatchedIndex:
         self._metrics.batch_size.observe(len(queries))
         try:
             hits = dict(zip(queries, index.search(queries, max(asked.k for asked in batch)), strict=True))
-        except BaseException as error:  # handed to every caller of the batch, who raises it
+        except BaseException as error:  # handed to the caller, who raises it
             logger.exception("the search of a batch of %d queries failed", len(queries))
+            if len(queries) > 1:  # one of them may be why, and the others have no part in it
+                for query in queries:
+                    self._answer(index, [asked for asked in batch if asked.query == query])
+                return
             for asked in batch:
                 asked.answer.set_exception(error)
             return
         for asked in batch:
             asked.answer.set_result(hits[asked.query][: asked.k])
-
-
-def _bytes(hits: Hits) -> int:
-    """Memory of hits, about."""
-    documents = (document for document, _ in hits)
-    return 200 + sum(
-        sys.getsizeof(document) + sum(map(sys.getsizeof, document.values())) + 100 for document in documents
-    )

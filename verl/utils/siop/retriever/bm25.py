@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
@@ -16,13 +15,11 @@ import numpy as np
 from verl.utils.siop.retriever.bm25_blocks import Inverter, write_blocks
 from verl.utils.siop.retriever.bm25_estimate import announce
 from verl.utils.siop.retriever.bm25_files import map_array
-from verl.utils.siop.retriever.bm25_merge import ARRAYS, K1, B, merge
-from verl.utils.siop.retriever.bm25_parts import locked_parts
+from verl.utils.siop.retriever.bm25_merge import K1, B, merge
 from verl.utils.siop.retriever.bm25_postings import Postings
 from verl.utils.siop.retriever.bm25_words import TOKENIZER, UNICODE, query_words, tokenize
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, check_corpus
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, Document, check_corpus, unchanged
 from verl.utils.siop.retriever.folder import (
-    MANIFEST,
     CorpusIdentity,
     IndexFolderError,
     Manifest,
@@ -34,6 +31,7 @@ from verl.utils.siop.retriever.folder import (
     write_manifest,
 )
 from verl.utils.siop.retriever.index import Hits, Index
+from verl.utils.siop.retriever.parts import forget_blocks, locked_parts
 
 __all__ = ["Bm25Index", "Hits", "Index", "tokenize"]
 
@@ -80,18 +78,23 @@ class Bm25Index:
             return cls(Postings(folder, len(documents), in_memory=True), documents)
 
     @classmethod
-    def build(cls, corpus_path: PathLike, index_dir: PathLike, *, show_progress: bool = True) -> Bm25Index:
+    def build(
+        cls, corpus_path: PathLike, index_dir: PathLike, *, go_on: bool = True, show_progress: bool = True
+    ) -> Bm25Index:
         """Reads the corpus, writes the index to ``index_dir`` (replacing an older one) and loads it.
 
         Memory is bounded however large the corpus is, at about 1.6 GB, apart from 20 bytes a passage. A build that was
-        interrupted has left its finished blocks in ``index_dir`` + ".parts", and goes on from there.
+        interrupted has left its finished blocks in ``index_dir`` + ".parts", and goes on from there if ``go_on``.
 
         Raises:
             CorpusError: no such corpus, an empty or a compressed one, a malformed line (its number is given), an id
-                that is there twice, a full disk, or ``index_dir`` holds something that is not an index of BM25.
+                that is there twice, a full disk, a corpus that changes meanwhile, or ``index_dir`` holds anything but
+                an index of BM25.
         """
         check_corpus(Path(corpus_path))
         with locked_parts(Path(index_dir)) as (parts, _):
+            if not go_on:
+                forget_blocks(parts)
             return cls._build(Path(corpus_path), Path(index_dir), parts, show_progress)
 
     @classmethod
@@ -111,17 +114,17 @@ class Bm25Index:
         directory = Path(index_dir)
         manifest = read_manifest(directory)
         _check_kind(directory, manifest)
-        if manifest.settings != _SETTINGS or set(manifest.files) != {f"{name}.npy" for name in ARRAYS}:
+        if manifest.settings != _SETTINGS:
             raise IndexFolderError(f"the index in {directory} is of another version; build it again")
         if (unicode := manifest.libraries.get("unicode")) != UNICODE:
             logger.warning(
                 "the index in %s was built with Unicode %s, this Python has %s: words of characters that are new in "
                 "one of them are not found", directory, unicode, UNICODE,
             )  # fmt: skip
-        corpus = check_folder(
-            directory, manifest, None if corpus_path is None else Path(corpus_path), show_progress=show_progress
-        )
-        index = cls._mapped(directory, corpus, manifest.corpus.documents)
+        corpus = Path(corpus_path or manifest.corpus.path)
+        with unchanged(corpus, "checked"):
+            check_folder(directory, manifest, corpus, show_progress=show_progress)
+            index = cls._mapped(directory, corpus, manifest.corpus.documents)
         for number in manifest.self_test:
             if not (0 <= number < len(index) and index._finds(number)):
                 raise IndexFolderError(
@@ -171,20 +174,19 @@ class Bm25Index:
 
     @classmethod
     def _build(cls, corpus: Path, target: Path, parts: Path, show_progress: bool) -> Bm25Index:
-        check_target(target)
-        if (target / MANIFEST).is_file():
-            with contextlib.suppress(IndexFolderError):  # a damaged one is replaced
-                _check_kind(target, read_manifest(target))
+        check_target(target, KIND)
         announce(corpus, target)
         started = time.monotonic()
-        blocks, identity = write_blocks(corpus, parts, show_progress=show_progress)
-        with new_folder(target, parts / "index") as scratch:
-            merge(blocks, scratch, show_progress=show_progress)
-            # Before the self-test, which maps the index: the page cache's memory, not the build's.
-            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            self_test = cls._mapped(scratch, corpus, identity.documents)._probes()
-            _write_manifest(scratch, identity, self_test, time.monotonic() - started, peak_mb)
-        index = cls._mapped(target, corpus, identity.documents)
+        with unchanged(corpus, "indexed") as check:
+            blocks, identity = write_blocks(corpus, parts, show_progress=show_progress)
+            with new_folder(target, parts, KIND) as scratch:
+                merge(blocks, scratch, show_progress=show_progress)
+                # Before the self-test, which maps the index: the page cache's memory, not the build's.
+                peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+                # It stays valid when the folder is renamed, and reads the file that was checked.
+                index = cls._mapped(scratch, corpus, identity.documents)
+                _write_manifest(scratch, identity, index._probes(), time.monotonic() - started, peak_mb)
+                check()
         for block in blocks:
             shutil.rmtree(block)
         logger.info("indexed %d documents of %s in %s", len(index), corpus, target)

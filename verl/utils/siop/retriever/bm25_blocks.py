@@ -11,15 +11,14 @@ import shutil
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from verl.utils.siop.retriever.bm25_files import Array, read_slice, write_array
 from verl.utils.siop.retriever.bm25_words import TOKENIZER, UNICODE, key_of, tokenize
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, CorpusReader, Document
-from verl.utils.siop.retriever.folder import CorpusIdentity, FileIdentity, identify_files, write_text
+from verl.utils.siop.retriever.corpus import CorpusError, CorpusReader, Document, check_ids, id_key
+from verl.utils.siop.retriever.folder import CorpusIdentity, FileIdentity, identify_files, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Inverter:
         self._tokens.extend(map(self._words.__getitem__, words))
         self._lengths.append(len(words))
         self._offsets.append(offset)
-        self._ids.append(key_of(repr(document.get("id"))))
+        self._ids.append(id_key(document))
 
     def arrays(self) -> dict[str, Array]:
         """The block.
@@ -138,7 +137,7 @@ def write_blocks(corpus: Path, parts: Path, *, show_progress: bool) -> tuple[lis
         )
     if not documents:
         raise CorpusError(f"{corpus} is empty: an index needs at least one document")
-    _check_ids(corpus, blocks)
+    check_ids(corpus, read_all(blocks, "ids"), read_all(blocks, "offsets"))
     return blocks, identity
 
 
@@ -156,7 +155,7 @@ def _write(inverter: Inverter, parts: Path, number: int, reader: CorpusReader, d
             sha256=reader.sha256,
             files=identify_files(scratch, scratch.iterdir()),
         )
-        write_text(scratch / _BLOCK, block.model_dump_json())
+        write_whole(scratch / _BLOCK, block.model_dump_json().encode())
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -189,19 +188,3 @@ def _finished(parts: Path, reader: CorpusReader) -> tuple[list[Path], int]:
 def read_all(blocks: Iterable[Path], name: str) -> Array:
     """One of the arrays over documents, of all blocks."""
     return np.concatenate([read_slice(block / f"{name}.npy") for block in blocks])
-
-
-def _check_ids(corpus: Path, blocks: list[Path]) -> None:
-    """Ids are compared by keys, 8 bytes a document, and read again where two keys are equal."""
-    ids = read_all(blocks, "ids")
-    ordered = np.sort(ids)
-    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(twice):
-        return
-    documents = CorpusFile(corpus, read_all(blocks, "offsets"))
-    numbers = np.flatnonzero(np.isin(ids, twice))
-    for one, other in pairwise(numbers[np.argsort(ids[numbers], kind="stable")]):
-        name = documents[one]["id"]
-        if ids[one] == ids[other] and repr(name) == repr(documents[other]["id"]):
-            lines = " and ".join(str(documents.line(i)) for i in (one, other))
-            raise CorpusError(f"{corpus}, lines {lines}: the id {name!r} is there twice; ids must differ")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.siop.retriever.bm25 import Bm25Index
-from verl.utils.siop.retriever.bm25_parts import forget_parts
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -19,15 +18,14 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         " goes on after the last finished block; a block is dropped if the corpus has changed before its end.",
     )
     parser.add_argument("--corpus", type=Path, required=True, help="JSONL file, one passage per line")
-    parser.add_argument("--out", type=Path, help="folder of the index (default: CORPUS with .bm25 appended)")
+    parser.add_argument("--index", type=Path, help="folder of the index (default: CORPUS with .bm25 appended)")
     parser.add_argument("--rebuild", action="store_true", help="even if it is up to date, and from the first block")
     parser.set_defaults(run=_build)
 
 
 def _build(args: argparse.Namespace) -> None:
-    out = args.out or args.corpus.with_name(args.corpus.name + ".bm25")
+    folder = args.index or args.corpus.with_name(args.corpus.name + ".bm25")
     if args.rebuild:
-        forget_parts(out)
-        Bm25Index.build(args.corpus, out)
+        Bm25Index.build(args.corpus, folder, go_on=False)
     else:
-        Bm25Index.open(args.corpus, out)
+        Bm25Index.open(args.corpus, folder)

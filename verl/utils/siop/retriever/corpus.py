@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from verl.utils.siop.errors import SiopError
+from verl.utils.siop.retriever.bm25_words import key_of
 
 Document = dict[str, Any]
 _CHUNK = 2**22
+MAX_DEPTH = 32  # lists and objects within each other: answers are written by a library that goes down by calls
 
 # First bytes of a file -> what it is, and the command that unpacks it.
 _COMPRESSED = {
@@ -77,6 +81,74 @@ def check_corpus(path: Path) -> None:
     for magic, (name, unpack) in _COMPRESSED.items():
         if start.startswith(magic):
             raise CorpusError(f"the corpus {path} is compressed ({name}); unpack it first: {unpack} {path}")
+
+
+Stamp = tuple[int, ...] | None
+
+
+def stamp_of(corpus: Path) -> Stamp:
+    """What changes if the file is written to or replaced: device, number, size and time; None where it is missing."""
+    try:
+        stat = corpus.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@contextmanager
+def unchanged(corpus: Path, what: str) -> Iterator[Callable[[], None]]:
+    """A block that reads the corpus more than once, which must be the same file with the same content all the time.
+
+    Args:
+        corpus: the file.
+        what: happens to it in the block, as "indexed".
+
+    Yields:
+        The check, which is also made at the end, and when the block fails: what it read may be why.
+
+    Raises:
+        CorpusError: it is not.
+    """
+    before = stamp_of(corpus)
+
+    def check() -> None:
+        if stamp_of(corpus) != before:
+            raise CorpusError(f"{corpus} has changed while it was {what}; begin again")
+
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def check_ids(path: Path, keys: np.ndarray, offsets: np.ndarray) -> None:
+    """Ids are compared by keys, 8 bytes a document, and read again where two keys are equal.
+
+    Args:
+        path: the corpus.
+        keys, offsets: [documents] key of the id (:func:`id_key`), and first byte.
+
+    Raises:
+        CorpusError: an id is there twice; both lines are named.
+    """
+    ordered = np.sort(keys)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(twice):
+        return
+    documents = CorpusFile(path, offsets)
+    numbers = np.flatnonzero(np.isin(keys, twice))
+    for one, other in pairwise(numbers[np.argsort(keys[numbers], kind="stable")]):
+        name = documents[one]["id"]
+        if keys[one] == keys[other] and repr(name) == repr(documents[other]["id"]):
+            lines = " and ".join(str(documents.line(i)) for i in (one, other))
+            raise CorpusError(f"{path}, lines {lines}: the id {name!r} is there twice; ids must differ")
+
+
+def id_key(document: Document) -> int:
+    """64 bits that stand for the id; a number and the text of it are two ids."""
+    return key_of(repr(document.get("id")))
 
 
 class CorpusReader:
@@ -139,10 +211,13 @@ def parse_line(line: bytes, where: str) -> Document:
     """The document of a line.
 
     Raises:
-        CorpusError: it is none; the message begins with ``where``.
+        CorpusError: it is none, or no answer could hold it; the message begins with ``where``.
     """
     try:
-        document = json.loads(line)
+        # Not json.loads of bytes, which lets halves of surrogate pairs pass.
+        document = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: not valid JSON ({error})") from error
     if b"\\u" in line:
@@ -153,7 +228,28 @@ def parse_line(line: bytes, where: str) -> Document:
     if not isinstance(document, dict):
         raise CorpusError(f"{where}: expected an object with 'id' and 'contents', got {type(document).__name__}")
     if not isinstance(document.get("id"), str | int):
-        raise CorpusError(f"{where}: 'id' must be a string or an integer, got {document.get('id')!r}")
+        what = f"got {document.get('id')!r:.100}{_instead(document)}"
+        raise CorpusError(f"{where}: 'id' must be a string or an integer, {what}; the number of the line will do")
     if not isinstance(document.get("contents"), str):
-        raise CorpusError(f"{where}: 'contents' must be a string, got {document.get('contents')!r}")
+        what = f"got {document.get('contents')!r:.100}{_instead(document)}"
+        raise CorpusError(
+            f"{where}: 'contents' must be a string, {what}; it is the title in quotes, a line break and the text, "
+            '"\\"TITLE\\"\\nTEXT", or the text alone'
+        )
+    if deep := [name for name, value in document.items() if _deeper(value, MAX_DEPTH)]:
+        raise CorpusError(
+            f"{where}: {deep[0]!r} has more than {MAX_DEPTH} lists and objects within each other, which no answer "
+            "could hold"
+        )
     return document
+
+
+def _instead(document: Document) -> str:
+    """The keys that are there, for a message about one that is not."""
+    return f" (the keys are {', '.join(map(repr, list(document)[:10])) or 'none'})"
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return not levels or any(_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from verl.utils.siop.retriever.ann import INDEX_FILE, AnnVectors
-from verl.utils.siop.retriever.corpus import CorpusFile, Document
+from verl.utils.siop.retriever.corpus import CorpusFile, Document, unchanged
 from verl.utils.siop.retriever.encoder import Encoder, EncoderIdentity, visible_devices
-from verl.utils.siop.retriever.folder import IndexFolderError, Manifest, check_folder, read_manifest
+from verl.utils.siop.retriever.folder import MANIFEST, IndexFolderError, Manifest, check_folder, read_manifest
 from verl.utils.siop.retriever.index import Hits
 from verl.utils.siop.retriever.metrics import Metrics
 from verl.utils.siop.retriever.qdrant import QDRANT, QdrantVectors, connect
@@ -98,13 +98,15 @@ def load(
     """
     manifest = read_manifest(folder)
     names = visible_devices(devices)
-    corpus = check_folder(folder, manifest, corpus, show_progress=show_progress)
     identity = encoder_of(folder, manifest)
+    corpus = corpus or Path(manifest.corpus.path)
+    with unchanged(corpus, "checked"):
+        check_folder(folder, manifest, corpus, show_progress=show_progress)
+        documents = CorpusFile(corpus, read_offsets(folder, manifest))
     encoders = [Encoder.load_same(identity, model=model, device=name) for name in names]
     for encoder in encoders:
-        check_probes(folder, manifest, encoder, corpus)
+        check_probes(folder, encoder, documents)
     vectors = open_vectors(folder, manifest, identity.dimension, names)
-    documents = CorpusFile(corpus, read_offsets(folder, manifest))
     if wrong := self_test(encoders[0], vectors, documents, manifest.self_test):
         raise IndexFolderError(
             f"the vectors in {folder} and the passages of {corpus} do not belong together: {len(wrong)} of "
@@ -140,11 +142,14 @@ def open_vectors(folder: Path, manifest: Manifest, dimension: int, devices: Sequ
     settings = manifest.settings
     if manifest.kind == QDRANT:
         elsewhere = QdrantVectors(connect(str(settings["url"])), str(settings["collection"]))
-        elsewhere.check(documents, dimension)
+        elsewhere.check(documents, dimension, str(settings.get("vectors_sha256")))
         return elsewhere
-    ann = AnnVectors.load(
-        folder / INDEX_FILE, manifest.kind, int(settings.get("effort", 0)), manifest.libraries.get("faiss", "?")
-    )
+    effort = settings.get("effort")
+    ann = AnnVectors.load(folder / INDEX_FILE, manifest.kind, 0, manifest.libraries.get("faiss", "?"))
+    if not isinstance(effort, int) or effort not in ann.efforts:
+        allowed = ", ".join(map(str, ann.efforts))
+        raise IndexFolderError(f"{folder / MANIFEST}: settings.effort is {effort!r}; {manifest.kind} has {allowed}")
+    ann.effort = effort
     if (ann.count, ann.dimension) != (documents, dimension):
         raise IndexFolderError(
             f"{folder / INDEX_FILE} has {ann.count} vectors of {ann.dimension} numbers, not {documents} of {dimension}"
@@ -194,14 +199,13 @@ def probe_vectors(encoder: Encoder, passages: Sequence[str]) -> np.ndarray:
     return np.concatenate([encoder.encode_queries(PROBE_QUERIES), encoder.encode_passages(passages)])
 
 
-def check_probes(folder: Path, manifest: Manifest, encoder: Encoder, corpus: Path) -> None:
+def check_probes(folder: Path, encoder: Encoder, documents: Sequence[Document]) -> None:
     """Compares vectors that the encoder gives now with those that it gave when the index was built.
 
     Raises:
         IndexFolderError: a cosine is below .999.
     """
     stored = np.load(folder / PROBES_FILE)
-    documents = CorpusFile(corpus, read_offsets(folder, manifest))
     passages = [documents[row]["contents"] for row in probe_rows(len(documents))]
     found = probe_vectors(encoder, passages)
     if found.shape != stored.shape:

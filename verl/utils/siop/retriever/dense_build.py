@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from verl.utils.siop.retriever.encoder import DEFAULT_MODEL, DTYPES, MAX_TOKENS,
 from verl.utils.siop.retriever.encoding import encode, encode_on_ray, joined_ray
 from verl.utils.siop.retriever.faiss_import import FaissFlatFile, import_vectors
 from verl.utils.siop.retriever.folder import check_folder, read_manifest
+from verl.utils.siop.retriever.parts import locked_parts
 from verl.utils.siop.retriever.vector_job import VectorJob
 from verl.utils.siop.retriever.vectors import SHARD_ROWS
 
@@ -104,41 +107,53 @@ def _load(args: argparse.Namespace, device: str, dtype: str | None) -> Encoder:
     )
 
 
-def _open(args: argparse.Namespace, encoder: Encoder, source: str) -> VectorJob | None:
+@contextmanager
+def _job(args: argparse.Namespace, encoder: Encoder, source: str) -> Iterator[VectorJob | None]:
+    """What is to be made, held against other processes; None if it is there."""
     folder = args.index or args.corpus.with_name(args.corpus.name + ".flat")
-    job = VectorJob.open(folder, args.corpus, encoder.identity, source=source, shard_rows=args.shard_rows)
-    if job is None:
-        logger.info("%s is whole already", folder)
-    return job
+    with locked_parts(folder):
+        job = VectorJob.open(folder, args.corpus, encoder.identity, source=source, shard_rows=args.shard_rows)
+        if job is None:
+            logger.info("%s is whole already", folder)
+        yield job
 
 
 def _encode(args: argparse.Namespace) -> None:
     if args.ray is not None and args.devices:
         raise CorpusError(f"--devices {args.devices} has no effect with --ray: its tasks take what the cluster has")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise CorpusError(f"--batch-size is at least 1, got {args.batch_size}")
     devices = visible_devices(args.devices.split(",") if args.devices else None)
     if args.ray is None:
         encoder = _load(args, devices[0], args.dtype)
         size = args.batch_size or (_CPU_BATCH if devices == ["cpu"] else _GPU_BATCH)
-        if (job := _open(args, encoder, "the encoder")) is not None:
-            encode(job, encoder, devices, batch_size=size)
+        with _job(args, encoder, "the encoder") as job:
+            if job is not None:
+                encode(job, encoder, devices, batch_size=size)
         return
     with joined_ray(args.ray) as gpus:
         encoder = _load(args, devices[0], args.dtype or ("float16" if gpus else "float32"))
-        if (job := _open(args, encoder, "the encoder")) is not None:
-            encode_on_ray(job, encoder, batch_size=args.batch_size or (_GPU_BATCH if gpus else _CPU_BATCH))
+        with _job(args, encoder, "the encoder") as job:
+            if job is not None:
+                encode_on_ray(job, encoder, batch_size=args.batch_size or (_GPU_BATCH if gpus else _CPU_BATCH))
 
 
 def _import(args: argparse.Namespace) -> None:
     file = FaissFlatFile.open(args.faiss)
     encoder = _load(args, _device(args), args.dtype)
-    if (job := _open(args, encoder, file.source)) is not None:
-        import_vectors(job, file, encoder)
+    with _job(args, encoder, file.source) as job:
+        if job is not None:
+            import_vectors(job, file, encoder)
 
 
 def _index(args: argparse.Namespace) -> None:
     queries = None
     if args.queries:
-        queries = [line for line in args.queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = args.queries.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorpusError(f"cannot read --queries {args.queries}, a text file in UTF-8: {error}") from error
+        queries = [line for line in lines if line.strip()]
     target = args.index or args.source.with_name(f"{args.source.name}.{args.kind}")
     moved = {"corpus": args.corpus, "model": args.model, "device": _device(args)}
     manifest = build_ann(args.source, target, args.kind, queries=queries, recall=args.recall, **moved)
@@ -153,6 +168,5 @@ def _verify(args: argparse.Namespace) -> None:
         check_folder(args.index, manifest, args.corpus)
     facts = manifest.model_dump(exclude={"files", "format"})
     size = sum(file.bytes for file in manifest.files.values())
-    logger.info(
-        "%s is whole, %d files, %.3f GB:\n%s", args.index, len(manifest.files), size / 1e9, json.dumps(facts, indent=2)
-    )
+    logger.info("what it is:\n%s", json.dumps(facts, indent=2))
+    logger.info("%s is whole: %d files, %.3f GB", args.index, len(manifest.files), size / 1e9)

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, CorpusReader, Document
+from verl.utils.siop.retriever.bm25_files import write_array
+from verl.utils.siop.retriever.corpus import CorpusFile, CorpusReader, Document, check_ids, id_key, unchanged
 from verl.utils.siop.retriever.folder import (
     CorpusIdentity,
+    IndexFolderError,
     Manifest,
     check_folder,
+    check_target,
     identify_files,
     new_folder,
     read_manifest,
     write_manifest,
 )
+from verl.utils.siop.retriever.parts import locked_parts
 
 logger = logging.getLogger(__name__)
 
 KIND = "documents"
+MAX_PASSAGES = 4096  # of a document; what it takes to make a page grows with them
 _KEYS, _NUMBERS, _OFFSETS = "keys.npy", "numbers.npy", "offsets.npy"
 
 
@@ -52,53 +57,79 @@ class Documents:
         """Loads the lookup of this corpus from the folder, and builds it first if it is not there or of another corpus.
 
         Raises:
-            CorpusError: as :class:`CorpusReader`, or the folder holds something else.
+            CorpusError: as :class:`CorpusReader`, an id that is there twice, a corpus that changes meanwhile, or the
+                folder holds something else.
         """
         try:
-            manifest = read_manifest(folder)
-            if manifest.kind != KIND:
-                raise CorpusError(f"{folder} holds an index of kind {manifest.kind}; choose another folder")
-            check_folder(folder, manifest, corpus, show_progress=show_progress)
-        except CorpusError as error:
+            return cls._load(corpus, folder, show_progress)
+        except IndexFolderError as error:
+            reason = error
+        check_target(folder, KIND)
+        with locked_parts(folder) as (parts, waited):
+            if waited:  # the other process may have built what is needed
+                try:
+                    return cls._load(corpus, folder, show_progress)
+                except IndexFolderError as error:
+                    reason = error
             if folder.is_dir():
-                logger.info("titles of %s again: %s", corpus, error)
-            cls._build(corpus, folder, show_progress)
+                logger.info("titles of %s again: %s", corpus, reason)
+            return cls._build(corpus, folder, parts, show_progress)
+
+    @classmethod
+    def _load(cls, corpus: Path, folder: Path, show_progress: bool) -> Documents:
+        manifest = read_manifest(folder)
+        if manifest.kind != KIND:
+            raise IndexFolderError(f"{folder} holds an index of kind {manifest.kind}, not {KIND}")
+        with unchanged(corpus, "checked"):
+            check_folder(folder, manifest, corpus, show_progress=show_progress)
+            return cls._mapped(corpus, folder)
+
+    @classmethod
+    def _mapped(cls, corpus: Path, folder: Path) -> Documents:
         keys, numbers, offsets = (np.load(folder / name, mmap_mode="r") for name in (_KEYS, _NUMBERS, _OFFSETS))
         return cls(keys, numbers, CorpusFile(corpus, offsets))
 
-    @staticmethod
-    def _build(corpus: Path, folder: Path, show_progress: bool) -> None:
-        keys, numbers, offsets = array("Q"), array("i"), array("q")
-        with CorpusReader(corpus, show_progress=show_progress) as reader:
-            for number, (offset, document) in enumerate(reader):
-                offsets.append(offset)
-                title = title_of(document)
-                for key in [_key("id", str(document["id"])), *([_key("title", title)] if title else [])]:
-                    keys.append(key)
-                    numbers.append(number)
-        order = np.argsort(np.asarray(keys), kind="stable")
-        with new_folder(folder) as scratch:
-            np.save(scratch / _KEYS, np.asarray(keys)[order])
-            np.save(scratch / _NUMBERS, np.asarray(numbers)[order])
-            np.save(scratch / _OFFSETS, np.asarray(offsets))
-            identity = CorpusIdentity(
-                path=str(corpus.resolve()), bytes=reader.offset, sha256=reader.sha256, documents=len(offsets)
-            )
-            write_manifest(
-                scratch,
-                Manifest(
-                    kind=KIND,
-                    corpus=identity,
-                    libraries={"numpy": np.__version__},
-                    settings={},
-                    self_test=[],
-                    measured={},
-                    files=identify_files(scratch, scratch.glob("*.npy")),
-                ),
-            )
+    @classmethod
+    def _build(cls, corpus: Path, folder: Path, parts: Path, show_progress: bool) -> Documents:
+        keys, numbers, offsets, ids = array("Q"), array("i"), array("q"), array("Q")
+        with unchanged(corpus, "read") as check:
+            with CorpusReader(corpus, show_progress=show_progress) as reader:
+                for number, (offset, document) in enumerate(reader):
+                    offsets.append(offset)
+                    ids.append(id_key(document))
+                    title = title_of(document)
+                    for key in [_key("id", str(document["id"])), *([_key("title", title)] if title else [])]:
+                        keys.append(key)
+                        numbers.append(number)
+            check_ids(corpus, np.asarray(ids), np.asarray(offsets))
+            order = np.argsort(np.asarray(keys), kind="stable")
+            with new_folder(folder, parts, KIND) as scratch:
+                write_array(scratch / _KEYS, np.asarray(keys)[order])
+                write_array(scratch / _NUMBERS, np.asarray(numbers)[order])
+                write_array(scratch / _OFFSETS, np.asarray(offsets))
+                identity = CorpusIdentity(
+                    path=str(corpus.resolve()), bytes=reader.offset, sha256=reader.sha256, documents=len(offsets)
+                )
+                write_manifest(
+                    scratch,
+                    Manifest(
+                        kind=KIND,
+                        corpus=identity,
+                        libraries={"numpy": np.__version__},
+                        settings={},
+                        self_test=[],
+                        measured={},
+                        files=identify_files(scratch, scratch.glob("*.npy")),
+                    ),
+                )
+                found = cls._mapped(corpus, scratch)
+                check()
+        return found
 
     def read(self, name: str, page: int, page_chars: int) -> dict[str, Any] | None:
         """A page of the document with this title, or else this id; None if there is none.
+
+        A document is the first 4,096 passages of its title.
 
         Args:
             name: upper and lower case, white space and quotes around it do not matter.
@@ -126,7 +157,8 @@ class Documents:
     def _find(self, kind: str, name: str, name_of: Any) -> list[Document]:
         key = np.uint64(_key(kind, name))
         start, end = np.searchsorted(self._keys, key, "left"), np.searchsorted(self._keys, key, "right")
-        passages = (self._passages[int(number)] for number in self._numbers[start:end])
+        numbers = self._numbers[start : min(end, start + MAX_PASSAGES)]
+        passages = (self._passages[int(number)] for number in numbers)
         # A digest may be that of another name.
         return [passage for passage in passages if _plain(name_of(passage) or "") == _plain(name)]
 

@@ -20,11 +20,15 @@ from verl.utils.siop.errors import SiopError
 for _name in ("sentence_transformers", "httpx"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MODEL = "intfloat/e5-base-v2"
 MAX_TOKENS = 256
 DTYPES = ("float16", "bfloat16", "float32")
 # The E5 models of 2022 to 2024 were trained with these, but their files do not say so.
-_E5 = re.compile(r"^(multilingual-)?e5-(small|base|large)(-v2|-unsupervised)?$")
+_E5 = re.compile(r"(models--)?(intfloat(--|-|_))?(multilingual-)?e5-(small|base|large)(-v2|-unsupervised)?", re.I)
+_LIKE_E5 = re.compile(r"(?<![a-z0-9])e5(?![a-z0-9])", re.I)
+_MIN_TOKENS = 3  # two are special, at the beginning and the end
 E5_PROMPTS = ("query: ", "passage: ")
 
 
@@ -99,6 +103,10 @@ class Encoder:
         Raises:
             EncoderError: sentence-transformers is not installed, or there is no such model.
         """
+        for name, value in (("max_query_tokens", max_query_tokens), ("max_passage_tokens", max_passage_tokens)):
+            if value < _MIN_TOKENS:
+                option = f"--{name.replace('_', '-')}"
+                raise EncoderError(f"{option} is at least {_MIN_TOKENS}, special tokens included, got {value}")
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -119,11 +127,16 @@ class Encoder:
         dtype = dtype or ("float32" if device == "cpu" else "float16")
         loaded = loaded.to(device=device, dtype=getattr(torch, dtype)).eval()
         own = loaded.prompts or {}
-        e5 = E5_PROMPTS if any(_E5.match(part) for part in Path(model).parts) else ("", "")
+        e5, unnamed = E5_PROMPTS if _is_e5(model) else ("", ""), query_prompt is None and passage_prompt is None
         if query_prompt is None:
             query_prompt = own.get("query") or e5[0]
         if passage_prompt is None:
             passage_prompt = own.get("document") or own.get("passage") or e5[1]
+        if unnamed and not (query_prompt or passage_prompt) and _LIKE_E5.search("/".join(_names(model))):
+            logger.warning(
+                "the encoder %s is perhaps one of E5, which needs prefixes, and gets none: it is not named as such a "
+                "model, as e5-base-v2; give --query-prefix and --passage-prefix", model,
+            )  # fmt: skip
         limit = loaded.max_seq_length or max(max_query_tokens, max_passage_tokens)
         probe = loaded.encode(["a"], convert_to_numpy=True, show_progress_bar=False)
         identity = EncoderIdentity(
@@ -262,6 +275,18 @@ def visible_devices(names: Sequence[str] | None = None) -> list[str]:
     if missing := [name for name in devices if name != "cpu" and name not in gpus]:
         raise EncoderError(f"--devices {','.join(missing)}: this machine has {', '.join([*gpus, 'cpu'])}")
     return devices
+
+
+def _is_e5(model: str) -> bool:
+    """Whether the name is that of an E5 model: on the hub, of its folder, or of its folder in the hub's cache."""
+    names = _names(model)
+    return bool(_E5.fullmatch(names[0] if len(names) == 3 and names[1] == "snapshots" else names[-1]))
+
+
+def _names(model: str) -> tuple[str, ...]:
+    """The last names of its path."""
+    path = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    return path.parts[-3:] or ("",)
 
 
 def _weights_sha256(model: torch.nn.Module) -> str:

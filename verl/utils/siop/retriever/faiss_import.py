@@ -48,13 +48,17 @@ class FaissFlatFile:
             size = path.stat().st_size
         except OSError as error:
             raise IndexFolderError(f"cannot read {path}: {error.strerror}") from error
-        if len(head) < _HEADER.size or head[:4] != _FLAT_IP:
+        if head[:4] != _FLAT_IP:
             raise IndexFolderError(
                 f"{path} begins with {head[:4]!r}, not with {_FLAT_IP!r}: only faiss's exact index with inner product "
                 "(IndexFlatIP) holds the vectors themselves; encode the corpus instead"
             )
+        if len(head) < _HEADER.size:
+            raise IndexFolderError(
+                f"{path} has {size} bytes, and a header alone {_HEADER.size}: it was not downloaded or joined whole"
+            )
         _, dimension, count, _, _, _, metric, floats = _HEADER.unpack(head)
-        if metric != _INNER_PRODUCT or floats != count * dimension:
+        if min(dimension, count) < 1 or metric != _INNER_PRODUCT or floats != count * dimension:
             raise IndexFolderError(
                 f"{path} has a header that is not of IndexFlatIP (metric {metric}, {floats} numbers for {count} x "
                 f"{dimension})"

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 QDRANT = "qdrant"
 BATCH = 512  # vectors of one request
 TIMEOUT_S = 60
+_CONTENT = "vectors_sha256"  # in the payload of point 0
 
 
 class QdrantUnavailable(ServiceUnavailable):
@@ -54,8 +55,12 @@ class QdrantVectors:
     def __init__(self, client: QdrantClient, collection: str, *, exact: bool = False) -> None:
         self._client, self._collection, self._exact = client, collection, exact
 
-    def check(self, documents: int, dimension: int) -> None:
-        """Compares the size of the collection with the index's.
+    def check(self, documents: int, dimension: int, sha256: str) -> None:
+        """Compares size and content of the collection with the index's.
+
+        Args:
+            documents, dimension: number of the vectors, and of their numbers.
+            sha256: that :func:`upload` was given.
 
         Raises:
             QdrantUnavailable: no answer.
@@ -72,6 +77,8 @@ class QdrantVectors:
                 f"Qdrant's collection {self._collection} has {count} vectors of {size} numbers, not {documents} of "
                 f"{dimension}; upload it again (build qdrant)"
             )
+        with _errors(self._client, self._collection):
+            _check_content(self._client, self._collection, sha256)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows, each [queries, k], best first, equal scores by row; row -1 where there is none.
@@ -93,13 +100,16 @@ class QdrantVectors:
         return scores, rows
 
 
-def upload(client: QdrantClient, collection: str, shards: Sequence[np.ndarray], *, show_progress: bool = True) -> None:
+def upload(
+    client: QdrantClient, collection: str, shards: Sequence[np.ndarray], sha256: str, *, show_progress: bool = True
+) -> None:
     """Fills a collection with vectors, numbered from shard to shard; what is already there is not sent again.
 
     Args:
         client: of the database.
         collection: its name; created where it is missing.
         shards: [rows, dimension] each.
+        sha256: of what they hold; it is kept with the first point, by which the collection is known.
         show_progress: show a bar.
 
     Raises:
@@ -122,39 +132,37 @@ def upload(client: QdrantClient, collection: str, shards: Sequence[np.ndarray], 
                 f"Qdrant's collection {collection} has {done} vectors of {found} numbers, and is not this index's "
                 f"({total} of {dimension}); name another collection"
             )
-        _check_start(client, collection, shards, done)
+        if done:
+            _check_content(client, collection, sha256)
+            if client.scroll(collection, offset=done, limit=1)[0]:
+                done = 0  # a point is missing before this one
         with tqdm(desc="upload", total=total, initial=done, unit=" vectors", disable=not show_progress) as bar:
             for first, rows in _batches(shards, done):
-                points = models.Batch(ids=list(range(first, first + len(rows))), vectors=rows.tolist())
+                points = models.Batch(
+                    ids=list(range(first, first + len(rows))),
+                    vectors=rows.tolist(),
+                    payloads=None if first else [{_CONTENT: sha256}, *[{}] * (len(rows) - 1)],
+                )
                 client.upsert(collection, points=points, wait=True)
                 bar.update(len(rows))
 
 
-def _check_start(client: QdrantClient, collection: str, shards: Sequence[np.ndarray], done: int) -> None:
-    if not done:
-        return
-    for row in {0, done - 1}:
-        found = next(iter(client.retrieve(collection, ids=[row], with_vectors=True)), None)
-        ((_, (vector,)),) = _batches(shards, row, 1, 1)
-        if found is None or not np.allclose(np.asarray(found.vector, np.float32), vector, atol=1e-3):
-            raise SiopError(
-                f"Qdrant's collection {collection} has another vector than this index in point {row}; name another "
-                "collection, or delete that one"
-            )
+def _check_content(client: QdrantClient, collection: str, sha256: str) -> None:
+    first = next(iter(client.retrieve(collection, ids=[0], with_payload=True)), None)
+    found = (first.payload or {}).get(_CONTENT) if first else None
+    if found != sha256:
+        raise SiopError(
+            f"Qdrant's collection {collection} has the vectors of another index (sha256 {found}, not {sha256}); name "
+            "another collection, or delete that one and upload again (build qdrant)"
+        )
 
 
-def _batches(
-    shards: Sequence[np.ndarray], start: int, size: int | None = None, most: int | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
+def _batches(shards: Sequence[np.ndarray], start: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, rows), from row ``start`` on."""
-    first = made = 0
-    size = size or BATCH
+    first = 0
     for shard in shards:
-        for row in range(max(0, start - first), len(shard), size):
-            if made == most:
-                return
-            made += 1
-            yield first + row, np.asarray(shard[row : row + size], np.float32)
+        for row in range(max(0, start - first), len(shard), BATCH):
+            yield first + row, np.asarray(shard[row : row + BATCH], np.float32)
         first += len(shard)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import shutil
 import time
@@ -13,10 +15,12 @@ from verl.utils.siop.retriever.dense import OFFSETS_FILE, PROBES_FILE, encoder_o
 from verl.utils.siop.retriever.folder import (
     Manifest,
     check_folder,
+    check_target,
     identify_files,
     new_folder,
     write_manifest,
 )
+from verl.utils.siop.retriever.parts import locked_parts
 from verl.utils.siop.retriever.qdrant import QDRANT, QdrantVectors, connect, upload
 
 if TYPE_CHECKING:
@@ -49,23 +53,26 @@ def build_qdrant(
     """Uploads the vectors of the flat index in ``source``; ``target`` becomes the folder of an index over them.
 
     Raises:
-        CorpusError: ``source`` is no flat index or is damaged.
+        CorpusError: ``source`` is no flat index or is damaged, or ``target`` holds something else.
         QdrantUnavailable, SiopError: as :func:`upload`.
     """
     flat = read_flat(source)
+    check_target(target, QDRANT)
     corpus = check_folder(source, flat, show_progress=show_progress)
     documents, dimension = flat.corpus.documents, encoder_of(source, flat).dimension
+    shards = {name: file.sha256 for name, file in sorted(flat.files.items()) if name.endswith(".f16.npy")}
+    sha256 = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
     started = time.monotonic()
-    upload(client, collection, flat_shards(source, flat, dimension), show_progress=show_progress)
-    QdrantVectors(client, collection).check(documents, dimension)
-    with new_folder(target) as folder:
+    upload(client, collection, flat_shards(source, flat, dimension), sha256, show_progress=show_progress)
+    QdrantVectors(client, collection).check(documents, dimension, sha256)
+    with locked_parts(target) as (parts, _), new_folder(target, parts, QDRANT) as folder:
         for name in (OFFSETS_FILE, PROBES_FILE):
             shutil.copyfile(source / name, folder / name)
         manifest = Manifest(
             kind=QDRANT,
             corpus=flat.corpus.model_copy(update={"path": str(corpus.resolve())}),
             libraries=flat.libraries,
-            settings={**flat.settings, "url": url, "collection": collection},
+            settings={**flat.settings, "url": url, "collection": collection, "vectors_sha256": sha256},
             self_test=flat.self_test,
             measured={"upload_seconds": round(time.monotonic() - started, 1)},
             files=identify_files(folder, [folder / OFFSETS_FILE, folder / PROBES_FILE]),

@@ -21,6 +21,7 @@ an index is. At start a dense one is checked: every byte, the encoder, and that 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import math
 import sys
@@ -44,11 +45,11 @@ from verl.utils.siop.retriever import dense
 from verl.utils.siop.retriever.batching import CACHE_MB, BatchedIndex
 from verl.utils.siop.retriever.bm25 import Bm25Index
 from verl.utils.siop.retriever.documents import Documents
-from verl.utils.siop.retriever.folder import MANIFEST, Manifest, read_manifest
+from verl.utils.siop.retriever.folder import IndexFolderError, Manifest, read_manifest
 from verl.utils.siop.retriever.index import Index
 from verl.utils.siop.retriever.metrics import Metrics
 from verl.utils.siop.retriever.reading import reading
-from verl.utils.siop.retriever.sharded import ShardedIndex
+from verl.utils.siop.retriever.sharded import INDEX_HEADER, ShardedIndex, index_id
 
 logger = logging.getLogger("siop.retriever")
 
@@ -72,7 +73,7 @@ def create_app(
     index: Index,
     *,
     topk: int = 3,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     metrics: Metrics | None = None,
     max_body_mb: float = MAX_BODY_MB,
     max_concurrency: int = MAX_CONCURRENCY,
@@ -84,7 +85,7 @@ def create_app(
     Args:
         index: answers the searches.
         topk: hits per query when a request does not say.
-        facts: what else /health tells, see :func:`facts_of`.
+        facts: what else /health tells, see :func:`facts_of`; called for each answer where it has to be found out.
         metrics: what /metrics tells.
         max_body_mb, max_concurrency, max_waiting, body_timeout_s: see :class:`Limits`.
     """
@@ -100,10 +101,14 @@ def create_app(
     app.exception_handler(RequestValidationError)(answer_invalid)
     app.exception_handler(SiopError)(_answer_failed)
 
+    stated = dict(facts() if callable(facts) else facts or {})
+    identity = index_id({"documents": len(index), **stated})
+
     # Async: no thread of the searches' pool is needed for it.
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "healthy", "documents": len(index), "topk": topk, **(facts or {})}
+        found = await asyncio.to_thread(facts) if callable(facts) else stated
+        return {"status": "healthy", "documents": len(index), "topk": topk, **found}
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -111,7 +116,8 @@ def create_app(
 
     # Not async: FastAPI runs it in its thread pool, so that a long search does not hold up /health.
     @app.post("/retrieve")
-    def retrieve(request: RetrieveRequest) -> dict[str, Any]:
+    def retrieve(request: RetrieveRequest, response: Response) -> dict[str, Any]:
+        response.headers[INDEX_HEADER] = identity
         hits = index.search(request.queries, request.topk or topk)
         if request.return_scores:
             return {"result": [[{"document": d, "score": score} for d, score in found] for found in hits]}
@@ -121,7 +127,7 @@ def create_app(
 
 
 async def _answer_failed(_: Request, error: SiopError) -> Response:
-    logger.error("a search failed: %s", error)
+    logger.error("a request failed: %s", error)
     return JSONResponse({"detail": str(error)}, 503 if isinstance(error, ServiceUnavailable) else 500)
 
 
@@ -159,7 +165,9 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
     return facts
 
 
-def open_index(args: argparse.Namespace, metrics: Metrics) -> tuple[Index, dict[str, Any]]:
+def open_index(
+    args: argparse.Namespace, metrics: Metrics
+) -> tuple[Index, Mapping[str, Any] | Callable[[], Mapping[str, Any]]]:
     """The index of the command line, and its facts.
 
     Raises:
@@ -167,10 +175,15 @@ def open_index(args: argparse.Namespace, metrics: Metrics) -> tuple[Index, dict[
     """
     if args.shards:
         sharded = ShardedIndex(args.shards)
-        return sharded, sharded.health
+        return sharded, sharded.facts
     folder: Path = args.index or args.corpus.with_name(args.corpus.name + ".bm25")
-    built = args.corpus is None or args.model or args.devices or (folder / MANIFEST).is_file()
-    manifest = read_manifest(folder) if built else None
+    try:
+        manifest = read_manifest(folder)
+    except IndexFolderError:
+        # Of a corpus alone it can only be BM25, which is built where it is missing or damaged.
+        if args.corpus is None or args.model or args.devices:
+            raise
+        manifest = None
     if manifest is not None and manifest.kind != "bm25":
         devices = args.devices.split(",") if args.devices else None
         indexes = dense.load(folder, corpus=args.corpus, model=args.model, devices=devices, metrics=metrics)

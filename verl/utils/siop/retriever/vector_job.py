@@ -11,12 +11,22 @@ import logging
 import shutil
 from array import array
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
-from verl.utils.siop.retriever.corpus import CorpusError, CorpusFile, CorpusReader
+from verl.utils.siop.retriever.corpus import (
+    CorpusError,
+    CorpusFile,
+    CorpusReader,
+    Stamp,
+    check_corpus,
+    check_ids,
+    id_key,
+    stamp_of,
+    unchanged,
+)
 from verl.utils.siop.retriever.dense import (
     FLAT,
     OFFSETS_FILE,
@@ -36,7 +46,10 @@ from verl.utils.siop.retriever.folder import (
     identify,
     identify_files,
     read_manifest,
+    shard_name,
+    sweep,
     write_manifest,
+    write_whole,
 )
 from verl.utils.siop.retriever.vectors import (
     FlatVectors,
@@ -44,7 +57,6 @@ from verl.utils.siop.retriever.vectors import (
     shard_path,
     write_array,
     write_shard,
-    write_whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,7 +96,7 @@ class VectorJob:
     Args:
         folder: of the index.
         state: as it is written there.
-        stamp: size and time of the corpus before its content was looked at.
+        stamp: of the corpus before its content was looked at.
 
     Attributes:
         documents: the corpus.
@@ -92,7 +104,7 @@ class VectorJob:
         todo: numbers of the shards that are not whole.
     """
 
-    def __init__(self, folder: Path, state: _State, stamp: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, state: _State, stamp: Stamp) -> None:
         self._folder, self._state, self._stamp = folder, state, stamp
         self.corpus, self.offsets_file = Path(state.corpus.path), folder / OFFSETS_FILE
         self.documents = CorpusFile(self.corpus, np.load(self.offsets_file, mmap_mode="r"))
@@ -112,60 +124,47 @@ class VectorJob:
     ) -> VectorJob | None:
         """Begins, or goes on with what was begun; None if the folder is a whole index of just this.
 
+        A finished index with damaged files is begun again, with those shards that are whole. To be called, and the job
+        to be done, under :func:`locked_parts`.
+
         Raises:
-            CorpusError: a bad corpus, or the folder holds something else; what differs is named.
+            CorpusError: a bad corpus, an id that is there twice, or the folder holds something else; what differs is
+                named.
         """
         if shard_rows < 1:
             raise CorpusError(f"--shard-rows is at least 1, got {shard_rows}")
         settings = _Settings(encoder=encoder, source=source, shard_rows=shard_rows)
-        state_file = folder / STATE_FILE
-        begun = (folder / MANIFEST).exists() or state_file.exists()
-        if not begun and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CorpusError(f"{folder} is not empty and holds no index; choose another folder")
-        stamp, shards = _stamp(corpus), {}
-        if begun:
-            with tqdm(desc="hash", total=stamp[0], unit="B", unit_scale=True, disable=not show_progress) as bar:
-                content = identify(corpus, bar)
-        if (folder / MANIFEST).exists():
-            manifest = read_manifest(folder)
-            if manifest.kind != FLAT:
-                raise IndexFolderError(f"{folder} holds an index of kind {manifest.kind}; choose another folder")
-            made = _Settings.model_validate(manifest.settings)
-            # That the same was computed elsewhere, on a GPU or a CPU, makes it no other index.
-            settings = settings.model_copy(update={"encoder": encoder.model_copy(update={"dtype": made.encoder.dtype})})
-            _refuse_other(folder, settings, content, made, manifest.corpus)
-            return None
-        if begun:
-            try:
-                state = _State.model_validate_json(state_file.read_bytes())
-            except ValidationError as error:
-                raise IndexFolderError(f"{state_file} is damaged; remove {folder} and begin again") from error
-            _refuse_other(folder, settings, content, state, state.corpus)
-            if identify(folder / OFFSETS_FILE) != state.offsets:
-                raise IndexFolderError(f"{folder / OFFSETS_FILE} is damaged; remove {folder} and begin again")
-            for scratch in (folder / "vectors").glob(".*"):
-                scratch.unlink()
-            documents, shards = state.corpus.documents, state.shards
-        else:
-            with CorpusReader(corpus, show_progress=show_progress) as reader:
-                offsets = array("q", (offset for offset, _ in reader))
-            content = FileIdentity(bytes=reader.offset, sha256=reader.sha256)
-            documents = len(offsets)
-            if not documents:
-                raise CorpusError(f"{corpus} is empty: an index needs at least one document")
-            (folder / "vectors").mkdir(parents=True)
-            write_array(folder / OFFSETS_FILE, np.frombuffer(offsets, dtype=np.int64))
-        if _stamp(corpus) != stamp:
-            raise CorpusError(f"{corpus} has changed while it was read")
-        identity = CorpusIdentity(path=str(corpus.resolve()), documents=documents, **content.model_dump())
+        check_corpus(corpus)
+        begun, stamp, offsets = _begun(folder), stamp_of(corpus), None
+        with unchanged(corpus, "read"):
+            if begun is None:
+                content, offsets = _read(corpus, show_progress)
+            else:
+                content, damaged = _hash(corpus, folder, begun, show_progress)
+                settings = _refuse_other(folder, settings, content, begun)
+                if begun.finished and not damaged:
+                    (folder / STATE_FILE).unlink(missing_ok=True)
+                    return None
+                if not _is_whole(folder / OFFSETS_FILE, begun.files.get(OFFSETS_FILE)):
+                    _, offsets = _read(corpus, show_progress)
+        (folder / "vectors").mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        sweep(folder / "vectors")
+        if offsets is not None:
+            write_array(folder / OFFSETS_FILE, offsets)
+        documents = len(np.load(folder / OFFSETS_FILE, mmap_mode="r"))
+        files = begun.files if begun else {}
         state = _State(
             **settings.model_dump(),
-            corpus=identity,
+            corpus=CorpusIdentity(path=str(corpus.resolve()), documents=documents, **content.model_dump()),
             offsets=identify(folder / OFFSETS_FILE),
-            shards=shards,
+            shards={n: files[name] for n in range(-(-documents // shard_rows)) if (name := shard_name(n)) in files},
         )
         job = cls(folder, state, stamp)
         job._save()
+        if begun and begun.finished:
+            logger.warning("%s is damaged (%s); what is whole is kept", folder, ", ".join(damaged[:3]))
+            (folder / MANIFEST).unlink()
         return job
 
     def rows(self, number: int) -> range:
@@ -245,7 +244,7 @@ class VectorJob:
             CorpusError: the corpus has changed meanwhile, or vectors and passages do not belong together.
         """
         state, folder = self._state, self._folder
-        if _stamp(self.corpus) != self._stamp:
+        if stamp_of(self.corpus) != self._stamp:
             raise CorpusError(f"{self.corpus} has changed while its vectors were made; remove {folder} and begin again")
         shards = {f"vectors/{self.path(n).name}": state.shards[n] for n in range(self.shards)}
         maps = open_shards([folder / name for name in shards], len(self.documents), state.encoder.dimension)
@@ -271,24 +270,89 @@ class VectorJob:
         return manifest
 
     def _is_whole(self, number: int) -> bool:
-        expected, path = self._state.shards.get(number), self.path(number)
-        return expected is not None and path.is_file() and identify(path) == expected
+        return _is_whole(self.path(number), self._state.shards.get(number))
 
     def _save(self) -> None:
         write_whole(self._folder / STATE_FILE, self._state.model_dump_json(indent=1).encode())
 
 
-def _stamp(corpus: Path) -> tuple[int, int]:
-    try:
-        stat = corpus.stat()
-    except OSError as error:
-        raise CorpusError(f"cannot read the corpus {corpus}: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns
+class _Begun(NamedTuple):
+    """What a folder holds: how its vectors are made, of what, and the files that were whole."""
+
+    settings: _Settings
+    corpus: CorpusIdentity
+    files: dict[str, FileIdentity]
+    finished: bool
 
 
-def _refuse_other(
-    folder: Path, wanted: _Settings, content: FileIdentity, found: _Settings, corpus: CorpusIdentity
-) -> None:
+def _begun(folder: Path) -> _Begun | None:
+    """None if nothing was begun.
+
+    Raises:
+        CorpusError: the folder holds something else, or what was begun cannot be known any more.
+    """
+    if (folder / MANIFEST).exists():
+        try:
+            manifest = read_manifest(folder)
+        except IndexFolderError as error:
+            raise IndexFolderError(f"{error}, after you have removed {folder}") from error
+        if manifest.kind != FLAT:
+            raise IndexFolderError(f"{folder} holds an index of kind {manifest.kind}; choose another folder")
+        return _Begun(_Settings.model_validate(manifest.settings), manifest.corpus, manifest.files, finished=True)
+    state_file = folder / STATE_FILE
+    if state_file.exists():
+        try:
+            state = _State.model_validate_json(state_file.read_bytes())
+        except ValidationError as error:
+            raise IndexFolderError(f"{state_file} is damaged; remove {folder} and begin again") from error
+        shards = {shard_name(number): identity for number, identity in state.shards.items()}
+        return _Begun(state, state.corpus, {OFFSETS_FILE: state.offsets, **shards}, finished=False)
+    if folder.exists():
+        # What a process that was stopped before its first state may have left: no vectors yet.
+        foreign = not folder.is_dir() or {path.name for path in folder.glob("[!.]*")} - {OFFSETS_FILE, "vectors"}
+        if foreign or any((folder / "vectors").glob("[!.]*")):
+            raise CorpusError(f"{folder} is not empty and holds no index; choose another folder")
+    return None
+
+
+def _is_whole(path: Path, identity: FileIdentity | None, bar: tqdm | None = None) -> bool:
+    return identity is not None and path.is_file() and identify(path, bar) == identity
+
+
+def _hash(corpus: Path, folder: Path, begun: _Begun, show_progress: bool) -> tuple[FileIdentity, list[str]]:
+    """Content of the corpus, and names of the files of a finished index that are not whole."""
+    files = begun.files if begun.finished else {}
+    total = corpus.stat().st_size + sum(identity.bytes for identity in files.values())
+    with tqdm(desc="hash", total=total, unit="B", unit_scale=True, disable=not show_progress) as bar:
+        content = identify(corpus, bar)
+        return content, [name for name, identity in files.items() if not _is_whole(folder / name, identity, bar)]
+
+
+def _read(corpus: Path, show_progress: bool) -> tuple[FileIdentity, np.ndarray]:
+    """Content of the corpus, and [documents] first bytes.
+
+    Raises:
+        CorpusError: a bad corpus, or an id that is there twice.
+    """
+    offsets, ids = array("q"), array("Q")
+    with CorpusReader(corpus, show_progress=show_progress) as reader:
+        for offset, document in reader:
+            offsets.append(offset)
+            ids.append(id_key(document))
+    if not offsets:
+        raise CorpusError(f"{corpus} is empty: an index needs at least one document")
+    found = np.frombuffer(offsets, dtype=np.int64)
+    check_ids(corpus, np.frombuffer(ids, dtype=np.uint64), found)
+    return FileIdentity(bytes=reader.offset, sha256=reader.sha256), found
+
+
+def _refuse_other(folder: Path, wanted: _Settings, content: FileIdentity, begun: _Begun) -> _Settings:
+    """The settings to go on with."""
+    if begun.finished:
+        # That the same was computed elsewhere, on a GPU or a CPU, makes it no other index.
+        encoder = wanted.encoder.model_copy(update={"dtype": begun.settings.encoder.dtype})
+        wanted = wanted.model_copy(update={"encoder": encoder})
+
     def flat(settings: _Settings, sha256: str) -> dict[str, Any]:
         return {
             "corpus sha256": sha256,
@@ -297,7 +361,7 @@ def _refuse_other(
             **settings.encoder.model_dump(exclude={"model", "revision"}),  # the weights say more
         }
 
-    there, asked = flat(found, corpus.sha256), flat(wanted, content.sha256)
+    there, asked = flat(begun.settings, begun.corpus.sha256), flat(wanted, content.sha256)
     differing = [
         f"{name} is {there[name]!r} there, {asked[name]!r} now" for name in there if there[name] != asked[name]
     ]
@@ -305,3 +369,4 @@ def _refuse_other(
         raise IndexFolderError(
             f"{folder} was begun with something else: {'; '.join(differing)}; choose another folder, or remove it"
         )
+    return wanted

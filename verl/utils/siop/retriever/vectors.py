@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,13 +11,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from verl.utils.siop.retriever.corpus import CorpusError
-from verl.utils.siop.retriever.folder import FileIdentity, IndexFolderError
+from verl.utils.siop.retriever.folder import FileIdentity, IndexFolderError, shard_name, write_whole
 
 SHARD_ROWS = 65_536
 # Rows that are widened to float32 at once: on a CPU so few that they stay in its cache.
 CPU_BLOCK_ROWS, GPU_BLOCK_ROWS = 1_024, 65_536
-# Products with fewer rows of queries, or a number between, sum in an order that depends on a vector's place: equal
-# vectors would get scores that differ in their last digit.
+# Products with fewer rows of queries, or a number between, or of a block that is not whole, sum in an order that
+# depends on a vector's place: equal vectors would get scores that differ in their last digit.
 _QUERY_ROWS = 4
 _ROW_BITS = 32
 _LAST_ROW = 2**_ROW_BITS - 1
@@ -36,7 +34,7 @@ class Vectors(Protocol):
 
 def shard_path(folder: Path, number: int) -> Path:
     """File of a shard of an index."""
-    return folder / "vectors" / f"{number:05d}.f16.npy"
+    return folder / shard_name(number)
 
 
 def write_shard(path: Path, vectors: np.ndarray) -> FileIdentity:
@@ -59,22 +57,6 @@ def write_array(path: Path, array: np.ndarray) -> FileIdentity:
     data = buffer.getbuffer()
     write_whole(path, data)
     return FileIdentity(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file aside and renames it, so that half of it is never found.
-
-    Raises:
-        CorpusError: it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(data)
-        scratch.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise CorpusError(f"cannot write {path} ({len(data)} bytes): {error.strerror}") from error
 
 
 def open_shards(paths: Sequence[Path], documents: int, dimension: int) -> list[np.ndarray]:
@@ -130,26 +112,32 @@ class FlatVectors:
         asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
         asked = torch.nn.functional.pad(asked, (0, 0, 0, -len(asked) % _QUERY_ROWS))
         # One loop for all devices: GPUs work on while the next is given its part.
-        found = [best_keys(_blocks(part), asked.to(device), k) for device, part in self._parts.items()]
+        found = [
+            best_keys(_blocks(part), asked.to(device), k, _block_rows(device)) for device, part in self._parts.items()
+        ]
         keys = torch.cat([keys.cpu() for keys in found], dim=1)
         return scores_and_rows(keys.topk(min(k, keys.shape[1])).values[: len(queries)])
 
 
-def best_keys(blocks: Iterable[tuple[int, torch.Tensor]], queries: torch.Tensor, k: int) -> torch.Tensor:
+def best_keys(
+    blocks: Iterable[tuple[int, torch.Tensor]], queries: torch.Tensor, k: int, block_rows: int = 0
+) -> torch.Tensor:
     """Keys of the ``k`` best rows of each query: one int64 that orders by score, then by row.
 
     Args:
         blocks: number of the first row, and vectors [rows, dimension].
         queries: [queries, dimension] float32, on the device of the blocks.
         k: fewer are found if there are fewer rows.
+        block_rows: shorter blocks are multiplied as if they had so many, so that equal vectors get equal scores.
 
     Returns:
         [queries, at most k] int64.
     """
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start, block in blocks:
+        wide = torch.nn.functional.pad(block.float(), (0, 0, 0, max(0, block_rows - len(block))))
         # + 0: -0.0 is another float than 0.0, but no other score.
-        bits = (queries @ block.float().T + 0.0).view(torch.int32)
+        bits = ((queries @ wide.T)[:, : len(block)] + 0.0).view(torch.int32)
         rows = torch.arange(start, start + len(block), device=queries.device)
         keys = (_ordered(bits).long() << _ROW_BITS) | (_LAST_ROW - rows)
         best = torch.cat([best, keys.topk(min(k, len(block))).values], dim=1)
@@ -170,9 +158,13 @@ def _ordered(bits: torch.Tensor) -> torch.Tensor:
 
 def _blocks(part: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
     for start, shard in part:
-        rows = CPU_BLOCK_ROWS if shard.device.type == "cpu" else GPU_BLOCK_ROWS
+        rows = _block_rows(shard.device.type)
         for first in range(0, len(shard), rows):
             yield start + first, shard[first : first + rows]
+
+
+def _block_rows(device: str) -> int:
+    return CPU_BLOCK_ROWS if device == "cpu" else GPU_BLOCK_ROWS
 
 
 def _check_memory(shards: Sequence[np.ndarray], gpus: Sequence[str]) -> None:
