@@ -63,6 +63,13 @@ def turns_of(output: str) -> list[str]:
     return turns[:-1] if len(turns) > 1 and not re.sub(r"<\|im_\w+\|>", "", turns[-1]).strip() else turns
 
 
+def observations_of(output: str) -> list[str]:
+    """Texts of the tool's results in a dumped rollout."""
+    return [
+        text.removeprefix("<tool_response>").removesuffix("</tool_response>") for text in _OBSERVATION.findall(output)
+    ]
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -153,6 +160,42 @@ def turn_advantages(
     return [advantages_BL[row, 0 : 2 * count : 2].tolist() for row, count in enumerate(turns)]
 
 
+@dataclass(frozen=True)
+class Dumped:
+    """The rollouts of one step, as the trainer dumped them.
+
+    Args:
+        rows: one for each of B rollouts; dropped questions are left out.
+        texts: of their turns.
+        counts: of their turns. A policy that makes up a result and goes on in the same turn has fewer than its text
+            seems to have.
+        rewards: turn rewards; of another estimator's runs the outcome on the last turn.
+        uids: their questions.
+    """
+
+    rows: list[dict[str, Any]]
+    texts: list[list[str]]
+    counts: list[int]
+    rewards: list[list[float]]
+    uids: list[str]
+
+    @classmethod
+    def read(cls, file: Path) -> Dumped:
+        # A dropped question has no turn rewards; one whose rollout has no answer has an empty list.
+        rows = [row for row in read_rows(file) if row.get("turn_rewards", []) is not None]
+        texts = [turns_of(row["output"]) for row in rows]
+        counts = [len(row.get("turn_rewards") or turns) for row, turns in zip(rows, texts, strict=True)]
+        rewards = [
+            row.get("turn_rewards", [0.0] * (count - 1) + [row["score"]])
+            for row, count in zip(rows, counts, strict=True)
+        ]
+        return cls(rows, texts, counts, rewards, [row["uid"].rsplit("_", 2)[0] for row in rows])
+
+    def advantages(self, algorithm: DictConfig) -> list[list[float]]:
+        """Of every turn, see :func:`turn_advantages`."""
+        return turn_advantages(self.rewards, self.counts, self.uids, algorithm)
+
+
 def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
     """Course of a training run, from its dumped rollouts.
 
@@ -168,22 +211,12 @@ def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
     right: list[float] = []
     stale: list[float] = []
     for file in files:
-        # A dropped question has no turn rewards; one whose rollout has no answer has an empty list.
-        rows = [row for row in read_rows(file) if row.get("turn_rewards", []) is not None]
-        texts = [turns_of(row["output"]) for row in rows]
-        em.append(_share(row["em"] for row in rows))
-        mean_turns.append(_share(len(turns) for turns in texts))
+        step = Dumped.read(file)
+        em.append(_share(row["em"] for row in step.rows))
+        mean_turns.append(_share(len(turns) for turns in step.texts))
         if int(file.stem) > EARLY_STEPS:
             continue
-        # A policy that makes up a result and goes on in the same turn has fewer turns than its text seems to have.
-        counts = [len(row.get("turn_rewards") or turns) for row, turns in zip(rows, texts, strict=True)]
-        rewards = [
-            row.get("turn_rewards", [0.0] * (count - 1) + [row["score"]])
-            for row, count in zip(rows, counts, strict=True)
-        ]
-        uids = [row["uid"].rsplit("_", 2)[0] for row in rows]
-        advantages = turn_advantages(rewards, counts, uids, algorithm)
-        for row, turns, values in zip(rows, texts, advantages, strict=True):
+        for row, turns, values in zip(step.rows, step.texts, step.advantages(algorithm), strict=True):
             answer = parse_answer(turns[-1])
             (answering if answer else searching).append(values[-1])
             searching.extend(values[:-1])

@@ -35,6 +35,7 @@ def test_defaults() -> None:
         "siop_reference_prefix": "auto",
         "siop_reference_suffix": "auto",
         "siop_scorer_noise": 1e-5,
+        "siop_streaming": True,
         "siop_scorer": "server",
         "siop_scorer_url": "http://127.0.0.1:8390",
         "siop_scorer_timeout_s": 600.0,

@@ -156,6 +156,9 @@ class FailingScorer(Scorer):
     async def __aexit__(self, *exception: Any) -> None:
         return None
 
+    async def aclose(self) -> None:
+        return None
+
     async def cluster(self, question: str, answers: list[str]) -> list[int]:
         if question in self.bad:
             raise ScorerError(f"cannot score {question}")

@@ -21,13 +21,13 @@ from method_helpers import Scorer, byte_tokenizer, mixed_batch
 from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest, compute_group_rewards
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
-from benchmarks import toy_results, toy_services, toy_table, turn_auc
+from benchmarks import toy_course, toy_results, toy_services, toy_table, turn_auc
 from benchmarks.toy_results import Turn, auc, needed_fact_found
 from examples.toy_world import build
 from examples.toy_world.agent import IMPERFECT, PERFECT, trajectory
 from examples.toy_world.tokenizer import build_tokenizer, prompt_text
 from examples.toy_world.warm_start import encode_episode, search_in, world_index
-from examples.toy_world.world import CHAINS, STALE_ANSWERS, TWO_HOP, Kind, held_out_world, vocabulary
+from examples.toy_world.world import CHAINS, STALE_ANSWERS, TWO_HOP, Kind, held_out_world, train_world, vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -540,3 +540,43 @@ def test_bad_arguments(arguments: list[str], message: str, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as caught:
         toy_table.main()
     assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_the_course_of_a_training(tmp_path: Path) -> None:
+    """Two steps of one question with three rollouts, of which one searches in vain."""
+    toy = _toy(tmp_path, TWO_HOP)
+    world = train_world(0, TWO_HOP)
+    question = world.questions()[0]
+    relations = TWO_HOP.templates[question.template].relations
+    first, second = (f"{relation} {subject}" for relation, subject in zip(relations, question.chain, strict=False))
+    search = search_in(world_index(world, "c"), topk=1)
+
+    def rollout(queries: list[str], answer: str) -> str:
+        turns = [
+            f"<tool_call> {query} </tool_call><|im_end|>\n<tool_response>{search(query)}</tool_response>"
+            for query in queries
+        ]
+        return "".join(turns) + f"<answer> {answer} </answer><|im_end|>"
+
+    outputs = [rollout([first, second], question.gold), rollout([first, "zebra"], "x y"), rollout(["zebra"], "x y")]
+    rewards = [[0.3, 0.5, 0.1], [0.3, 0.0, 0.1], [0.0, 0.1]]
+    for step in (1, 2):
+        rows = [
+            {
+                "input": prompt_text(question.text),
+                "output": output,
+                "uid": f"u_{session}_0",
+                "em": float(session == 0),
+                "cluster": min(session, 1),
+                "target": 0.6 if session == 0 else 0.4,
+                "score": sum(rewards[session]),
+                "turn_rewards": rewards[session],
+            }
+            for session, output in enumerate(outputs)
+        ]
+        (tmp_path / f"{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    algorithm = toy_results.config_of(["ablation=siop"]).algorithm
+    (whole,) = toy_course.course(tmp_path, toy, algorithm, window=10)
+    assert whole == pytest.approx({"steps": 2, "em": 1 / 3, "turns": 8 / 3, "mass": 0.6, "heaviest": 1.0, "auc": 1.0})
+    assert [row["steps"] for row in toy_course.course(tmp_path, toy, algorithm, window=1)] == [1, 2]
+    assert toy_course.votes([{"cluster": None, "target": 0.0, "em": 0.0}]) == (0.0, 0.0)

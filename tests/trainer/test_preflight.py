@@ -61,6 +61,7 @@ OTHER_VALUES: dict[str, Any] = {
     "siop_reference_prefix": "\nNow:\n",
     "siop_reference_suffix": "<|im_end|>",
     "siop_scorer_noise": 1e-3,
+    "siop_streaming": False,
     "siop_scorer": "policy",
     "siop_scorer_url": "https://elsewhere:1",
     "siop_scorer_timeout_s": 5.0,

@@ -150,3 +150,49 @@ def test_dropped_questions_are_logged_with_the_first_cause(
 ) -> None:
     _sample(monkeypatch, {"q1"}, causes={"q1": _cause("TimeoutError", 1.0)})
     assert "1 of 4 questions dropped because a rollout of each failed; the first of them: TimeoutError" in caplog.text
+
+
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_question_is_told_once_as_soon_as_its_last_rollout_has_ended(
+    monkeypatch: pytest.MonkeyPatch, cleared: list[str], partition: str
+) -> None:
+    """By verl's own loop, over polls in which one question after another ends; one of them with a failure."""
+    polls = [
+        {"q0": "running", "q1": "running", "q2": "pending"},
+        {"q0": "running", "q1": "finished", "q2": "running"},
+        {"q0": "running", "q1": "finished", "q2": "finished"},
+        {"q0": "failure" if partition == "train" else "finished", "q1": "finished", "q2": "finished"},
+    ]
+    told: list[tuple[int, list[str], str]] = []
+    seen = -1
+
+    def kv_list(part: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+        nonlocal seen
+        seen += part is None
+        items: dict[str, dict[str, Any]] = {}
+        for uid, status in polls[seen].items():
+            items[uid] = {"is_prompt": True, "status": status, "global_steps": 1}
+            items |= {f"{uid}_{session}_0": {"n": session} for session in (1, 0) if status != "pending"}
+        return {partition: items}
+
+    monkeypatch.setattr(tq, "kv_list", kv_list)
+    buffer = CheckedReplayBuffer(
+        trainer_mode="sync",
+        trainer_config={},
+        max_off_policy_threshold=8,
+        max_off_policy_strategy="drop",
+        sampler_kwargs={"poll_interval": 0.001},
+        refill_fn=None,
+    )
+    buffer.on_finished = lambda keys, part: told.append((seen, sorted(keys), part))
+    monkeypatch.setattr(buffer, "_note_validation", lambda batch: None)
+    batch, _ = buffer.sample(global_steps=1, partition_id=partition, batch_size=3)
+    if partition == "val":
+        assert told == [] and len(batch.keys) == 6
+        return
+    assert told == [(1, ["q1_0_0", "q1_1_0"], "train"), (2, ["q2_0_0", "q2_1_0"], "train")]
+    assert sorted(batch.keys) == ["q1_0_0", "q1_1_0", "q2_0_0", "q2_1_0"]
+    # In the next step the same question would be told again.
+    seen = 1
+    buffer.sample(global_steps=2, partition_id=partition, batch_size=3)
+    assert [entry[1:] for entry in told[2:]] == [entry[1:] for entry in told[:2]]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from method_helpers import FailingScorer, byte_tokenizer, run, search_rollout
+from method_helpers import FailingScorer, byte_tokenizer, search_rollout
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.siop import scoring
 from verl.trainer.siop import trainer as module
 from verl.trainer.siop.rollouts.alarms import NothingLearnt
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.rollouts.tool_calls import ToolRecord
-from verl.trainer.siop.trainer import EveryGroupDropped, SiopTrainer, _jagged, _session
-from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopError
+from verl.trainer.siop.trainer import SiopTrainer, _jagged, _session
+from verl.utils.siop.errors import ScorerError, SiopError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
 
 ROLLOUTS = [search_rollout(uid, answer, ["x is here"]) for uid in ("a", "b", "c") for answer in ("x", "y")]
@@ -28,105 +27,9 @@ ROLLOUTS = [search_rollout(uid, answer, ["x is here"]) for uid in ("a", "b", "c"
 def _trainer(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], **keys: Any) -> SiopTrainer:
     trainer = object.__new__(SiopTrainer)
     trainer.siop, trainer.gamma, trainer.tokenizer = SiopConfig(**keys), 1.0, byte_tokenizer()
-    monkeypatch.setattr(module, "ScoringClient", FailingScorer)
+    monkeypatch.setattr(scoring, "ScoringClient", FailingScorer)
     monkeypatch.setattr(FailingScorer, "bad", bad)
     return trainer
-
-
-def test_all_rows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    rewards, rows, dropped, cost = asyncio.run(_trainer(monkeypatch, ())._score(ROLLOUTS))
-    assert rows == list(range(6)) and dropped == set()
-    assert rewards.turn_rewards == run(ROLLOUTS).turn_rewards
-    seconds = {f"siop/seconds/{kind}" for kind in ("cluster", "entailment", "support")}
-    assert set(cost) == {*seconds, "siop/tokens/computed", "siop/tokens/requested"}
-    assert all(cost[name] > 0 for name in cost)
-
-
-@pytest.mark.parametrize(
-    ("nli", "shown"),
-    [(None, {}), ("lexical", {"siop/evidence_backend": 0.0}), ("org/deberta", {"siop/evidence_backend": 1.0})],
-)
-def test_the_metrics_say_who_gave_the_evidence(
-    monkeypatch: pytest.MonkeyPatch, nli: str | None, shown: dict[str, float]
-) -> None:
-    trainer = _trainer(monkeypatch, ())
-    monkeypatch.setattr(FailingScorer, "nli", nli, raising=False)
-    cost = asyncio.run(trainer._score(ROLLOUTS))[3]
-    assert {key: value for key, value in cost.items() if key == "siop/evidence_backend"} == shown
-
-
-def test_the_scorer_gets_the_same_requests_whatever_the_uids_and_the_order_of_the_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[Any] = []
-
-    class RecordingScorer(FailingScorer):
-        async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
-            calls.append(list(pairs))
-            return await super().entailment(pairs)
-
-        async def support(self, rollouts: Any) -> list[list[list[float]]]:
-            calls.append([(item.prompt_ids, item.response_ids) for item in rollouts])
-            return await super().support(rollouts)
-
-    trainer = _trainer(monkeypatch, ())
-    monkeypatch.setattr(module, "ScoringClient", RecordingScorer)
-    expected, *_ = asyncio.run(trainer._score(ROLLOUTS))
-    first, calls = calls, []
-    other = [replace(item, uid={"a": "z", "b": "y", "c": "x"}[item.uid]) for item in ROLLOUTS]
-    rewards, rows, _, _ = asyncio.run(trainer._score(other[4:] + other[:4]))
-    assert calls == first and len(first) == 2
-    assert rows == [2, 3, 4, 5, 0, 1] and rewards.turn_rewards == expected.turn_rewards
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_the_entailment_rule_reaches_the_scorer(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
-    given: list[dict[str, Any]] = []
-
-    class NotedScorer(FailingScorer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__()
-            given.append(kwargs)
-
-    trainer = _trainer(monkeypatch, (), siop_strict_entailment=strict)
-    monkeypatch.setattr(module, "ScoringClient", NotedScorer)
-    asyncio.run(trainer._score(ROLLOUTS))
-    assert [options["strict"] for options in given] == [strict]
-
-
-def test_seconds_of_calls_at_the_same_time_count_once() -> None:
-    class SlowScorer(FailingScorer):
-        async def cluster(self, question: str, answers: list[str]) -> list[int]:
-            await asyncio.sleep(0.05)
-            return await super().cluster(question, answers)
-
-    async def many() -> float:
-        scorer = module.TimedScorer(SlowScorer())  # type: ignore[arg-type]
-        start = time.perf_counter()
-        await asyncio.gather(*(scorer.cluster("Q", ["x"]) for _ in range(20)))
-        await scorer.cluster("Q", ["x"])
-        assert 0.1 <= scorer.seconds["cluster"] <= time.perf_counter() - start
-        return scorer.seconds["entailment"]
-
-    assert asyncio.run(many()) == 0
-
-
-def test_a_scorer_error_ends_the_run_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ScorerError, match="cannot score Q b"):
-        asyncio.run(_trainer(monkeypatch, ("Q b",))._score(ROLLOUTS))
-
-
-def test_drop_group_leaves_out_the_failed_question_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = _trainer(monkeypatch, ("Q b",), siop_on_scorer_error="drop_group")
-    rewards, rows, dropped, _ = asyncio.run(trainer._score(ROLLOUTS))
-    assert dropped == {"b"} and rows == [0, 1, 4, 5]
-    assert rewards.turn_rewards == run([ROLLOUTS[row] for row in rows]).turn_rewards
-
-
-def test_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = _trainer(monkeypatch, ("Q a", "Q b", "Q c"), siop_on_scorer_error="drop_group")
-    with pytest.raises(EveryGroupDropped, match="all 3 questions"):
-        asyncio.run(trainer._score(ROLLOUTS))
 
 
 class Actor:
@@ -152,22 +55,14 @@ def test_support_comes_from_the_policy_or_the_question_is_dropped(monkeypatch: p
     rollout = {"log_prob_use_dynamic_bsz": True, "log_prob_max_token_len_per_gpu": 1000}
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
     trainer.actor_rollout_wg = Actor(bad="c")
-    rewards, rows, dropped, cost = asyncio.run(trainer._score(ROLLOUTS))
-    assert dropped == {"c"} and rows == [0, 1, 2, 3]
-    assert rewards.support == [[pytest.approx(math.exp(-1))] * 3] * 4
-    assert cost["siop/seconds/support"] > 0
-    assert cost["siop/tokens/requested"] > cost["siop/tokens/computed"] > 0
+    scores = asyncio.run(trainer._score_batch(ROLLOUTS))
+    assert scores.dropped == {"c"} and scores.rows == [0, 1, 2, 3]
+    assert scores.rewards.support == [[pytest.approx(math.exp(-1))] * 3] * 4
+    assert scores.cost["siop/seconds/support"] > 0
+    assert scores.cost["siop/tokens/requested"] > scores.cost["siop/tokens/computed"] > 0
     trainer.siop = SiopConfig(siop_scorer="policy")
     with pytest.raises(ScorerError, match="the actor gave no finite log-prob"):
-        asyncio.run(trainer._score(ROLLOUTS))
-
-
-def test_an_absent_scorer_ends_the_run() -> None:
-    trainer = object.__new__(SiopTrainer)
-    trainer.tokenizer = byte_tokenizer()
-    trainer.siop = SiopConfig(siop_scorer_url="http://127.0.0.1:9", siop_scorer_timeout_s=0.2)
-    with pytest.raises(ScorerUnavailable, match=r"127\.0\.0\.1:9"):
-        asyncio.run(trainer._score(ROLLOUTS))
+        asyncio.run(trainer._score_batch(ROLLOUTS))
 
 
 def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.MonkeyPatch) -> None:

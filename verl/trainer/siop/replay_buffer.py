@@ -41,14 +41,19 @@ class CheckedReplayBuffer(ReplayBuffer):
     Attributes:
         on_validation: gets every validation batch while its rollouts are there.
         on_progress: gets the number of questions of a validation that have ended, at every look for more.
+        on_finished: gets the keys of a training question's rollouts, and the partition, as soon as the last of them
+            has ended without an error, while those of others go on.
     """
 
     on_validation: Callable[[KVBatchMeta], None] | None = None
     on_progress: Callable[[int], None] | None = None
+    on_finished: Callable[[list[str], str], None] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(poll_interval=float(kwargs["sampler_kwargs"].get("poll_interval", 2.0)), **kwargs)
         self._causes: dict[str, str] = {}  # of the first failure in a partition
+        self._told: set[str] = set()  # finished questions of the step
+        self._sampling = ""  # the partition
         self._validation: dict[str, list[int]] = {"turns": [], "response_tokens": []}
         self._validated = 0  # questions in earlier batches of the validation
 
@@ -58,6 +63,7 @@ class CheckedReplayBuffer(ReplayBuffer):
         Raises:
             RolloutFailed: too many did, with the first cause.
         """
+        self._told, self._sampling = set(), partition_id
         try:
             batch, metrics = super().sample(global_steps, partition_id, batch_size)
         except RuntimeError:
@@ -98,6 +104,20 @@ class CheckedReplayBuffer(ReplayBuffer):
                     if uid in failed and "failure" in tag
                 ]
                 self._causes[partition_id] = min(found)[1] if found else ""
+        if self._sampling == "train" and self.on_finished is not None:
+            self._tell_finished(self._sampling, self.on_finished)
+
+    def _tell_finished(self, partition_id: str, tell: Callable[[list[str], str], None]) -> None:
+        new = self.finished_keys[partition_id] - self._told
+        if not new:
+            return
+        self._told |= new
+        keys_of: dict[str, list[str]] = {}
+        for key in self.partitions[partition_id]:
+            keys_of.setdefault(key.split("_")[0], []).append(key)
+        for uid in sorted(new):
+            if uid in keys_of:
+                tell(keys_of[uid], partition_id)
 
     def _too_many_failed(self, partition_id: str, batch_size: int) -> bool:
         # Groups that ended since, beyond the batch, are looked at with their own batch.

@@ -6,11 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,66 +25,27 @@ from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.supervised import SupervisedTrainer
+from verl.trainer.siop.scoring import RewardStream, Scores, TimedScorer, open_client, score_batch
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
-from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError, SiopError
+from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.files import write_whole
-from verl.utils.siop.scoring_client import LEXICAL, ScoringClient
-from verl.utils.siop.siop_process_reward import (
-    GroupRewards,
-    Rollout,
-    SiopConfig,
-    SiopScorer,
-    SupportRequest,
-    compute_group_rewards,
-)
+from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, SiopScorer
 from verl.utils.siop.turn_utils import extract_answer, get_assistant_turn_ranges
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-
-class EveryGroupDropped(SiopError, RuntimeError):
-    """The scorer failed on every question of a batch, so there is nothing to learn from."""
-
-
-@dataclass
-class TimedScorer:
-    """A :class:`SiopScorer` that measures the wall seconds during which at least one call of a kind is waited for."""
-
-    scorer: ScoringClient | PolicyScorer
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _waiting: Counter[str] = field(default_factory=Counter)
-
-    async def _timed(self, kind: str, call: Awaitable[T]) -> T:
-        if not self._waiting[kind]:
-            self.seconds[kind] -= time.perf_counter()
-        self._waiting[kind] += 1
-        try:
-            return await call
-        finally:
-            self._waiting[kind] -= 1
-            if not self._waiting[kind]:
-                self.seconds[kind] += time.perf_counter()
-
-    async def cluster(self, question: str, answers: list[str]) -> list[int]:
-        return await self._timed("cluster", self.scorer.cluster(question, answers))
-
-    async def entailment(self, pairs: list[tuple[str, str]]) -> list[float]:
-        return await self._timed("entailment", self.scorer.entailment(pairs))
-
-    async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
-        return await self._timed("support", self.scorer.support(rollouts))
-
-    def metrics(self) -> dict[str, float]:
-        """``siop/seconds/…`` by kind of call and ``siop/tokens/…``: computed, and requested as full sequences."""
-        return {
-            **{f"siop/seconds/{kind}": value for kind, value in self.seconds.items()},
-            "siop/tokens/computed": float(self.scorer.computed_tokens),
-            "siop/tokens/requested": float(self.scorer.requested_tokens),
-        }
+_ROLLOUT_FIELDS = (
+    "uid",
+    "prompts",
+    "responses",
+    "response_mask",
+    "raw_prompt",
+    "reward_model",
+    "extra_info",
+    "extra_fields",
+)
 
 
 @register_trainer("siop")
@@ -105,6 +63,8 @@ class SiopTrainer(SupervisedTrainer):
     # Of a training; nobody looks at an evaluation.
     _alarm: NothingLearntAlarm | None = None
     _told_of_labels = False
+    # Of the step whose rollouts are being generated.
+    _stream: RewardStream | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -116,6 +76,8 @@ class SiopTrainer(SupervisedTrainer):
         self.uses_siop = config.algorithm.adv_estimator == "siop"
         self.siop, self.gamma = SiopConfig.from_algorithm(config.algorithm), float(config.algorithm.gamma)
         self._records: dict[str, dict[str, Any]] = {}
+        if self.uses_siop and self._streams():
+            self.replay_buffer.on_finished = self._question_finished
 
     def on_train_begin(self) -> None:
         super().on_train_begin()
@@ -127,10 +89,7 @@ class SiopTrainer(SupervisedTrainer):
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         # Rollout order within a question is the order of its sessions, whatever order verl's balancing left.
         keys.sort(key=_session)
-        fields = ["uid", "prompts", "responses", "response_mask", "raw_prompt", "reward_model"]
-        data = tq.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "extra_info", "extra_fields"]
-        )
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(_ROLLOUT_FIELDS))
         self._outcome_metrics(keys, data, metrics)
         records = [fields[FIELD] for fields in column(data, "extra_fields") if FIELD in fields]
         metrics.update(tool_metrics(records))
@@ -182,7 +141,8 @@ class SiopTrainer(SupervisedTrainer):
 
     def _write_turn_rewards(self, keys: list[str], data: TensorDict, partition_id: str, metrics: dict) -> None:
         rollouts = self._rollouts(keys, data)
-        rewards, kept, dropped, cost = asyncio.run(self._score(rollouts))
+        scores = self._scores(rollouts)
+        rewards, kept, dropped = scores.rewards, scores.rows, scores.dropped
 
         masks = column(data, "response_mask")
         turn_rewards: list[list[float]] = [[] for _ in masks]
@@ -211,7 +171,7 @@ class SiopTrainer(SupervisedTrainer):
             )
         )
         metrics["siop/dropped_groups"] = float(len(dropped))
-        metrics.update(cost)
+        metrics.update(scores.cost)
         for index, row in enumerate(kept):
             self._records[keys[row]].update(
                 question=rollouts[row].question,
@@ -223,6 +183,25 @@ class SiopTrainer(SupervisedTrainer):
                 # As float32, the precision in which the update receives them.
                 turn_rewards=[float(np.float32(value)) for value in rewards.turn_rewards[index]],
             )
+
+    # ------------------------------------------------------------------ scoring
+    def _streams(self) -> bool:
+        """Whether questions are scored while others generate: the policy itself cannot do both."""
+        return self.siop.siop_streaming and self.siop.siop_scorer == "server"
+
+    def _question_finished(self, keys: list[str], partition_id: str) -> None:
+        """A question's last rollout has ended."""
+        if self._stream is None:
+            self._stream = RewardStream(self.siop, self.tokenizer)
+        keys = sorted(keys, key=_session)
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=list(_ROLLOUT_FIELDS))
+        self._stream.add(self._rollouts(keys, data))
+
+    def _scores(self, rollouts: list[Rollout]) -> Scores:
+        if not self._streams():
+            return asyncio.run(self._score_batch(rollouts))
+        stream, self._stream = self._stream or RewardStream(self.siop, self.tokenizer), None
+        return stream.collect(rollouts)
 
     def _rollouts(self, keys: list[str], data: TensorDict) -> list[Rollout]:
         several = [key for key in keys if _session(key)[2] > 0]
@@ -259,48 +238,18 @@ class SiopTrainer(SupervisedTrainer):
                 logger.warning("no siop/heaviest_cluster_right: %s", error)
             return []
 
-    async def _score(self, rollouts: list[Rollout]) -> tuple[GroupRewards, list[int], set[str], dict[str, float]]:
-        """Rewards of the rows that could be scored, those rows, the questions that could not, what it cost.
-
-        The rows go to the scorer in the order of their prompts: what shares a request with what, and so the last bits
-        of a score, must depend neither on the order of the rows nor on the uids, which are new in every run.
-        """
-        async with ScoringClient(
-            self.siop.siop_scorer_url,
-            strict=self.siop.siop_strict_entailment,
-            timeout_s=self.siop.siop_scorer_timeout_s,
-        ) as client:
+    async def _score_batch(self, rollouts: list[Rollout]) -> Scores:
+        """All rollouts at once, at the end of the step."""
+        async with open_client(self.siop) as client:
             scorer = TimedScorer(client if self.siop.siop_scorer == "server" else self._policy_scorer(client))
-            rows = sorted(range(len(rollouts)), key=lambda row: rollouts[row].prompt_ids)
-            kept = [rollouts[row] for row in rows]
-            dropped: set[str] = set()
-            try:
-                rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
-            except (ScorerError, ScorerUnavailable) as error:
-                if self.siop.siop_on_scorer_error == "raise":
-                    raise
-                logger.error("the scorer failed on the batch, asking question by question: %s", error)
-                dropped = await self._unscorable(kept, scorer)
-                rows = [row for row in rows if rollouts[row].uid not in dropped]
-                if not rows:
-                    raise EveryGroupDropped(f"the scorer failed on all {len(dropped)} questions: {error}") from error
-                kept = [rollouts[row] for row in rows]
-                rewards = await compute_group_rewards(kept, self.tokenizer, self.siop, scorer)
-            return rewards, rows, dropped, {**scorer.metrics(), **_evidence_backend(client)}
+            start = time.perf_counter()
+            scores = await score_batch(rollouts, self.tokenizer, self.siop, scorer)
+            seconds = time.perf_counter() - start
+            scores.cost.update({"siop/seconds/busy": seconds, "siop/seconds/exposed": seconds})
+            return scores
 
     def _policy_scorer(self, nli: SiopScorer) -> PolicyScorer:
         return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)
-
-    async def _unscorable(self, rollouts: list[Rollout], scorer: SiopScorer) -> set[str]:
-        failed = set()
-        for uid in dict.fromkeys(rollout.uid for rollout in rollouts):
-            group = [rollout for rollout in rollouts if rollout.uid == uid]
-            try:
-                await compute_group_rewards(group, self.tokenizer, self.siop, scorer)
-            except (ScorerError, ScorerUnavailable) as error:
-                logger.error("question dropped (%r): %s", group[0].question, error)
-                failed.add(uid)
-        return failed
 
     # ------------------------------------------------------------------ reports
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
@@ -343,12 +292,6 @@ class SiopTrainer(SupervisedTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / METRICS_FILE, json.dumps(values, indent=1, sort_keys=True).encode())
         return metrics
-
-
-def _evidence_backend(scorer: SiopScorer) -> dict[str, float]:
-    """``siop/evidence_backend``: 0 if words were compared, 1 if a model was asked; none if the scorer does not say."""
-    nli = getattr(scorer, "nli", None)
-    return {} if nli is None else {"siop/evidence_backend": float(nli != LEXICAL)}
 
 
 def _session(key: str) -> tuple[str, int, int]:

@@ -239,6 +239,7 @@ METHOD_KEYS = (
     "siop_strict_entailment",
     "siop_consensus_terminal",
     "siop_scorer_noise",
+    "siop_streaming",
     *TURN_KEYS,
     *SUPPORT_KEYS,
     *TARGET_KEYS,
@@ -273,6 +274,8 @@ def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]
         yield "siop_consensus_terminal", f"siop_reward_mode={mode}"
     if siop.siop_eta == 0:
         yield "siop_evidence", "siop_eta=0, which leaves evidence out"
+    if siop.siop_scorer == "policy":
+        yield "siop_streaming", "siop_scorer=policy, which cannot generate and score at once"
     if siop.siop_gain != "log":
         yield "siop_epsilon", f"siop_gain={siop.siop_gain}, which takes no logarithm"
 

@@ -73,6 +73,7 @@ class SiopConfig:
     siop_scorer: str = _choice("server", "policy")
     siop_scorer_url: str = "http://127.0.0.1:8390"
     siop_scorer_timeout_s: float = _number(600.0, 0.0, above=True)
+    siop_streaming: bool = True
     siop_on_scorer_error: str = _choice("raise", "drop_group")
     siop_on_nothing_learnt: str = _choice("stop", "warn")
     siop_import: str = ""
