@@ -466,3 +466,28 @@ def test_searchr1_rows_of_one_file_are_read_by_their_own_columns(tmp_path: Path,
     row = searchr1_row("nq", "test", made_up("nq", "test", 1)[0], 0)
     built(own(out, f"eval={write_parquet(tmp_path / 'x.parquet', [row])}"))
     assert rows(out, "eval")[0]["prompt"][-1]["content"] == "who is number 0 in the test part of nq?"
+
+
+def test_questions_alone_are_for_training_without_labels(tmp_path: Path, out: Path) -> None:
+    path = write_jsonl(tmp_path / "asked.jsonl", [{"question": f"Who wrote book {i}?"} for i in range(5)])
+    with pytest.raises(SourceError, match=r"set 'asked' has no question left for train .*5 no answer.*--label-free"):
+        build(own(out, f"train={path}"))
+    built(own(out, f"train={path}", label_free=True))
+    assert [row["extra_info"]["question"] for row in rows(out, "train")] == [f"Who wrote book {i}?" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "noted"),
+    [
+        ({"user": "Short, please: {question}"}, True),
+        ({"system": "Give it in <answer> and </answer>."}, False),
+    ],
+)
+def test_a_prompt_that_asks_for_no_tags_is_noted(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str], prompt: dict[str, str], noted: bool
+) -> None:
+    own_prompt = tmp_path / "own.yaml"
+    own_prompt.write_text(json.dumps(prompt))
+    path = write_jsonl(tmp_path / "asked.jsonl", [{"question": "Who?", "answer": "Ada"}])
+    assert main(["build", "--source", f"train={path}", "--prompt", str(own_prompt), "--out", str(out)]) == 0
+    assert ("does not ask for <answer>" in capsys.readouterr().out) == noted

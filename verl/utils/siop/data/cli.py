@@ -26,7 +26,7 @@ from verl.utils.siop.data.manifest import (
     table,
 )
 from verl.utils.siop.data.presets import PARTS, PRESETS, preset_of
-from verl.utils.siop.data.prompts import PROMPTS, ROLLOUT, Prompt
+from verl.utils.siop.data.prompts import PROMPTS, ROLLOUT, Prompt, prompt_of
 from verl.utils.siop.data.select import Options
 from verl.utils.siop.data.sources import fetch
 from verl.utils.siop.errors import SiopConfigError, SiopError
@@ -146,6 +146,11 @@ def _build(args: argparse.Namespace) -> int:
         say(f"{args.out} is up to date")
         return 0
     _built(manifest)
+    if args.prompt and not prompt_of(args.prompt).asks_for_tags:
+        say(
+            f"note: the prompt {args.prompt} does not ask for <answer> and </answer>: an answer outside of them is not "
+            "read, so the model must have learnt to give it in them"
+        )
     say(f"wrote {args.out}; use it with DATA_DIR={args.out}")
     return 0
 

@@ -144,7 +144,7 @@ def fit(chat: Chat, prompt: Prompt | None) -> Fit:
         call = _call(chat, chosen, name, arguments)
         chosen = chosen.model_copy(update={"format": _format(chat, chosen, call, name, arguments)})
     fitted = Fit(dataclasses.replace(chat, format=chosen.format or "hermes"), chosen)
-    if chosen.reference_prefix is not None:
+    if chosen.name != "bare":
         try:
             _check_rollout(fitted)
         except SiopError as error:

@@ -66,6 +66,11 @@ class Prompt(BaseModel):
         return [*system, {"role": "user", "content": self.user.replace(QUESTION, question)}]
 
     @property
+    def asks_for_tags(self) -> bool:
+        """Whether it says that the answer goes into ``<answer>``; ``bare`` says nothing, for models that know."""
+        return self.name == "bare" or "<answer>" in self.system + self.user
+
+    @property
     def sha256(self) -> str:
         """Digest of all fields."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()

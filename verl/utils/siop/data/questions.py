@@ -9,6 +9,7 @@ searchr1   question, golden_answers, data_source,  as they are; the prompt's ins
 verl       data_source, prompt, reward_model       ``extra_info.question``, else the user's message, else what follows
                                                    "Question:" in it; ``ground_truth`` in any form of ``parse_aliases``
 plain      question and answer or answers          as they are, with ``answer_aliases`` where there are any
+unlabelled question                                as it is, for training without labels
 ========== ======================================= ==================================================================
 
 Optional everywhere: ``id`` (or ``_id``), ``data_source`` (or ``dataset``), ``split``, and these in ``extra_info``.
@@ -39,6 +40,7 @@ SHAPES = {
     "flashrag": (("question",), ("golden_answers",)),
     "verl": (("data_source",), ("prompt",), ("reward_model",)),
     "plain": (("question",), ("answer", "answers")),
+    "unlabelled": (("question",),),
 }
 # All that is ever read: the metadata of some sets has no common type.
 COLUMNS = (
