@@ -24,7 +24,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.siop.checks.policy import load_policy
 from verl.trainer.siop.checks.services import check_scorer
-from verl.trainer.siop.preflight import check_before_start
+from verl.trainer.siop.preflight import SEARCH, check_before_start
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
@@ -71,12 +71,17 @@ def test_a_scorer_with_the_policys_tokenizer_passes(parts: Parts, caplog: pytest
 def test_the_scorers_noise_is_measured_at_start(parts: Parts, measured: float, counts: float) -> None:
     with health_of_scorer(engine="vllm", model="same", nli="org/deberta", noise=measured) as url:
         address = f"algorithm.siop_scorer_url={url}"
-        config = changed(parts, address)
-        check_before_start(config)
+        config, said = changed(parts, address), []
+        check_before_start(config, said.append, without=[SEARCH])
         assert config.algorithm.siop_scorer_noise == pytest.approx(counts, rel=1e-6)
+        prompts, scorer = said[-2:]
+        assert (
+            prompts.startswith("prompts  answer tags, probes as '<answer>\\n…") and "(by the chat template)" in prompts
+        )
+        assert scorer.startswith(f"scorer   {url}: same (vllm)") and scorer.endswith(f"; noise {measured:.1e}")
         # Whoever asks for no support has no noise to measure.
         config = changed(parts, address, "algorithm.siop_reward_mode=cluster_frequency")
-        check_before_start(config)
+        check_before_start(config, without=[SEARCH])
         assert config.algorithm.siop_scorer_noise == 1e-5
 
 

@@ -158,7 +158,7 @@ def check_before_start(
 
     Args:
         config: of the run.
-        say: gets what is being waited for.
+        say: gets what is being waited for, and of a training by SIOP how references are probed and who scores them.
         without: names of checks that are not made.
 
     Returns:
@@ -173,7 +173,9 @@ def check_before_start(
     run = Run(config, say=say)
     for name, check in CHECKS:
         if name not in without:
-            check(run)
+            found = check(run)
+            if name in TOLD and run.trains_by_siop:
+                say(f"{TOLD[name]:9}{found}")
     return run
 
 
@@ -284,6 +286,8 @@ def _scorer(run: Run) -> str:
     return f"{found}; noise {noise:.1e}"
 
 
+# What the user should see of them, and its label.
+TOLD = {"round trips": "prompts", "scorer": "scorer"}
 CHECKS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     (VALUES, lambda run: check_values(run.config, run.warn)),
     ("settings", _settings),
