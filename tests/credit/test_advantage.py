@@ -145,11 +145,28 @@ def plain_turn_group(turn_rewards: list[list[float]], uids: list[str], gamma: fl
     return result
 
 
+def plain_trace(turn_rewards: list[list[float]], uids: list[str], gamma: float, scale: bool) -> list[list[float]]:
+    result: list[list[float]] = []
+    for own, uid in zip(turn_rewards, uids, strict=True):
+        peers = [other[-1] for other, name in zip(turn_rewards, uids, strict=True) if name == uid and other]
+        spread = math.sqrt(pvariance(peers) + 1e-8) + 1e-6 if scale and peers else 1.0
+        outcome, gains = (own[-1] - fmean(peers)) / spread if own else 0.0, own[:-1]
+        row = []
+        for t in range(len(gains)):
+            window, left = gains[t : t + 3], len(gains) - t
+            weights = [gamma**j for j in range(len(window))]
+            credit = sum(w * r for w, r in zip(weights, window, strict=True)) / sum(weights)
+            row.append(outcome + 0.3 * (credit + (2 * gamma**left * outcome if left <= 3 else 0.0)))
+        result.append(row + [outcome] * bool(own))
+    return result
+
+
 PLAIN = {
     "pooled": plain_pooled,
     "leave_one_out": plain_leave_one_out,
     "turn_index": plain_turn_index,
     "turn_group": plain_turn_group,
+    "trace": plain_trace,
 }
 BASELINE_NAMES = BASELINES.names()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from method_helpers import FailingScorer, byte_tokenizer, mixed_batch, query_batch, run
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.siop import scoring
 from verl.trainer.siop import trainer as module
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.trainer.siop.trainer import SiopTrainer
@@ -53,7 +54,7 @@ def written_rewards(
     def put(keys: list[str], partition_id: str, fields: Any) -> None:
         written.update(zip(keys, fields["rm_scores"].unbind(), strict=True))
 
-    monkeypatch.setattr(module, "ScoringClient", FailingScorer)
+    monkeypatch.setattr(scoring, "ScoringClient", FailingScorer)
     monkeypatch.setattr(module.tq, "kv_batch_get", get)
     monkeypatch.setattr(module.tq, "kv_batch_put", put)
     monkeypatch.setattr(module.SupervisedTrainer, "_compute_advantage", lambda self, batch, metrics: batch)

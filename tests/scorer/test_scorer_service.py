@@ -299,13 +299,15 @@ def test_drop_group_drops_the_question_with_the_long_rollout_alone(scorer, monke
     keys = {"siop_reference_prefix": "", "siop_reference_suffix": "", "siop_eta": 0.0, "siop_scorer_url": scorer.url}
     turns = ["look<|im_end|>", "<answer>x</answer><|im_end|>"]
     rollouts = [rollout(uid, turns, ["y" * size]) for uid, size in [("a", 9), ("b", 9), ("b", 150), ("c", 7)]]
-    trainer.siop = SiopConfig(**keys)
-    with pytest.raises(ScorerError, match=r"rollouts\[2\] is too long"):
-        asyncio.run(trainer._score(rollouts))
-    trainer.siop = SiopConfig(**keys, siop_on_scorer_error="drop_group")
-    rewards, rows, dropped, _ = asyncio.run(trainer._score(rollouts))
-    assert (rows, dropped) == ([0, 3], {"b"})
-    assert all(len(support) == 3 for support in rewards.support)
+    # In a request of all questions, and of its own.
+    for streaming, index in ((False, 2), (True, 1)):
+        trainer.siop = SiopConfig(**keys, siop_streaming=streaming)
+        with pytest.raises(ScorerError, match=rf"rollouts\[{index}\] is too long"):
+            trainer._scores(rollouts)
+        trainer.siop = SiopConfig(**keys, siop_streaming=streaming, siop_on_scorer_error="drop_group")
+        scores = trainer._scores(rollouts)
+        assert (scores.rows, scores.dropped) == ([0, 3], {"b"})
+        assert all(len(support) == 3 for support in scores.rewards.support)
 
 
 def test_the_pool_names_the_rollouts_of_all_parts(engine):
