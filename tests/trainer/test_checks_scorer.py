@@ -71,7 +71,8 @@ def test_a_scorer_with_the_policys_tokenizer_passes(parts: Parts, caplog: pytest
 def test_the_scorers_noise_is_measured_at_start(parts: Parts, measured: float, counts: float) -> None:
     with health_of_scorer(engine="vllm", model="same", nli="org/deberta", noise=measured) as url:
         address = f"algorithm.siop_scorer_url={url}"
-        config, said = changed(parts, address), []
+        config = changed(parts, address)
+        said: list[str] = []
         check_before_start(config, said.append, without=[SEARCH])
         assert config.algorithm.siop_scorer_noise == pytest.approx(counts, rel=1e-6)
         prompts, scorer = said[-2:]
