@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from verl.utils.siop.credit.config import AUTO
@@ -52,8 +53,13 @@ def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm | None:
     Raises:
         RolloutError: the template cannot render a question with its answer.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
+    template = getattr(tokenizer, "chat_template", None)
+    return _rendered_form(tokenizer, str(template)) if template else None
+
+
+@lru_cache(maxsize=4)
+def _rendered_form(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnForm:
+    """Rendered once for all questions of a run; ``template`` tells one that has been changed since."""
     question = [{"role": "user", "content": _MARK}]
     answered = [*question, {"role": "assistant", "content": _MARK}]
 
@@ -92,6 +98,7 @@ class Prober:
         self._form = turn_form(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._built: dict[tuple[str, str, str], Reference] = {}
+        self._texts: dict[tuple[int, ...], tuple[str, str]] = {}  # by the end of the prompt
 
     def texts(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
         """Prefix and suffix of a reference in rollouts of this prompt; those of the configuration, unless ``auto``.
@@ -102,6 +109,12 @@ class Prober:
         Args:
             prompt_ids: the rendered prompt; empty for one without thinking.
         """
+        end = tuple(prompt_ids[-_OPENING_TOKENS:])
+        if end not in self._texts:
+            self._texts[end] = self._texts_after(end)
+        return self._texts[end]
+
+    def _texts_after(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
         prefix, suffix = self._config.siop_reference_prefix, self._config.siop_reference_suffix
         if prefix == AUTO:
             if opens_thinking(prompt_ids, self._tokenizer):

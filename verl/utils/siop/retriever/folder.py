@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
+from verl.utils.siop.files import blocks
 from verl.utils.siop.retriever.corpus import CorpusError
 from verl.utils.siop.retriever.parts import NEW, replace
 
@@ -39,7 +40,6 @@ FILES: dict[str, frozenset[str]] = {
     "qdrant": _DENSE,
 }
 _SCRATCH = re.compile(r"\..+\.(npy|json)\.\d+")
-_BLOCK = 2**22
 _THREADS = 4  # hashing leaves the interpreter to others
 
 
@@ -93,12 +93,11 @@ def identify(path: Path, bar: tqdm | None = None) -> FileIdentity:
     """
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-                if bar is not None:
-                    bar.update(len(block))
+        for block in blocks(path):
+            digest.update(block)
+            size += len(block)
+            if bar is not None:
+                bar.update(len(block))
     except OSError as error:
         raise CorpusError(f"cannot read {path}: {error.strerror}") from error
     return FileIdentity(bytes=size, sha256=digest.hexdigest())
