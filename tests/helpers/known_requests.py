@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scoring_cases import query_of
 from tiny_models import VOCAB_SIZE
-from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 from verl.utils.siop.scorer.engines.nli import AnswerGroup
 from verl.utils.siop.scorer.engines.nli_model import TransformersNli
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
@@ -58,16 +58,7 @@ class KnownRequests:
     def support(self, seed: int, size: int = 3) -> Known:
         """Support of :func:`rollouts`."""
         asked = rollouts(seed, size)
-        queries = [
-            RolloutQuery(
-                np.array(rollout.prompt_ids),
-                np.array(rollout.response_ids),
-                rollout.boundaries,
-                [Probe(np.array(r.token_ids), r.start, r.end) for r in rollout.references],
-                [np.array(opening, dtype=np.int64) for opening in rollout.openings],
-            )
-            for rollout in asked
-        ]
+        queries = [query_of(rollout) for rollout in asked]
         return Known(lambda client: client.support(asked), np.array(self._engine.support(queries).support))
 
     def cluster(self, seed: int) -> Known:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import numpy as np
-from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
+from scoring_cases import query_of
+from verl.utils.siop.scorer.engines.base import RolloutQuery
 from verl.utils.siop.scorer.engines.nli import AnswerGroup, LexicalNli
 from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, compute_group_rewards
 
@@ -33,17 +33,6 @@ class Asked:
     async def support(self, rollouts: list[SupportRequest]) -> list[list[list[float]]]:
         self.requests += rollouts
         return [[[-1.0 for _ in rollout.references] for _ in rollout.boundaries] for rollout in rollouts]
-
-
-def query_of(request: SupportRequest) -> RolloutQuery:
-    """A request as the scorer hands it to an engine."""
-    return RolloutQuery(
-        prompt_ids=np.array(request.prompt_ids),
-        response_ids=np.array(request.response_ids),
-        boundaries=request.boundaries,
-        probes=[Probe(np.array(r.token_ids), r.start, r.end) for r in request.references],
-        openings=[np.array(opening, dtype=np.int64) for opening in request.openings],
-    )
 
 
 def real_request(model: Path) -> list[RolloutQuery]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_causal_lm
 from verl.utils.siop.credit.probe import DONE_THINKING
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
-from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
+from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, build_reference
 
 VOCAB_SIZE = 512
 MAX_MODEL_LEN = 256
@@ -102,6 +102,17 @@ def query(prompt, response, boundaries, *probes, openings=()) -> RolloutQuery:
     """A rollout from plain lists; a probe is (token ids, start, end)."""
     asked = [Probe(ids(*t), s, e) for t, s, e in probes]
     return RolloutQuery(ids(*prompt), ids(*response), boundaries, asked, [ids(*opening) for opening in openings])
+
+
+def query_of(request: SupportRequest) -> RolloutQuery:
+    """A request as the scorer hands it to an engine."""
+    return RolloutQuery(
+        prompt_ids=np.array(request.prompt_ids),
+        response_ids=np.array(request.response_ids),
+        boundaries=request.boundaries,
+        probes=[Probe(np.array(r.token_ids), r.start, r.end) for r in request.references],
+        openings=[np.array(opening, dtype=np.int64) for opening in request.openings],
+    )
 
 
 def contexts(rollout: RolloutQuery) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from method_helpers import byte_tokenizer, rollout
 from scorer_process import ScorerProcess, eventually, free_port, launcher
+from scoring_cases import query_of
 from tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, save_causal_lm, save_classifier
 from verl.trainer.siop.trainer import SiopTrainer
 from verl.utils.siop import scoring_client
@@ -91,15 +92,7 @@ def body(rollouts: list[SupportRequest]) -> dict:
 
 
 def queries(rollouts):
-    return [
-        RolloutQuery(
-            np.array(r.prompt_ids),
-            np.array(r.response_ids),
-            r.boundaries,
-            [Probe(np.array(p.token_ids), p.start, p.end) for p in r.references],
-        )
-        for r in rollouts
-    ]
+    return [query_of(rollout) for rollout in rollouts]
 
 
 def local(engine, rollouts):
