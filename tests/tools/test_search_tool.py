@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import http.client
 import json
 import logging
 import socket
@@ -247,8 +248,10 @@ def _answering(head: bytes, chunks: Iterable[bytes]) -> Iterator[str]:
         def answer() -> None:
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
-                with connection:
-                    connection.recv(65536)
+                with connection, connection.makefile("rb") as request:
+                    # To its end: closing with unread bytes would reset the connection under the answer.
+                    request.readline()
+                    request.read(int(http.client.parse_headers(request)["Content-Length"]))
                     connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + head + b"\r\n")
                     for chunk in chunks:
                         connection.sendall(chunk)
