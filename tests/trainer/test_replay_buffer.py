@@ -196,3 +196,16 @@ def test_a_question_is_told_once_as_soon_as_its_last_rollout_has_ended(
     seen = 1
     buffer.sample(global_steps=2, partition_id=partition, batch_size=3)
     assert [entry[1:] for entry in told[2:]] == [entry[1:] for entry in told[:2]]
+
+
+def test_questions_of_a_worker_that_died_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = {f"q{i}": {"is_prompt": True, "global_steps": 1, "status": "running"} for i in range(5)}
+    prompts["q0"]["status"] = "finished"
+    monkeypatch.setattr(tq, "kv_list", lambda part=None: {"train": prompts} if part is None else {part: prompts})
+    buffer, looks = _buffer(), iter([None, None, "AgentLoopWorkerTQ, pid 17: killed"])
+    buffer.poll_interval = 0.0
+    buffer.dead_worker = lambda: next(looks)
+    with pytest.raises(
+        RolloutFailed, match=r"4 train questions wait for it \(q1, q2, q3 …\): AgentLoopWorkerTQ, pid 17"
+    ):
+        buffer.sample(global_steps=1, partition_id="train", batch_size=5)

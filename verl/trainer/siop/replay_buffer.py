@@ -41,6 +41,8 @@ class CheckedReplayBuffer(ReplayBuffer):
     Attributes:
         on_validation: gets every validation batch while its rollouts are there.
         on_progress: gets the number of questions of a validation that have ended, at every look for more.
+        dead_worker: says of a process that generates that it has died, None while all live; asked at every look for
+            more rollouts.
         on_finished: gets the keys of a training question's rollouts, and the partition, as soon as the last of them
             has ended without an error, while those of others go on.
     """
@@ -48,6 +50,7 @@ class CheckedReplayBuffer(ReplayBuffer):
     on_validation: Callable[[KVBatchMeta], None] | None = None
     on_progress: Callable[[int], None] | None = None
     on_finished: Callable[[list[str], str], None] | None = None
+    dead_worker: Callable[[], str | None] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(poll_interval=float(kwargs["sampler_kwargs"].get("poll_interval", 2.0)), **kwargs)
@@ -106,6 +109,8 @@ class CheckedReplayBuffer(ReplayBuffer):
                 self._causes[partition_id] = min(found)[1] if found else ""
         if self._sampling == "train" and self.on_finished is not None:
             self._tell_finished(self._sampling, self.on_finished)
+        if self.dead_worker is not None and (dead := self.dead_worker()):
+            raise self._lost(self._sampling, dead)
 
     def _tell_finished(self, partition_id: str, tell: Callable[[list[str], str], None]) -> None:
         new = self.finished_keys[partition_id] - self._told
@@ -127,6 +132,14 @@ class CheckedReplayBuffer(ReplayBuffer):
         return RolloutFailed(
             f"rollouts of {len(self.failure_keys[partition_id])} of {batch_size} {partition_id} questions failed"
             + (self._first_cause(partition_id) or "; the reasons are logged above")
+        )
+
+    def _lost(self, partition_id: str, dead: str) -> RolloutFailed:
+        waiting = sorted(self.pending_keys[partition_id] | self.running_keys[partition_id])
+        names = ", ".join(waiting[:3]) + (" …" if len(waiting) > 3 else "")
+        return RolloutFailed(
+            f"a process that generates rollouts has died, and {len(waiting)} {partition_id} questions wait for it "
+            f"({names}): {dead}"
         )
 
     def _first_cause(self, partition_id: str) -> str:

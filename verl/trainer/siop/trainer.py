@@ -24,6 +24,7 @@ from verl.trainer.siop.rollouts.metrics import tool_metrics
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
+from verl.trainer.siop.run.liveness import Liveness
 from verl.trainer.siop.run.supervised import SupervisedTrainer
 from verl.trainer.siop.scoring import RewardStream, Scores, TimedScorer, open_client, score_batch
 from verl.utils.debug import marked_timer
@@ -82,6 +83,12 @@ class SiopTrainer(SupervisedTrainer):
     def on_train_begin(self) -> None:
         super().on_train_begin()
         self._alarm = NothingLearntAlarm(self.siop.siop_on_nothing_learnt, self.config)
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        # A manager of the user's own may keep its workers elsewhere.
+        if workers := getattr(agent_loop_manager, "agent_loop_workers", None):
+            self.replay_buffer.dead_worker = Liveness(workers).died
+        super().fit(agent_loop_manager)
 
     # ------------------------------------------------------------------ rewards
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -59,6 +59,8 @@ def load_policy(config: DictConfig) -> Policy:
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     loaded = _load_model(model)
     agents = _agents(rollout)
+    if rollout.name == "vllm" and config.trainer.device == "cpu":
+        _check_heads(loaded.hf_config, f"actor_rollout_ref.model.path={model.path}")
     try:
         builder = create_continuous_token_builder(
             loaded.tokenizer,
@@ -105,6 +107,24 @@ def _load_model(model: DictConfig) -> Any:
             "actor_rollout_ref.model.custom_chat_template"
         )
     return loaded
+
+
+def _check_heads(hf_config: Any, key: str) -> None:
+    """Refuse what vLLM for CPUs would stop at in the first rollout."""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    except ImportError as error:
+        raise SiopConfigError(
+            f"actor_rollout_ref.rollout.name=vllm cannot be used here: {error}; take hf_cpu, or install vLLM for CPUs "
+            "(bash scripts/setup_env.sh --vllm) and start with VIRTUAL_ENV=$PWD/.venv/vllm"
+        ) from error
+    size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    allowed = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in allowed:
+        raise SiopConfigError(
+            f"{key} has attention heads of {size} numbers, and actor_rollout_ref.rollout.name=vllm on a CPU computes "
+            f"{', '.join(map(str, allowed))} only; take hf_cpu or another model"
+        )
 
 
 def _agents(rollout: DictConfig) -> frozenset[str]:

@@ -29,8 +29,10 @@ class Channel:
         self._next += 1
 
     def take(self) -> list[dict[str, Any]]:
-        """The records since the last call, in their order."""
-        records = []
+        """The records since the last call, in their order; none when Ray has been shut down here."""
+        records: list[dict[str, Any]] = []
+        if not ray.is_initialized():
+            return records
         while (text := _internal_kv_get(f"{self._job}/record/{self._next}", namespace=_NAMESPACE)) is not None:
             records.append(json.loads(text))
             _internal_kv_del(f"{self._job}/record/{self._next}", namespace=_NAMESPACE)

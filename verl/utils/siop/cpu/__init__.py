@@ -14,22 +14,32 @@ def is_active() -> bool:
 
 
 def activate() -> None:
-    """Register the CPU platform and the ``hf_cpu`` rollout with verl, in this process."""
+    """Register the CPU platform and its rollouts, ``hf_cpu`` and ``vllm``, with verl, in this process."""
     import verl.utils.distributed as distributed
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    from . import platform  # noqa: F401  (registers itself)
+    from . import (
+        platform,  # noqa: F401  (registers itself)
+        vllm_distribution,
+    )
 
     # verl registers its FSDP engines for "cuda" and "npu" only; the engine code itself is device-agnostic.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
-    def load_replica() -> type:
+    def load_hf() -> type:
         from .rollout import HfReplica
 
         return HfReplica
 
-    RolloutReplicaRegistry.register("hf_cpu", load_replica)
+    def load_vllm() -> type:
+        from .vllm_rollout import CpuVllmReplica
+
+        return CpuVllmReplica
+
+    vllm_distribution.register()
+    RolloutReplicaRegistry.register("vllm", load_vllm)
+    RolloutReplicaRegistry.register("hf_cpu", load_hf)
     _ROLLOUT_REGISTRY[("hf_cpu", "async")] = f"{__name__}.rollout.HfServerAdapter"
 
     upstream_init = distributed.initialize_global_process_group_ray

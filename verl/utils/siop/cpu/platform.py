@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,13 @@ class PlatformCPU(PlatformBase):
 
     def profiler_stop(self) -> None:
         return None
+
+    def rollout_env_vars(self) -> dict[str, str]:
+        """Of a vLLM server: no thread bound to a core (other processes use it too), 1 GiB of cache unless said."""
+        return {
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        }
 
     def ray_resource_name(self) -> str:
         return "GPU"

@@ -309,7 +309,13 @@ def _create(kind: type, settings: WorkerSettings, num_gpus: float) -> Any:
         "num_gpus": num_gpus,
         "max_restarts": MAX_RESTARTS,
         "concurrency_groups": {"health": 1},
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
+        # Threads that wait sleep: spinning ones would take the cores of other processes, and of those they wait for.
+        "runtime_env": {
+            "env_vars": {
+                "OMP_NUM_THREADS": str(settings.threads),
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            }
+        },
     }
     return ray.remote(**options)(kind).remote(settings)
 

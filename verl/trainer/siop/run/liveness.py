@@ -1,0 +1,49 @@
+"""Whether the processes that generate are still there, for whoever waits for what they generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+_PERIOD_S = 1.0
+
+
+class Liveness:
+    """Notices Ray actors that have died.
+
+    verl hands a step's questions to its agent-loop workers and waits until TransferQueue holds their rollouts; of a
+    worker that is killed meanwhile (by the kernel, out of memory, or with its node) it waits for ever.
+
+    Args:
+        actors: handles.
+    """
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = list(actors)
+        self._asked: dict[Any, int] = {}  # outstanding call -> which actor
+        self._next = 0.0
+
+    def died(self) -> str | None:
+        """What Ray says of an actor that has died, None while there is none; returns at once.
+
+        A worker that is busy answers late, which is no failure: only a call that Ray itself gives up is one.
+        """
+        if self._asked:
+            done, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+            for call in done:
+                del self._asked[call]
+                try:
+                    ray.get(call)
+                except RayActorError as error:
+                    return " ".join(str(error).split())
+        if time.monotonic() >= self._next:
+            waiting = set(self._asked.values())
+            for index, actor in enumerate(self._actors):
+                if index not in waiting:
+                    self._asked[actor.__ray_ready__.remote()] = index
+            self._next = time.monotonic() + _PERIOD_S
+        return None
