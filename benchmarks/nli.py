@@ -47,8 +47,8 @@ def make_groups(rng: random.Random, questions: int, answers: int) -> list[Answer
     return groups
 
 
-def make_model(groups: list[AnswerGroup], seed: int) -> tuple[Any, Any]:
-    """A classifier of random weights whose labels are about equally frequent for ``groups``, and a word tokenizer."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS, *map(str.capitalize, WORDS), ".", "?"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -56,12 +56,17 @@ def make_model(groups: list[AnswerGroup], seed: int) -> tuple[Any, Any]:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
     )
+
+
+def make_model(groups: list[AnswerGroup], seed: int) -> tuple[Any, Any]:
+    """A classifier of random weights whose labels are about equally frequent for ``groups``, and a word tokenizer."""
+    tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     settings: dict[str, Any] = dict(  # some of them the class takes without declaring them
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -2,7 +2,6 @@
 
     python benchmarks/scoring.py [--threads 1 2] [--rounds 2] [--ways WAY ...]    the standard batch on CPU
     python benchmarks/scoring.py --memory                                         peak memory, 151,936-token vocabulary
-    python benchmarks/scoring.py --gpu [--dry-run]                                Qwen3-4B's shape in bfloat16 on a GPU
 
 The standard batch: 2 questions with 8 rollouts of 1,500 to 2,500 tokens after a prompt of 300, T = 4 turns (so 5
 boundaries), R = 3 references, all token ids random with a fixed seed; a random Qwen3 of 8 layers. Rollouts of
@@ -340,113 +339,6 @@ def peak_memory(name: str, path: str) -> dict[str, int]:
     return {"before": before, "peak": status("VmHWM")}
 
 
-# ------------------------------------------------------------------------------------------------------------- GPU
-def measure_gpu(dry_run: bool, chunks: Sequence[int], rounds: int) -> None:
-    """Tree and full sequences with Qwen3-4B's shape, against the rate of a large matrix product."""
-    import torch
-    from verl.utils.siop.scorer.engines.prefix_tree import build_prefix_tree
-    from verl.utils.siop.scorer.engines.token_paths import encode_path
-    from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
-
-    device, dtype = ("cpu", "float32") if dry_run else ("cuda", "bfloat16")
-    if dry_run:
-        torch.set_num_threads(1)
-        config, lengths, side = model_config(num_hidden_layers=2), (100, 200), 512
-    else:
-        config = model_config(
-            LARGE_VOCAB_SIZE,
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-            initializer_range=0.02,
-        )
-        lengths, side = (4000, 8000), 8192
-    model = make_model(config, device, dtype)
-    batch = make_batch(questions=1, response_tokens=lengths, vocab_size=config.vocab_size)
-    sequences = full_sequences(batch)
-
-    def synchronize() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def best_of(count: int, call: Callable[[], Any]) -> tuple[float, Any]:
-        value, best = call(), float("inf")  # the first call warms up
-        for _ in range(count):
-            synchronize()
-            started = time.monotonic()
-            value = call()
-            synchronize()
-            seconds = time.monotonic() - started
-            best = min(best, seconds)
-        return best, value
-
-    left = torch.randn(side, side, device=device, dtype=model.dtype)
-    seconds, _ = best_of(5, partial(torch.matmul, left, left))
-    limit = 2 * side**3 / seconds
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: its numbers mean nothing"
-    print(
-        f"{name}; torch {torch.__version__}; {dtype}; product of {side} x {side} matrices: {limit / 1e12:.1f} TFLOP/s"
-    )
-
-    layers = sum(p.numel() for p in model.model.layers.parameters())
-    width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    head = 2 * config.vocab_size * config.hidden_size
-
-    def work(tokens: int, context: int, rows: int) -> float:
-        """Floating-point operations: linear layers, attention over ``context`` (query, key) pairs, head."""
-        return 2.0 * layers * tokens + 4.0 * width * context + head * rows
-
-    def report(label: str, seconds: float, tokens: int, operations: float) -> None:
-        memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
-        rate = operations / seconds
-        print(
-            f"{label:32}{tokens:9,} tokens {seconds:8.3f} s {tokens / seconds:9,.0f} tokens/s "
-            f"{rate / 1e12:7.1f} TFLOP/s ({rate / limit:.0%} of the product){memory}",
-            flush=True,
-        )
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    paths = [
-        encode_path(np.concatenate([rollout.prompt_ids, rollout.response_ids[:boundary], p.token_ids[: p.end - 1]]))
-        for rollout in batch
-        for boundary in rollout.boundaries
-        for p in rollout.probes
-    ]
-    tree = build_prefix_tree(paths, [np.empty(0, dtype=np.int64)] * len(paths))
-    reference_rows = sum(last - first for _, first, last in sequences)
-    tree_work = work(len(tree), int((tree.depth + 1).sum()), reference_rows)
-    scores: list[float] = []
-    fastest = float("inf")
-    for chunk in chunks:
-        engine = TransformersEngine(model, chunk_tokens=chunk)
-        seconds, result = best_of(rounds, partial(engine.support, batch))
-        scores = [score for rows in result.support for row in rows for score in row]
-        report(f"tree, {chunk} tokens at a time", seconds, result.computed_tokens, tree_work)
-        fastest = min(fastest, seconds)
-
-    lengths_of = [len(ids) for ids, _, _ in sequences]
-    pairs = sum(length * (length + 1) // 2 for length in lengths_of)
-    for rows_only in (False, True):
-        rows = reference_rows if rows_only else sum(lengths_of)
-        seconds, full = best_of(1, partial(score_one_by_one, model, sequences, rows_only))
-        report(
-            f"full sequences, {'reference' if rows_only else 'all'} logits",
-            seconds,
-            sum(lengths_of),
-            work(sum(lengths_of), pairs, rows),
-        )
-        difference = np.abs(np.subtract(scores, full))
-        print(
-            f"  the tree is {seconds / fastest:.1f} times as fast; difference at most {difference.max():.1e}, "
-            f"mean {difference.mean():.1e}"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 def _child(arguments: list[str], threads: int) -> Any:
     """Run this script again in a process of its own and read its last line as JSON."""
@@ -468,9 +360,6 @@ def main() -> None:
         "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
     )
     parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
-    parser.add_argument("--gpu", action="store_true", help="the transformers engine on a GPU instead")
-    parser.add_argument("--dry-run", action="store_true", help="with --gpu: a tiny model on the CPU")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="with --gpu")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what to measure, directory of the model
     args = parser.parse_args()
     if args.rounds < 1:
@@ -481,9 +370,6 @@ def main() -> None:
             print(json.dumps(peak_memory(args.ways[0], path)))
         else:
             print(json.dumps(time_ways(args.ways, args.rounds, args.threads[0], path)))
-        return
-    if args.gpu:
-        measure_gpu(args.dry_run, args.chunks, args.rounds)
         return
     ways = list(args.ways)
     if importlib.util.find_spec("vllm") is None:

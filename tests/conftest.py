@@ -24,6 +24,7 @@ LONG = (
     "test_release_commands",
     "test_data_to_table",
     "test_real_training",
+    "test_gpu_check",
     "test_load",
     "test_faults",
     "test_doctor",

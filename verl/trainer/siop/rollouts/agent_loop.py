@@ -78,8 +78,8 @@ class SiopToolAgentLoop(ToolAgentLoop):
         if agent_data.response_ids:
             record.executed_calls.append([])
         if self._cut(agent_data):
-            record.truncated = 1
-        elif len(agent_data.response_mask) < self.response_length:
+            record.truncated, state = 1, AgentState.TERMINATED
+        else:
             state = await self._look_at_calls(agent_data, state)
         return self._finished(agent_data, state)
 
@@ -87,9 +87,9 @@ class SiopToolAgentLoop(ToolAgentLoop):
         """Count what the turn tried and what cannot be executed, and answer what could not be read."""
         record: ToolRecord = agent_data.siop_record
         tools = {name: tool.tool_schema for name, tool in agent_data._active_tools.items()}
-        last_turn = self._no_turn_left(agent_data)
-        if last_turn:
-            # verl has not looked for calls.
+        last_turn, full = self._no_turn_left(agent_data), self._full(agent_data)
+        if last_turn or full:
+            # verl may not have looked for calls.
             _, calls = await self.tool_parser.extract_tool_calls(agent_data.response_ids, list(tools.values()))
         else:
             calls = agent_data.tool_calls
@@ -99,7 +99,11 @@ class SiopToolAgentLoop(ToolAgentLoop):
         arguments = {name: list(schema.function.parameters.properties) for name, schema in tools.items()}
         found = faults(text, len(calls), self.tool_parser_name, arguments, record.thinking)
         record.unparsed += len(found)
-        record.dropped += len(calls) if last_turn else max(0, len(calls) - self.max_parallel_calls)
+        record.dropped += len(calls) if last_turn or full else max(0, len(calls) - self.max_parallel_calls)
+        if full and not last_turn and (calls or found):
+            record.truncated = 1  # there is no room for any answer
+        if full:
+            return AgentState.TERMINATED
         if last_turn or not found:
             return state
         name = next(iter(tools))
@@ -122,7 +126,13 @@ class SiopToolAgentLoop(ToolAgentLoop):
     async def _handle_processing_tools_state(self, agent_data: Any) -> AgentState:
         record: ToolRecord = agent_data.siop_record
         agent_data.siop_executed = []
+        before = agent_data.prompt_ids, agent_data.response_mask, agent_data.response_logprobs
         state = await super()._handle_processing_tools_state(agent_data)
+        if state != AgentState.TERMINATED and self._full(agent_data):
+            # The engine would refuse the context. As verl does where the response is full, the observation goes.
+            agent_data.prompt_ids, agent_data.response_mask, agent_data.response_logprobs = before
+            agent_data.user_turns -= 1
+            state = AgentState.TERMINATED
         # Calls of a turn run at the same time and end in any order.
         ran = [call for call in agent_data.tool_calls if any(call is other for other in agent_data.siop_executed)]
         record.executed_calls[-1] = [(call.name, call.arguments) for call in ran]
@@ -167,13 +177,16 @@ class SiopToolAgentLoop(ToolAgentLoop):
             or (self.max_user_turns and agent_data.user_turns >= self.max_user_turns)
         )
 
+    def _full(self, agent_data: Any) -> bool:
+        """Whether not one more token fits."""
+        context = self.rollout_config.max_model_len or self.prompt_length + self.response_length
+        return len(agent_data.response_mask) >= self.response_length or len(agent_data.prompt_ids) >= context
+
     def _cut(self, agent_data: Any) -> bool:
         """Whether the turn was cut: nothing more fits, and it does not end with the end token."""
-        context = self.rollout_config.max_model_len or self.prompt_length + self.response_length
-        length = len(agent_data.response_mask)
-        full = length >= self.response_length or len(agent_data.prompt_ids) >= context
-        ended = agent_data.prompt_ids[-1] == self.tokenizer.eos_token_id and length <= self.response_length
-        return full and not ended
+        within = len(agent_data.response_mask) <= self.response_length
+        ended = within and agent_data.prompt_ids[-1] == self.tokenizer.eos_token_id
+        return self._full(agent_data) and not ended
 
     def _finished(self, agent_data: Any, state: AgentState) -> AgentState:
         if state == AgentState.TERMINATED:

@@ -25,7 +25,8 @@ class ToolRecord:
         unknown_tool: the name is none of the rollout's tools.
         invalid_arguments: the arguments are no JSON object, or not what the tool takes.
         failed: the tool raised an exception, which the model got as text.
-        dropped: read but not executed: over ``max_parallel_calls``, or in the last turn that is allowed.
+        dropped: read but not executed: over ``max_parallel_calls``, in the last turn that is allowed, or no room for an
+            observation.
         truncated: 1 if the budget cut a turn, or left no room for an observation; else 0.
         neutralised: control tokens that tools took out of what they found (their metrics ``…/neutralised``).
         thinking: the prompt ends in an open ``<think>``, so that each turn begins inside it.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from cachetools import LRUCache
 from verl.utils.siop.errors import InvalidRequest, ScorerError, SequenceTooLong, SiopConfigError
 from verl.utils.siop.nli_clustering import entailment_index, label_indices, loose_equivalent, strict_equivalent
 from verl.utils.siop.scorer.engines.loading import as_config_error, dtype_on, log_loaded
@@ -88,7 +87,12 @@ class TransformersNli:
             raise SiopConfigError(f"NLI model {self.name}: {error}") from error
         self._max_len = max_len or _longest_input(model.config, tokenizer)
         self._batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS.get(model.device.type, 16384)
-        self._cache: LRUCache[bytes, list[float]] = LRUCache(cache_entries)
+        self._cache: MutableMapping[bytes, list[float]] = {}
+        if cache_entries:
+            from cachetools import LRUCache  # without a cache torch and transformers are all that is needed
+
+            self._cache = LRUCache(cache_entries)
+        self._keeps = cache_entries > 0
         self.asked = self.computed = 0
         if self_test:
             self._self_test()
@@ -179,7 +183,7 @@ class TransformersNli:
         self.asked += len(texts)
         self.computed += len(rows)
         known.update(zip(missing, rows, strict=True))
-        if self._cache.maxsize:
+        if self._keeps:
             for key in missing:
                 self._cache[key] = known[key]
         return [known[key] for key in keys]
