@@ -229,12 +229,12 @@ class CreditBatch:
 def gains(support: Sequence[float], config: SiopConfig) -> list[float]:
     """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
 
-    - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no gain, so
-      an answer held from the start earns nothing by a detour. Source: this project.
+    - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no gain,
+      so an answer held from the start earns nothing by a detour. Source: this project.
     - ``prob``: p_t − p_{t−1}, in [−1, 1]
     - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
-    - ``gap``: log(g_{t−1} / g_t) with g_t = 0.1 − log p_t, what is missing of a certain reference in nats. Source: TRACE
-      (arXiv 2607.13988)
+    - ``gap``: log(g_{t−1} / g_t) with g_t = 0.1 − log p_t, what is missing of a certain reference in nats. Source:
+      TRACE (arXiv 2607.13988)
     """
     values = list(support)
     if config.siop_gain == "peak":

@@ -31,14 +31,13 @@ def alarms(curves: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
         outcome = _mean(curves, window, "siop/outcome/em", "siop/outcome/success")
         entropy = _mean(curves, window, "siop/cluster_entropy")
         best_turns, best_outcome = max(best_turns, turns or 0.0), max(best_outcome, outcome or 0.0)
-        if turns is not None and outcome is not None and best_turns >= 2.4 and 1.2 < turns <= 2.1:
-            if outcome < FALLEN * best_outcome:
-                text = (
-                    f"the turns have fallen to {turns:.2f} and the outcome to {outcome:.2f} from {best_outcome:.2f}: the "
-                    "policy stops after one search. Seen with the release's formulas; use the default baseline and "
-                    "boundary"
-                )
-                found.setdefault("two_turns", _alarm("two_turns", window, "siop/turns/mean", text))
+        stops = turns is not None and best_turns >= 2.4 and 1.2 < turns <= 2.1
+        if stops and outcome is not None and outcome < FALLEN * best_outcome:
+            text = (
+                f"the turns have fallen to {turns:.2f} and the outcome to {outcome:.2f} from {best_outcome:.2f}: the "
+                "policy stops after one search. Seen with the release's formulas; use the default baseline and boundary"
+            )
+            found.setdefault("two_turns", _alarm("two_turns", window, "siop/turns/mean", text))
         if turns is not None and turns <= 1.2 and best_turns >= 1.5 and entropy is not None and entropy <= 0.05:
             text = (
                 "the policy answers at once, and all rollouts alike: an answer that it was sure of without searching. "

@@ -72,8 +72,8 @@ def read_recipe(texts: Sequence[str], ablations: Path) -> Recipe:
             keys.update({key: item for key, item in preset.items() if key not in SCORED})
         elif not equals or name not in known | set(_OPTIONS):
             raise SiopConfigError(
-                f"--recompute {text} is not allowed; choose ablation=NAME or KEY=VALUE, of the keys {', '.join(_OPTIONS)} "
-                f"and {', '.join(sorted(known - set(SCORED) - set(_ELSEWHERE)))}"
+                f"--recompute {text} is not allowed; choose ablation=NAME or KEY=VALUE, of the keys "
+                f"{', '.join([*_OPTIONS, *sorted(known - set(SCORED) - set(_ELSEWHERE))])}"
             )
         elif name in SCORED or name in _ELSEWHERE:
             why = "takes new scores" if name in SCORED else "has no part in the credit"
@@ -114,9 +114,7 @@ class DumpedBatch(CreditBatch):
         self.config, self._dumped = config, list(rollouts)
         self.parsed = [_parsed(rollout) for rollout in rollouts]
         numbered = list(enumerate(rollouts))
-        self.questions = [
-            [index for index, _ in group] for group in by_question(numbered, lambda item: item[1].group)
-        ]
+        self.questions = [[index for index, _ in group] for group in by_question(numbered, lambda item: item[1].group)]
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
@@ -146,8 +144,8 @@ class DumpedBatch(CreditBatch):
             first = self._dumped[cluster.members[0]]
             if first.evidence is None:
                 raise DumpError(
-                    f"rollout {first.uid} has no evidence: siop_eta was 0, or its method needs none; with siop_eta=0 it "
-                    "can be recomputed"
+                    f"rollout {first.uid} has no evidence: siop_eta was 0, or its method needs none; with siop_eta=0 "
+                    "it can be recomputed"
                 )
             cluster.evidence = first.evidence
 
@@ -167,8 +165,8 @@ def _parsed(rollout: DumpedRollout) -> ParsedRollout:
     turns = [span.tokens for span in rollout.turns if span.tokens is not None]
     if rollout.dump_version < 2:
         raise DumpError(
-            f"rollout {rollout.uid} is of dump version 1, which holds neither token ranges nor settings: nothing can be "
-            "recomputed"
+            f"rollout {rollout.uid} is of dump version 1, which holds neither token ranges nor settings: nothing can "
+            "be recomputed"
         )
     executed = None if calls is None else [[(name, arguments) for name, arguments in turn] for turn in calls]
     token_free = Rollout(rollout.group, rollout.question or "", [], [], [], executed_calls=executed)
@@ -203,8 +201,7 @@ def recompute(
     if config.siop_use_gold_ref:
         rewards = _dumped_rewards(kept, recipe, config)
     else:
-        found = asyncio.run(CREDIT_METHODS[config.siop_reward_mode](DumpedBatch(kept, config)))  # type: ignore[arg-type]
-        rewards = found.turn_rewards
+        rewards = asyncio.run(_paid(DumpedBatch(kept, config)))
     rows = [
         np.array(row, dtype=np.float32).astype(np.float64) if row else np.zeros(len(rollout.turns))
         for row, rollout in zip(rewards, kept, strict=True)
@@ -218,9 +215,11 @@ def recompute(
     }
 
 
-def _dumped_rewards(
-    kept: Sequence[DumpedRollout], recipe: Recipe | None, config: SiopConfig
-) -> list[list[float]]:
+async def _paid(batch: DumpedBatch) -> list[list[float]]:
+    return (await CREDIT_METHODS[batch.config.siop_reward_mode](batch)).turn_rewards
+
+
+def _dumped_rewards(kept: Sequence[DumpedRollout], recipe: Recipe | None, config: SiopConfig) -> list[list[float]]:
     """Of a training on gold references: its rewards as they are, for other baselines."""
     changed = sorted(set(recipe.keys if recipe else ()) & {"siop_reward_mode", "siop_gain", "siop_epsilon"})
     if changed:

@@ -159,5 +159,3 @@ class Runs:
             while len(self._recomputed) > KEPT_STEPS:
                 self._recomputed.popitem(last=False)
         return found
-
-

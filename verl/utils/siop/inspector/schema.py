@@ -46,8 +46,8 @@ class Span(BaseModel):
 class DumpedRollout(BaseModel):
     """One rollout: its texts, and what each stage of the method and the estimator made of it.
 
-    What a method does not have is empty or None: GRPO has no clusters, and a rollout without an answer no target. Fields
-    that are not named here are kept (``model_extra``). Numbers are those of the update: the turn values are float32.
+    What a method does not have is empty or None: GRPO has no clusters, and a rollout without an answer no target.
+    Fields that are not named here are kept (``model_extra``). Numbers are those of the update: turn values are float32.
 
     Args:
         dump_version: of this schema.

@@ -57,6 +57,7 @@ def standalone(data: str) -> str:
         .replace(_MAP_MARK, scripts[0])
         .replace(
             _MAIN_MARK,
-            f'<script type="application/json" id="embedded">{safe}</script>\n<script type="module">{scripts[1]}</script>',
+            f'<script type="application/json" id="embedded">{safe}</script>\n'
+            f'<script type="module">{scripts[1]}</script>',
         )
     )
