@@ -67,9 +67,9 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
         return runs.curves(run)
 
     @app.get("/api/questions")
-    def questions(request: Request, run: str, search: Annotated[Search, Query()]) -> Any:
+    def questions(search: Annotated[_RunSearch, Query()]) -> Any:
         try:
-            return runs.index(run).search(search)
+            return runs.index(search.run).search(search)
         except ValueError as error:
             return JSONResponse({"detail": str(error)}, 422)
 
@@ -82,6 +82,10 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
         return runs.lines(run, step, group)
 
     return app
+
+
+class _RunSearch(Search):
+    run: str
 
 
 async def _not_found(_: Request, error: Exception) -> Response:

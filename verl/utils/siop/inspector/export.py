@@ -87,7 +87,7 @@ def _fill(runs: Runs, name: str, target: dict[str, Any], room: int) -> str:
         by_step.setdefault(question["step"], []).append(question)
     for step in listed:
         for question in by_step[step]:
-            detail = runs.question(name, step, question["grp"])
+            detail = runs.question(name, step, question["group"])
             size = _size(detail)
             if size > left:
                 continue

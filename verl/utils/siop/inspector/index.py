@@ -13,7 +13,7 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +41,9 @@ CREATE TABLE files (step INTEGER PRIMARY KEY, size INTEGER, changed INTEGER, ver
 CREATE TABLE steps (step INTEGER PRIMARY KEY, summary TEXT);
 CREATE TABLE metrics (step INTEGER PRIMARY KEY, metrics TEXT);
 CREATE TABLE questions (
-    step INTEGER, grp TEXT, place INTEGER, places TEXT, changed INTEGER DEFAULT 0,
+    step INTEGER, "group" TEXT, place INTEGER, places TEXT, changed INTEGER DEFAULT 0,
     {", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())},
-    PRIMARY KEY (step, grp)
+    PRIMARY KEY (step, "group")
 ) WITHOUT ROWID;
 CREATE INDEX by_question ON questions (question, step);
 """
@@ -189,7 +189,7 @@ class RunIndex:
             if file:
                 connection.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?)", (step, *file))
             if rows:
-                names = ", ".join(("step", "grp", "place", "places", *_COLUMNS))
+                names = ", ".join(("step", '"group"', "place", "places", *_COLUMNS))
                 marks = ", ".join("?" * (4 + len(_COLUMNS)))
                 connection.executemany(f"INSERT INTO questions ({names}) VALUES ({marks})", rows)
                 connection.execute("INSERT INTO steps VALUES (?, ?)", (step, json.dumps(curves)))
@@ -219,7 +219,7 @@ class RunIndex:
             ValueError: see :meth:`Search.where`.
         """
         where, values = search.where()
-        names = ["step", "grp", "changed", *_COLUMNS]
+        names = ["step", '"group"', "changed", *_COLUMNS]
         ((total,),) = self._rows(f"SELECT count(*) FROM questions WHERE {where}", values)
         direction = "DESC" if search.descending else "ASC"
         # Without a value: last, in either direction.
@@ -228,7 +228,7 @@ class RunIndex:
             f"SELECT {', '.join(names)} FROM questions WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset",
             values,
         )
-        return {"total": total, "questions": [dict(zip(names, row, strict=True)) for row in rows]}
+        return {"total": total, "questions": _named(names, rows)}
 
     def rollouts(self, step: int, group: str) -> list[DumpedRollout]:
         """The rollouts of a question, from the dump.
@@ -237,16 +237,16 @@ class RunIndex:
             KeyError: there is no such question.
             DumpError, OSError: the file has changed, or is gone.
         """
-        found = self._rows("SELECT places FROM questions WHERE step = ? AND grp = ?", (step, group))
+        found = self._rows("SELECT places FROM questions WHERE step = ? AND "group" = ?", (step, group))
         if not found:
             raise KeyError(f"no question {group} in step {step}")
         return self.dump.read_places(step, json.loads(found[0][0]))
 
     def same_question(self, question: str) -> list[dict[str, Any]]:
         """Every time that the question was asked, in the order of steps."""
-        names = ["step", "grp", "outcome", "clusters", "answer"]
+        names = ["step", '"group"', "outcome", "clusters", "answer"]
         rows = self._rows(f"SELECT {', '.join(names)} FROM questions WHERE question = ? ORDER BY step", (question,))
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return _named(names, rows)
 
     def curves(self) -> dict[int, dict[str, float]]:
         """The metrics of each step: those of the logs where they were dumped, the others from the rollouts."""
@@ -273,6 +273,11 @@ class RunIndex:
             "version": version,
             "problems": [*problems, *([self._metrics_problem] if self._metrics_problem else [])],
         }
+
+
+def _named(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    names = [column.strip('"') for column in columns]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -20,7 +20,7 @@ def _without_init() -> None:
     upstream: list[str] = list(spec.submodule_search_locations or ()) if spec else []
     for name, inner in (("verl", ""), ("verl.utils", "utils")):
         package = types.ModuleType(name)
-        package.__path__ = list(dict.fromkeys(str(Path(place, inner)) for place in (here, *upstream)))
+        package.__path__ = list(dict.fromkeys(str(Path(place, inner)) for place in [str(here), *upstream]))
         sys.modules[name] = package
 
 

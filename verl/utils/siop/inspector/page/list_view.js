@@ -58,7 +58,7 @@ function headings(values) {
 }
 
 function row(question, at, values) {
-  const { step, grp: group } = question;
+  const { step, group } = question;
   const href = link("question", { run: values.run, step, group, at, ...searchOf(values) });
   const flags = Object.keys(FLAG_NAMES).filter((flag) => question[flag] > 0);
   return el("tr", {},

@@ -63,7 +63,7 @@ async function neighbours(values) {
   const found = await source.questions(values.run, { ...searchOf(values), offset: start, limit: 3 });
   const address = (place) => {
     const one = found.questions[place - start];
-    return one && link("question", { run: values.run, step: one.step, group: one.grp, at: place, ...searchOf(values) });
+    return one && link("question", { run: values.run, step: one.step, group: one.group, at: place, ...searchOf(values) });
   };
   return [at > 0 ? address(at - 1) : null, address(at + 1)];
 }
@@ -100,10 +100,10 @@ function notes(question, overview) {
 
 function asked(values, question) {
   const others = question.asked.filter((one) =>
-    one.run !== values.run || one.step !== question.step || one.grp !== question.group);
+    one.run !== values.run || one.step !== question.step || one.group !== question.group);
   if (!others.length) return null;
   return el("section", { class: "asked" }, el("h2", {}, "The same question"), el("ul", {}, others.map((one) =>
-    el("li", {}, el("a", { href: link("question", { run: one.run, step: one.step, group: one.grp }) },
+    el("li", {}, el("a", { href: link("question", { run: one.run, step: one.step, group: one.group }) },
       `${one.run}, step ${one.step}`), ` · outcome ${number(one.outcome, 2)} · ${one.answer || "no answer"}`))));
 }
 
@@ -116,7 +116,10 @@ export async function questionView(values, overview) {
   const columns = el("div", { class: "columns", tabindex: 0, role: "region", "aria-label": "Rollouts" });
   const copying = copiers(values, question);
   const keyed = highlighter(columns);
-  columns.append(...question.rollouts.map((one, column) =>
+  // By the weight of the cluster, those without one last.
+  const place = (one) => places.get(one.cluster) ?? places.size;
+  const sorted = [...question.rollouts].sort((a, b) => place(a) - place(b) || a.session - b.session);
+  columns.append(...sorted.map((one, column) =>
     rolloutColumn(one, column + 1, places, largest, keyed, copying)));
   return [
     tools(values, question, before, after),

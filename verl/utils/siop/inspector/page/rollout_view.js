@@ -36,11 +36,12 @@ function head(turn, number_, other, largest) {
   const values = VALUES.filter(([key]) => turn[key] !== undefined).map(([key, name, what]) =>
     el("span", { class: "value", title: what }, `${name} `, el("b", {}, signed(turn[key]))));
   return el("div", { class: `head ${side}`, style: { "--share": share.toFixed(3) } },
-    el("span", { class: "number" }, turn.before ? "before the first turn" : `turn ${number_}`),
+    el("div", { class: "first" },
+      el("span", { class: "number" }, turn.before ? "before the first turn" : `turn ${number_}`),
+      turn.advantage === undefined ? null
+        : el("span", { class: "advantage", title: "what the update multiplies this turn's log-probs by" },
+          "advantage ", el("b", {}, signed(turn.advantage, 2)))),
     values,
-    turn.advantage === undefined ? null
-      : el("span", { class: "value advantage", title: "what the update multiplies this turn's log-probs by" },
-        "advantage ", el("b", {}, signed(turn.advantage, 2))),
     other && el("span", { class: "value other", title: "reward and advantage under the other keys" },
       "other keys: ", `${signed(other.reward)}, `, el("b", {}, signed(other.advantage, 2))));
 }
