@@ -237,7 +237,7 @@ class RunIndex:
             KeyError: there is no such question.
             DumpError, OSError: the file has changed, or is gone.
         """
-        found = self._rows("SELECT places FROM questions WHERE step = ? AND "group" = ?", (step, group))
+        found = self._rows('SELECT places FROM questions WHERE step = ? AND "group" = ?', (step, group))
         if not found:
             raise KeyError(f"no question {group} in step {step}")
         return self.dump.read_places(step, json.loads(found[0][0]))
