@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and .venv/vllm if needed, then runs the linters, the type checker and all tests; those of vLLM last.
+# Sets up .venv, .venv/vllm and a Chromium if needed, then runs the linters, the type checker and all tests; those of
+# vLLM last.
 #
 #   bash run_tests.sh [PYTEST_ARGUMENT ...]      e.g. bash run_tests.sh -k advantage
 #
@@ -13,6 +14,7 @@ source scripts/common.sh
 
 help_if_asked "${BASH_SOURCE[0]}" "${1:-}"
 bash scripts/setup_env.sh --vllm
+VIRTUAL_ENV=$ROOT/.venv bash scripts/install_browser.sh
 unset CONDA_ENV
 VIRTUAL_ENV=$ROOT/.venv PATH=$ROOT/.venv/bin:$PATH
 export VIRTUAL_ENV PATH

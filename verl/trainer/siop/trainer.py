@@ -19,6 +19,7 @@ from verl.trainer.siop.evaluation.recorder import Recorder
 from verl.trainer.siop.policy_scorer import PolicyScorer
 from verl.trainer.siop.replay_buffer import CheckedReplayBuffer, column
 from verl.trainer.siop.report import METRICS_FILE, core_metrics
+from verl.trainer.siop.rollouts import dump
 from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
 from verl.trainer.siop.rollouts.rows import question_of
@@ -77,6 +78,8 @@ class SiopTrainer(SupervisedTrainer):
         self.uses_siop = config.algorithm.adv_estimator == "siop"
         self.siop, self.gamma = SiopConfig.from_algorithm(config.algorithm), float(config.algorithm.gamma)
         self._records: dict[str, dict[str, Any]] = {}
+        # Of the step: the assistant turns of each rollout, before a question is dropped from the update.
+        self._turns: dict[str, list[tuple[int, int]]] = {}
         if self.uses_siop and self._streams():
             self.replay_buffer.on_finished = self._question_finished
 
@@ -97,6 +100,8 @@ class SiopTrainer(SupervisedTrainer):
         # Rollout order within a question is the order of its sessions, whatever order verl's balancing left.
         keys.sort(key=_session)
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(_ROLLOUT_FIELDS))
+        masks = column(data, "response_mask")
+        self._turns = {key: get_assistant_turn_ranges(mask) for key, mask in zip(keys, masks, strict=True)}
         self._outcome_metrics(keys, data, metrics)
         records = [fields[FIELD] for fields in column(data, "extra_fields") if FIELD in fields]
         metrics.update(tool_metrics(records))
@@ -179,11 +184,15 @@ class SiopTrainer(SupervisedTrainer):
         )
         metrics["siop/dropped_groups"] = float(len(dropped))
         metrics.update(scores.cost)
+        for row, rollout in enumerate(rollouts):
+            self._records[keys[row]]["dropped"] = rollout.uid in dropped
         for index, row in enumerate(kept):
             self._records[keys[row]].update(
                 question=rollouts[row].question,
                 answer=rewards.answers[index],
                 cluster=rewards.cluster_ids[index],
+                mass=rewards.masses[index] if rewards.masses else None,
+                evidence=rewards.evidence[index] if rewards.evidence else None,
                 target=rewards.target_mass[index],
                 references=rewards.references[index],
                 support=rewards.support[index],
@@ -259,24 +268,31 @@ class SiopTrainer(SupervisedTrainer):
         return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)
 
     # ------------------------------------------------------------------ reports
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> Any:
+        result = super()._compute_metrics(batch, metrics, *args, **kwargs)
+        if folder := self.config.trainer.get("rollout_data_dir"):
+            dump.append_step(Path(folder), self.global_steps, metrics)
+        return result
+
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
-        """One JSON line per rollout: texts, and what each stage of the method made of it."""
+        """One JSON line per rollout: texts, and what each stage of the method and the estimator made of it."""
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
             keys = sorted(self._records, key=_session)
-            fields = ["prompts", "responses", "rm_scores", "reward_model"]
+            fields = [*dump.FIELDS, *([dump.KL_FIELD] if self.config.algorithm.use_kl_in_reward else [])]
             data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-            names = sorted({name for record in self._records.values() for name in record})
-            self._dump_generations(
-                inputs=[self.tokenizer.decode(ids) for ids in column(data, "prompts")],
-                outputs=[self.tokenizer.decode(ids) for ids in column(data, "responses")],
-                gts=[label.get("ground_truth") for label in column(data, "reward_model")],
-                scores=[float(scores.sum()) for scores in column(data, "rm_scores")],
-                reward_extra_infos_dict={
-                    "uid": keys,
-                    **{name: [self._records[key].get(name) for key in keys] for name in names},
-                },
-                dump_path=rollout_data_dir,
+            settings = dump.settings_of(self.config, self.siop)
+            dump.write_settings(Path(rollout_data_dir), settings)
+            columns = dump.columns(
+                keys,
+                data,
+                [self._turns[key] for key in keys],
+                [self._records[key] for key in keys],
+                self.tokenizer,
+                settings,
+                self.siop if self.uses_siop else None,
             )
+            named = (columns.pop(name) for name in ("input", "output", "gts", "score"))
+            self._dump_generations(*named, reward_extra_infos_dict=columns, dump_path=rollout_data_dir)
 
     def _validate(self) -> dict[str, float]:
         named = self.config.trainer.get("validation_data_dir")

@@ -187,23 +187,8 @@ class CreditBatch:
         )
 
     def gains(self, support: Sequence[float]) -> list[float]:
-        """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
-
-        - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no
-          gain, so an answer held from the start earns nothing by a detour. Source: this project.
-        - ``prob``: p_t − p_{t−1}, in [−1, 1]
-        - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
-        - ``gap``: log(g_{t−1} / g_t) with g_t = 0.1 − log p_t, what is missing of a certain reference in nats. Source:
-          TRACE (arXiv 2607.13988)
-        """
-        values = list(support)
-        if self.config.siop_gain == "peak":
-            values = list(itertools.accumulate(values, max))
-        elif self.config.siop_gain == "log":
-            values = [math.log(value + self.config.siop_epsilon) for value in values]
-        elif self.config.siop_gain == "gap":
-            values = [-math.log(GAP_OFFSET - math.log(max(value, sys.float_info.min))) for value in values]
-        return [after - before for before, after in itertools.pairwise(values)]
+        """:func:`gains` by the keys of this batch."""
+        return gains(support, self.config)
 
     def terminal(self, questions: Sequence[Sequence[Cluster]]) -> dict[int, list[float]]:
         """The target of each answered rollout on its last turn, 0 before."""
@@ -237,7 +222,28 @@ class CreditBatch:
             support=[(support or {}).get(index, []) for index in indices],
             answers=[item.answer for item in self.parsed],
             evidence=[of[index].evidence if index in of else None for index in indices],
+            masses=[of[index].mass if index in of else None for index in indices],
         )
+
+
+def gains(support: Sequence[float], config: SiopConfig) -> list[float]:
+    """Gain of each turn t = 1 … T, from the support p_0 … p_T of one rollout, by ``siop_gain``.
+
+    - ``peak``: P_t − P_{t−1} with P_t = max(p_0, …, p_t), in [0, 1]. Support that was lost and comes back is no gain,
+      so an answer held from the start earns nothing by a detour. Source: this project.
+    - ``prob``: p_t − p_{t−1}, in [−1, 1]
+    - ``log``: log(p_t + eps) − log(p_{t−1} + eps), in nats
+    - ``gap``: log(g_{t−1} / g_t) with g_t = 0.1 − log p_t, what is missing of a certain reference in nats. Source:
+      TRACE (arXiv 2607.13988)
+    """
+    values = list(support)
+    if config.siop_gain == "peak":
+        values = list(itertools.accumulate(values, max))
+    elif config.siop_gain == "log":
+        values = [math.log(value + config.siop_epsilon) for value in values]
+    elif config.siop_gain == "gap":
+        values = [-math.log(GAP_OFFSET - math.log(max(value, sys.float_info.min))) for value in values]
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def _parse(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> ParsedRollout:

@@ -86,6 +86,7 @@ class GroupRewards:
         support: p_t at the T + 1 boundaries; empty where it was not needed.
         answers: final answer; empty if there is none.
         evidence: rho of the rollout's cluster; None where it was not needed.
+        masses: m of the rollout's cluster; None where it has none.
     """
 
     turn_rewards: list[list[float]]
@@ -95,3 +96,4 @@ class GroupRewards:
     support: list[list[float]]
     answers: list[str] = field(default_factory=list)
     evidence: list[float | None] = field(default_factory=list)
+    masses: list[float | None] = field(default_factory=list)

@@ -1,0 +1,50 @@
+"""``python -m verl.utils.siop.inspector`` as its user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The command line."""
+    return [sys.executable, "-m", "verl.utils.siop.inspector", *map(str, arguments)]
+
+
+def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of the command."""
+    outer = {name: value for name, value in os.environ.items() if name != "SIOP_API_TOKEN"}
+    return {**outer, "VERL_PLATFORM": "cpu", **(env or {})}
+
+
+@contextmanager
+def serving(*arguments: str | Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """Its address as it prints it, and the id of the process."""
+    with subprocess.Popen(
+        command(*arguments, "--port", "0"),
+        cwd=ROOT,
+        env=environment(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            lines = iter(process.stdout.readline, "")
+            yield next(line for line in lines if line.startswith("http")).strip(), process.pid
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def once(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )

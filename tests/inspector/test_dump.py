@@ -1,0 +1,135 @@
+"""What the trainer dumps is what the estimator had, bit for bit; older dumps are read as far as they go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dumped_run import HOSTILE, questions, write_run, write_step
+from method_helpers import byte_tokenizer
+from verl.trainer.siop.rollouts import dump as writer
+from verl.utils.siop.inspector.dump import Dump, Unfinished
+from verl.utils.siop.inspector.schema import DUMP_VERSION, DumpError, parse_rollout
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
+
+OLD = {
+    "input": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+    "output": "<tool_call>a</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>b</tool_response><|im_end|>\n"
+    "<|im_start|>assistant\n<answer>c</answer><|im_end|>",
+    "step": 3,
+    "uid": "x-y_2_0",
+    "support": [0.1, 0.2, 0.3],
+    "turn_rewards": [0.1, 0.6],
+    "em": 1.0,
+}
+
+
+@pytest.mark.parametrize("keys", [{}, {"siop_baseline": "pooled", "siop_gain": "log"}, {"gamma": 0.5}])
+def test_the_dump_is_what_the_estimator_had(tmp_path: Path, keys: dict[str, Any]) -> None:
+    rollouts = questions(1)
+    seen = write_step(tmp_path, 1, rollouts, **keys)
+    read = [rollout for _, rollout in Dump(tmp_path).read(1)]
+    tokenizer = byte_tokenizer()
+    assert len(read) == len(rollouts)
+    for row, (dumped, rollout) in enumerate(zip(read, rollouts, strict=True)):
+        turns = get_assistant_turn_ranges(rollout.response_mask)
+        assert [span.tokens for span in dumped.turns] == turns
+        assert "".join(dumped.text(span) for span in dumped.spans or ()) == dumped.output
+        for span in dumped.spans or ():
+            assert span.tokens is not None
+            assert dumped.text(span) == tokenizer.decode(rollout.response_ids[slice(*span.tokens)])
+            mask = set(rollout.response_mask[slice(*span.tokens)])
+            assert mask == {int(span.role == "assistant")}
+        for turn, (start, end) in enumerate(turns):
+            assert dumped.turn_advantages is not None and dumped.turn_returns is not None
+            for values, tensor in ((dumped.turn_advantages, "advantages"), (dumped.turn_returns, "returns")):
+                of_tokens = torch.full((end - start,), values[turn], dtype=torch.float32)
+                assert torch.equal(of_tokens, seen[tensor][row, start:end])
+            rewards = dumped.turn_rewards or [0.0] * len(turns)
+            assert torch.tensor(rewards[turn]) == seen["rewards"][row, end - 1]
+        if dumped.support:
+            assert dumped.boundaries is not None and dumped.gains is not None
+            assert len(dumped.boundaries) == len(dumped.support) == len(dumped.gains) + 1
+            assert dumped.boundaries[0] == 0 and dumped.boundaries[-1] == turns[-1][0]
+    assert any(rollout.support for rollout in read)
+    settings = Dump(tmp_path).settings(read[0].settings)
+    assert settings.seed == 1 and settings.rollouts == 4
+    assert all(settings.algorithm[key] == value for key, value in keys.items())
+
+
+def test_other_settings_have_another_hash_and_the_scorers_address_has_no_part_in_it(tmp_path: Path) -> None:
+    def digest(**keys: Any) -> str:
+        write_step(tmp_path, 1, questions(1), **keys)
+        return Dump(tmp_path).read(1)[0][1].settings
+
+    one = digest()
+    assert digest(siop_scorer_url="http://elsewhere:1") == one
+    assert digest(siop_lambda=0.25) != one
+    assert len(list(tmp_path.glob("settings-*.json"))) == 2
+
+
+def test_tokens_with_values_of_their_own_are_kept() -> None:
+    values = torch.tensor([0.5, 0.5, 0.0, 0.1, 0.2])
+    assert writer.by_turn(values, [(0, 2), (3, 5)]) == [0.5, pytest.approx([0.1, 0.2])]
+
+
+def test_a_kl_penalty_is_summed_as_the_estimator_does() -> None:
+    values = torch.tensor([0.5, -0.25, 0.125, 1.0, 0.0])
+    assert writer._sums(values, [(0, 2), (3, 4)]) == [0.375, 1.0]
+
+
+def test_version_1_is_read_as_far_as_it_goes() -> None:
+    rollout = parse_rollout(json.dumps(OLD), "here")
+    assert (rollout.group, rollout.session, rollout.dump_version) == ("x-y", 2, 1)
+    assert [(span.role, rollout.text(span)) for span in rollout.spans or ()] == [
+        ("assistant", "<tool_call>a</tool_call><|im_end|>"),
+        ("tool", "\n<|im_start|>user\n<tool_response>b</tool_response><|im_end|>\n<|im_start|>assistant\n"),
+        ("assistant", "<answer>c</answer><|im_end|>"),
+    ]
+    assert rollout.turn_advantages is None and rollout.outcomes() == {"em": 1.0}
+    assert all(span.tokens is None for span in rollout.spans or ())
+
+
+def test_outcomes_of_any_name_are_read() -> None:
+    line = {**OLD, "em": None, "success": True, "outcome": {"solved": 0.5, "why": "text"}, "turn_scores": [0.0, 1.0]}
+    assert parse_rollout(json.dumps(line), "here").outcomes() == {"success": 1.0, "solved": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (json.dumps({**OLD, "dump_version": DUMP_VERSION + 1}), f"dump_version is {DUMP_VERSION + 1}"),
+        (json.dumps({**OLD, "support": "much"}), "support"),
+        (json.dumps({key: value for key, value in OLD.items() if key != "output"}), "output"),
+        ("{", "JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(line: str, message: str) -> None:
+    with pytest.raises(DumpError, match=f"^file, line 3: .*{message}"):
+        parse_rollout(line, "file, line 3")
+
+
+def test_a_file_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    path = tmp_path / "1.jsonl"
+    whole = path.read_bytes()
+    for size in (0, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(Unfinished):
+            Dump(tmp_path).read(1)
+    path.write_bytes(whole.replace(b'"step": 1', b'"step": 2', 1))
+    with pytest.raises(DumpError, match="line 1: step is 2"):
+        Dump(tmp_path).read(1)
+
+
+def test_a_folder_without_a_dump_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DumpError, match="does not exist"):
+        Dump(tmp_path / "none")
+    with pytest.raises(DumpError, match="holds no dump"):
+        Dump(tmp_path)
+    run = write_run(tmp_path / "run", steps=1)
+    assert Dump(run).name == Dump(run / "rollouts").name == "run"
+    assert HOSTILE in json.dumps(Dump(run).read(1)[1][1].output).replace('\\"', '"')

@@ -1,0 +1,152 @@
+"""The index finds what the dump holds, follows a run that goes on, and says what it could not read."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dumped_run import questions, write_run, write_step
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from verl.utils.siop.inspector.dump import Dump
+from verl.utils.siop.inspector.index import INDEX_FILE, RunIndex, Search
+from verl.utils.siop.inspector.summary import FLAGS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run") / "run", steps=6)
+
+
+@pytest.fixture(scope="module")
+def index(run: Path) -> RunIndex:
+    found = RunIndex(Dump(run))
+    found.refresh()
+    return found
+
+
+def test_every_question_is_there_with_its_rollouts(run: Path, index: RunIndex) -> None:
+    found = index.search(Search(limit=500))
+    assert found["total"] == len(found["questions"]) == 18
+    for question in found["questions"]:
+        rollouts = index.rollouts(question["step"], question["group"])
+        assert len(rollouts) == question["rollouts"] == 4
+        assert {rollout.group for rollout in rollouts} == {question["group"]}
+        sums = [sum(rollout.turn_rewards or ()) for rollout in rollouts]
+        assert question["reward_min"] == pytest.approx(min(sums))
+        assert question["outcome"] == pytest.approx(sum(rollout.em or 0.0 for rollout in rollouts) / 4)
+        advantages = [value for rollout in rollouts for value in rollout.turn_advantages or ()]
+        assert question["advantage_max"] == max(advantages)  # type: ignore[type-var]
+        right = [r for r in rollouts if r.em == 1 and r.turn_advantages and r.turn_advantages[-1] < 0]  # type: ignore[operator]
+        assert question["right_negative"] == len(right)
+    assert any(question["right_negative"] for question in found["questions"])
+    assert (run / "rollouts" / INDEX_FILE).is_file()
+    state = index.state()
+    assert (state["steps"], state["last_step"], state["rollouts"], state["version"]) == (6, 6, 72, 2)
+
+
+def test_a_question_whose_answer_changed_since_it_was_last_asked(index: RunIndex) -> None:
+    found = index.search(Search(limit=500, sort="question"))["questions"]
+    last: dict[str, str] = {}
+    for question in sorted(found, key=lambda q: q["step"]):
+        before = last.get(question["question"])
+        assert question["changed"] == int(before is not None and before != question["answer_key"])
+        last[question["question"]] = question["answer_key"] or before
+    assert {question["changed"] for question in found} == {0, 1}
+
+
+BOUNDS = st.none() | st.integers(-2, 6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(["step", "clusters", "outcome", "reward", "advantage", "turns"]),
+                       st.tuples(BOUNDS, BOUNDS), max_size=3),
+       st.lists(st.sampled_from(sorted(FLAGS)), max_size=2, unique=True))  # fmt: skip
+def test_a_search_is_a_filter_of_the_whole_list(
+    index: RunIndex, bounds: dict[str, tuple[int | None, int | None]], flags: list[str]
+) -> None:
+    def holds(question: dict[str, Any]) -> bool:
+        for name, (low, high) in bounds.items():
+            spread = name in ("reward", "advantage", "turns")
+            top, bottom = (question[f"{name}_max"], question[f"{name}_min"]) if spread else (question[name],) * 2
+            if low is not None and not (top is not None and top >= low):
+                return False
+            if high is not None and not (bottom is not None and bottom <= high):
+                return False
+        return all(question[flag] > 0 for flag in flags)
+
+    everything = index.search(Search(limit=500))["questions"]
+    values = {f"{name}_{end}": bound for name, pair in bounds.items() for end, bound in zip(("from", "to"), pair)}  # noqa: B905
+    found = index.search(Search(limit=500, flags=flags, **values))  # type: ignore[arg-type]
+    assert found["questions"] == [question for question in everything if holds(question)]
+
+
+def test_pages_and_orders(index: RunIndex) -> None:
+    whole = index.search(Search(limit=500, sort="advantage_min", descending=True))["questions"]
+    values = [question["advantage_min"] for question in whole]
+    assert values == sorted(values, reverse=True)
+    pages = [
+        index.search(Search(limit=5, offset=at, sort="advantage_min", descending=True))["questions"]
+        for at in range(0, 18, 5)
+    ]
+    assert [question for page in pages for question in page] == whole
+    with pytest.raises(ValueError, match="flags='odd' is not allowed"):
+        index.search(Search(flags=["odd"]))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("WHERE IS 1", 6), ("%", 0), ("_", 0), ("'; DROP", 0), ("paris", None)])
+def test_text_is_text(index: RunIndex, text: str, expected: int | None) -> None:
+    total = index.search(Search(text=text))["total"]
+    assert total == expected if expected is not None else total > 0
+
+
+def test_it_follows_and_says_what_it_could_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    write_step(folder, 1, questions(1))
+    index = RunIndex(Dump(tmp_path))
+    index.refresh()
+    revision = index.revision
+    index.refresh()
+    assert index.revision == revision
+    write_step(folder, 2, questions(2))
+    (folder / "3.jsonl").write_text('{"uid": "x"}\n')
+    (folder / "4.jsonl").write_text('{"uid": ')
+    index.refresh()
+    state = index.state()
+    assert state["steps"] == 2 and state["revision"] > revision
+    assert len(state["problems"]) == 1 and "3.jsonl, line 1: step" in state["problems"][0]
+    # A run that was resumed writes a step again.
+    write_step(folder, 2, questions(2, number=1))
+    later = time.time_ns() + 10**9
+    os.utime(folder / "2.jsonl", ns=(later, later))
+    (folder / "3.jsonl").unlink()
+    index.refresh()
+    assert index.state()["problems"] == []
+    assert index.search(Search(step_from=2))["total"] == 1
+    assert index.curves()[2]["timing_s/step"] == 5.0
+
+
+def test_an_index_is_used_again_and_a_damaged_one_made_anew(run: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=2)
+    first = RunIndex(Dump(folder))
+    first.refresh()
+    first.close()
+    again = RunIndex(Dump(folder))
+    assert again.state()["steps"] == 2
+    again.close()
+    (folder / "rollouts" / INDEX_FILE).write_bytes(b"no database" * 100)
+    anew = RunIndex(Dump(folder))
+    anew.refresh()
+    assert anew.state()["steps"] == 2
+
+
+def test_curves_are_those_of_the_logs_and_of_the_rollouts(index: RunIndex) -> None:
+    curves = index.curves()
+    rollouts = [rollout for _, rollout in index.dump.read(3)]
+    assert curves[3]["siop/turns/mean"] == pytest.approx(sum(len(r.turns) for r in rollouts) / len(rollouts))
+    assert curves[3]["siop/outcome/em"] == pytest.approx(sum(r.em or 0 for r in rollouts) / len(rollouts))
+    assert curves[3]["timing_s/step"] == 6.0
+    assert "siop/turn_reward/turn_2/mean" in curves[3]

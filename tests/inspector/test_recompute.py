@@ -1,0 +1,107 @@
+"""The credit of a dump: under its own keys what the estimator gave, under others what a training would have given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dumped_run import questions, write_step
+from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.inspector.dump import Dump
+from verl.utils.siop.inspector.recompute import Recipe, read_recipe, recompute
+from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
+
+ABLATIONS = Path(__file__).parents[2] / "config" / "ablation"
+
+
+def dumped(folder: Path, **keys: Any) -> tuple[list[DumpedRollout], DumpedSettings]:
+    write_step(folder, 1, questions(1), **keys)
+    rollouts = [rollout for _, rollout in Dump(folder).read(1)]
+    return rollouts, Dump(folder).settings(rollouts[0].settings)
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"siop_baseline": "pooled", "siop_gain": "log"},
+    {"siop_lambda": 0.0, "siop_return": "min"},
+    {"siop_eta": 0.0},
+    {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"},
+    {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast", "norm_adv_by_std_in_grpo": False},
+    {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support"},
+    {"siop_baseline": "turn_group", "siop_turn_weight": 0.5, "gamma": 0.5},
+    {"siop_baseline": "turn_index", "siop_scorer_noise": 0.01},
+    {"siop_enable_two_pass": False},
+]
+
+
+@pytest.mark.parametrize("keys", OTHERS)
+def test_under_other_keys_it_is_what_a_training_with_them_dumps(tmp_path: Path, keys: dict[str, Any]) -> None:
+    rollouts, settings = dumped(tmp_path / "one")
+    there, own = dumped(tmp_path / "other", **keys)
+    found = recompute(rollouts, settings, Recipe("other", keys))
+    assert found == recompute(there, own)
+    broadcast = keys.get("siop_advantage_mode") == "broadcast" or keys.get("siop_enable_two_pass") is False
+    for rollout in there:
+        credit = found[rollout.uid]
+        assert credit["rewards"] == (rollout.turn_rewards or [0.0] * len(rollout.turns))
+        # GRPO's outcome advantage is computed by verl in another order.
+        tolerance = 1e-6 if broadcast else 0.0
+        assert credit["advantages"] == pytest.approx(rollout.turn_advantages, abs=tolerance, rel=0)
+        assert credit["returns"] == pytest.approx(rollout.turn_returns, abs=tolerance, rel=0)
+    assert found != recompute(rollouts, settings)
+
+
+def test_a_question_that_was_left_out_counts_nowhere(tmp_path: Path) -> None:
+    rollouts, settings = dumped(tmp_path)
+    whole = recompute(rollouts, settings)
+    for rollout in rollouts:
+        rollout.dropped = rollout.group == "u-1-0"
+    found = recompute(rollouts, settings)
+    kept = [rollout for rollout in rollouts if not rollout.dropped]
+    assert found.keys() == whole.keys()
+    assert all(not any(found[r.uid]["advantages"]) for r in rollouts if r.dropped)
+    assert {uid: found[uid] for uid in (r.uid for r in kept)} == recompute(kept, settings)
+
+
+def test_a_preset_keeps_what_would_take_new_scores() -> None:
+    recipe = read_recipe(["ablation=release", "algorithm.siop_lambda=0.25"], ABLATIONS)
+    assert recipe.keys == {"siop_baseline": "pooled", "siop_gain": "log", "siop_lambda": 0.25}
+    assert set(recipe.kept) == {"siop_boundary", "siop_probe_opening", "siop_reference_prefix", "siop_reference_suffix"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("siop_boundary=assistant", "siop_boundary takes new scores"),
+        ("siop_scorer_url=http://x", "siop_scorer_url has no part in the credit"),
+        ("siop_gian=log", "siop_gian=log is not allowed; choose ablation=NAME or KEY=VALUE"),
+        ("ablation=relaese", "choose one of .*release"),
+        ("ablation=../ablation/siop", "choose one of"),
+        ("ablation=grpo", "adv_estimator=grpo"),
+        ("ablation=igpo", "siop_use_gold_ref"),
+        ("siop_gain", "is not allowed"),
+    ],
+)
+def test_what_cannot_be_recomputed_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SiopConfigError, match=message):
+        read_recipe([text], ABLATIONS)
+
+
+def test_a_dump_without_what_is_needed_is_refused_by_name(tmp_path: Path) -> None:
+    rollouts, settings = dumped(tmp_path, siop_reward_mode="cluster_frequency")
+    with pytest.raises(DumpError, match="has no evidence"):
+        recompute(rollouts, settings, Recipe("", {"siop_reward_mode": "process"}))
+    with pytest.raises(DumpError, match="has no support"):
+        recompute(rollouts, settings, Recipe("", {"siop_reward_mode": "process", "siop_eta": 0.0}))
+    with pytest.raises(SiopConfigError, match="siop_gain='no' is not allowed"):
+        recompute(rollouts, settings, Recipe("", {"siop_gain": "no"}))
+    settings.algorithm["use_kl_in_reward"] = True
+    with pytest.raises(DumpError, match="use_kl_in_reward"):
+        recompute(rollouts, settings)
+    settings.algorithm["adv_estimator"] = "grpo"
+    with pytest.raises(DumpError, match="adv_estimator=grpo"):
+        recompute(rollouts, settings)
+    rollouts[0].dump_version = 1
+    settings.algorithm.update(adv_estimator="siop", use_kl_in_reward=False)
+    with pytest.raises(DumpError, match="dump version 1"):
+        recompute(rollouts, settings)

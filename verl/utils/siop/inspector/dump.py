@@ -1,0 +1,142 @@
+"""Where a run's dump lies, and how its lines are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from verl.utils.siop.inspector.schema import (
+    DUMP_VERSION,
+    SETTINGS_FILE,
+    STEPS_FILE,
+    DumpedRollout,
+    DumpedSettings,
+    DumpedStep,
+    DumpError,
+    parse_rollout,
+)
+
+# Offset and length of a line in its file, in bytes.
+Place = tuple[int, int]
+
+
+class Unfinished(DumpError):
+    """The file ends within a line: its writer is not done."""
+
+
+class Dump:
+    """The dump of one run.
+
+    Args:
+        folder: of the run, with ``rollouts`` in it, or that folder itself.
+
+    Attributes:
+        name: of the run.
+        rollouts: the folder with the files.
+
+    Raises:
+        DumpError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        inner = folder / "rollouts"
+        self.rollouts = inner if inner.is_dir() else folder
+        if not self.rollouts.is_dir():
+            raise DumpError(f"{folder} is no folder of a run: it does not exist")
+        if self.rollouts == folder and not any(_steps(folder)):
+            raise DumpError(f"{folder} holds no dump: there is neither rollouts/ nor a STEP.jsonl in it")
+        run = folder.resolve()
+        self.name = run.parent.name if self.rollouts == folder and run.name == "rollouts" else run.name
+
+    def steps(self) -> dict[int, Path]:
+        """The files of the steps that are there, by step."""
+        return dict(sorted(_steps(self.rollouts)))
+
+    def file(self, step: int) -> Path:
+        """The file of a step, whether it is there or not."""
+        return self.rollouts / f"{step}.jsonl"
+
+    def read(self, step: int) -> list[tuple[Place, DumpedRollout]]:
+        """All rollouts of a step, with where they stand.
+
+        Raises:
+            Unfinished: it is being written.
+            DumpError: a line cannot be read.
+            OSError: the file is gone.
+        """
+        path, found, at = self.file(step), [], 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    raise Unfinished(f"{path}: line {number} is not whole")
+                rollout = parse_rollout(line, f"{path}, line {number}")
+                if rollout.step != step:
+                    raise DumpError(f"{path}, line {number}: step is {rollout.step}")
+                found.append(((at, len(line)), rollout))
+                at += len(line)
+        if not found:
+            raise Unfinished(f"{path} is empty")
+        return found
+
+    def read_places(self, step: int, places: Sequence[Place]) -> list[DumpedRollout]:
+        """The rollouts at these places of a step's file.
+
+        Raises:
+            DumpError: a line cannot be read.
+            OSError: the file is gone.
+        """
+        path, found = self.file(step), []
+        with path.open("rb") as file:
+            for offset, length in places:
+                file.seek(offset)
+                found.append(parse_rollout(file.read(length), f"{path}, at byte {offset}"))
+        return found
+
+    def metrics(self, after: int = 0) -> Iterator[tuple[int, DumpedStep]]:
+        """The whole lines of ``steps.jsonl`` from byte ``after`` on, each with the byte where it ends.
+
+        Raises:
+            DumpError: a line cannot be read.
+        """
+        path = self.rollouts / STEPS_FILE
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(after)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                after += len(line)
+                try:
+                    yield after, DumpedStep.model_validate_json(line)
+                except ValidationError as error:
+                    raise DumpError(f"{path}, before byte {after}: {error.errors()[0]['msg']}") from error
+
+    def settings(self, digest: str) -> DumpedSettings:
+        """The settings that rollouts name.
+
+        Raises:
+            DumpError: they name none (version 1), or it is not there or not whole.
+        """
+        if not digest:
+            raise DumpError(
+                f"{self.rollouts} names no settings: it is of dump version 1. Version {DUMP_VERSION} is written by "
+                "trainings with this version"
+            )
+        path = self.rollouts / SETTINGS_FILE.format(digest)
+        try:
+            found = DumpedSettings.model_validate(json.loads(path.read_bytes()))
+        except OSError as error:
+            raise DumpError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise DumpError(f"{path} holds no settings: {error}") from error
+        return found
+
+
+def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d+\.jsonl", path.name):
+            yield int(path.stem), path
