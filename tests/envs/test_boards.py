@@ -53,7 +53,7 @@ def test_rows_are_played_as_they_are_written(tmp_path: Path) -> None:
         assert row["prompt"][0]["content"].endswith(env.reset(json.loads(extra["spec"])))
         assert (extra["index"], extra["ceiling_success"], row["agent_name"]) == (index, 1.0, "verified_game")
     assert len({row["extra_info"]["id"] for row in rows}) == 12
-    told = OmegaConf.load(tmp_path / "overrides.yaml")
+    told: Any = OmegaConf.load(tmp_path / "overrides.yaml")
     assert told["actor_rollout_ref.rollout.agent.default_agent_loop"] == "verified_game"
     assert told["actor_rollout_ref.rollout.multi_turn.tool_config_path"] is None
     assert json.loads((tmp_path / "manifest.json").read_text())["blanks"] == [2, 6]

@@ -38,8 +38,9 @@ class Sudoku(Rules):
         height, width = BOXES[self.size]
         return (
             f"Solve this Sudoku: every row, every column and every box of {height} rows and {width} columns holds each "
-            f"digit from 1 to {self.size} once. Fill one blank cell ({BLANK}) a turn. Rows and columns are counted from "
-            f"1, from the top left. You have one turn for each blank cell; a wrong digit is refused and costs its turn."
+            f"digit from 1 to {self.size} once. Fill one blank cell ({BLANK}) a turn. Rows and columns are counted "
+            "from 1, from the top left. You have one turn for each blank cell; a wrong digit is refused and costs its "
+            "turn."
         )
 
     def show(self) -> str:
