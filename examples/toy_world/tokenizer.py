@@ -70,23 +70,23 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Tokenizer over the markers above and ``words`` (order kept; ids follow it).
+def build_tokenizer(words: Iterable[str], markers: Iterable[str] = MARKERS) -> PreTrainedTokenizerFast:
+    """Tokenizer over the special tokens, ``markers`` and ``words`` (order kept; ids follow it).
 
     Raises:
         ValueError: a word is listed twice, is a marker, or contains white space.
     """
-    words = list(words)
+    words, markers = list(words), list(markers)
     bad = [w for w in words if len(w.split()) != 1]
     if bad:
         raise ValueError(f"a word of the vocabulary must be one token without white space, got {bad[:3]}")
-    entries = [*SPECIAL_TOKENS, *MARKERS, *words]
+    entries = [*SPECIAL_TOKENS, *markers, *words]
     if len(set(entries)) != len(entries):
         raise ValueError("the vocabulary lists a word twice")
     core = Tokenizer(WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token=UNK))
     core.pre_tokenizer = WhitespaceSplit()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    core.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKERS])
+    core.add_tokens([AddedToken(t, special=False, normalized=False) for t in markers])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

@@ -206,11 +206,11 @@ def warm_start(
     tokens = None
     if kind is not TWO_HOP:
         tokens = sum(weight == 1.0 for batch in plan for example in batch for weight in example.weights) / len(plan)
-    _train(model, plan, int(tokenizer.pad_token_id), tokens, show_progress)
+    train(model, plan, int(tokenizer.pad_token_id), tokens, show_progress)
     return model.eval()
 
 
-def _train(
+def train(
     model: Qwen3ForCausalLM, plan: list[list[Example]], pad: int, tokens: float | None, show_progress: bool
 ) -> None:
     matrices: list[torch.nn.Parameter] = []

@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "siop_num_refs": 3,
         "siop_epsilon": 1e-8,
         "siop_consensus_terminal": "frequency",
+        "siop_outcome_weight": 0.0,
         "siop_strict_entailment": True,
         "siop_probe_opening": True,
         "siop_reference_prefix": "auto",
@@ -48,11 +49,12 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("siop_reward_mode", "empo", "process, majority_binary, cluster_frequency, query_consensus"),
+        ("siop_reward_mode", "empo", "process, majority_binary, cluster_frequency, query_consensus, verifiable"),
         ("siop_baseline", "loo", "leave_one_out, pooled, turn_index, turn_group"),
         ("siop_return", "max", "sum, min"),
         ("siop_turn_weight", 0, "a number above 0.0"),
         ("siop_evidence", "sum", "mean, max"),
+        ("siop_outcome_weight", -1, "a number from 0.0"),
         ("siop_consensus_terminal", "mass", "frequency, support"),
         ("siop_boundary", 1, "before_answer, assistant, observation"),
         ("siop_gain", None, "peak, prob, log"),

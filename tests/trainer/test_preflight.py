@@ -56,6 +56,7 @@ OTHER_VALUES: dict[str, Any] = {
     "siop_num_refs": 2,
     "siop_epsilon": 1e-6,
     "siop_consensus_terminal": "support",
+    "siop_outcome_weight": 0.5,
     "siop_strict_entailment": False,
     "siop_probe_opening": False,
     "siop_reference_prefix": "\nNow:\n",
@@ -120,6 +121,9 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
         ),
         ("query_frequency", {"siop_reward_mode": "query_consensus"}),
         ("matchtir", {"siop_baseline": "turn_index"}),
+        ("vpr", {"siop_reward_mode": "verifiable", "siop_baseline": "turn_index"}),
+        ("vpr_loo", {"siop_reward_mode": "verifiable"}),
+        ("vpr_return", {"siop_reward_mode": "verifiable"}),
         ("pure", {"siop_return": "min", "siop_gain": "prob"}),
         ("a2tgpo", {"siop_baseline": "turn_group"}),
         (

@@ -269,8 +269,9 @@ def ask_tools(run: Run, tools: Mapping[str, Any], sample: str, wait_s: float) ->
 
 
 def needs_scorer(run: Run) -> bool:
-    """Whether the run asks the scorer at all: IGPO asks for support alone, which the policy may measure itself."""
-    return run.trains_by_siop and (run.siop.siop_scorer == "server" or not run.siop.siop_use_gold_ref)
+    """Whether the run asks the scorer at all: not VPR; IGPO asks for support alone, which the policy may measure."""
+    siop = run.siop
+    return run.trains_by_siop and siop.needs_scorer and (siop.siop_scorer == "server" or not siop.siop_use_gold_ref)
 
 
 def _scorer(run: Run) -> str:

@@ -22,7 +22,7 @@ from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.trainer.siop.rollouts import dump
 from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
-from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.rows import ACTIONS, SUCCESS, TURN_SCORES, outcomes_of, question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.liveness import Liveness
@@ -121,7 +121,11 @@ class SiopTrainer(SupervisedTrainer):
     def _seen(self, keys: list[str], data: TensorDict, records: list[dict[str, Any]], learns: bool | None) -> Step:
         prompts, responses, masks = (column(data, name) for name in ("prompts", "responses", "response_mask"))
 
+        actions = [fields.get(ACTIONS) for fields in column(data, "extra_fields")]
+
         def answer(row: int) -> str:
+            if actions[row] is not None:
+                return "" if self._records[keys[row]].get("invalid") == 1 else " ".join(actions[row])
             known = self._records[keys[row]].get("answer")
             if known is not None:
                 return known
@@ -134,19 +138,20 @@ class SiopTrainer(SupervisedTrainer):
             # Only if every rollout was counted do the records say something about the step.
             records=records if len(records) == len(keys) else [],
             learns=learns,
+            wanted="answer" if None in actions else "action",
             text=lambda row: self.tokenizer.decode(responses[row][masks[row] == 1]),
         )
 
     def _outcome_metrics(self, keys: list[str], data: TensorDict, metrics: dict) -> None:
-        """EM and F1 where labels exist, under their own names: ``critic/score`` shows the turn rewards."""
+        """What the reward function or the agent loop says of the outcome (EM and F1, the success of a game), under its
+        own names: ``critic/score`` shows the turn rewards."""
         found: dict[str, list[float]] = {}
         for key, fields in zip(keys, column(data, "extra_fields"), strict=True):
-            info = fields.get("reward_extra_info", {})
-            # None where the row has no label.
-            outcome = {name: float(info[name]) for name in ("em", "f1") if info.get(name) is not None}
+            outcome = outcomes_of(fields)
             self._records[key] = dict(outcome)
-            if FIELD in fields:
-                self._records[key][FIELD] = fields[FIELD]
+            for name in (FIELD, ACTIONS, TURN_SCORES):
+                if fields.get(name):
+                    self._records[key][name] = fields[name]
             for name, value in outcome.items():
                 found.setdefault(name, []).append(value)
         metrics.update({f"siop/outcome/{name}": float(np.mean(values)) for name, values in found.items()})
@@ -203,7 +208,7 @@ class SiopTrainer(SupervisedTrainer):
     # ------------------------------------------------------------------ scoring
     def _streams(self) -> bool:
         """Whether questions are scored while others generate: the policy itself cannot do both."""
-        return self.siop.siop_streaming and self.siop.siop_scorer == "server"
+        return self.siop.needs_scorer and self.siop.siop_streaming and self.siop.siop_scorer == "server"
 
     def _question_finished(self, keys: list[str], partition_id: str) -> None:
         """A question's last rollout has ended."""
@@ -230,7 +235,7 @@ class SiopTrainer(SupervisedTrainer):
             column(data, name)
             for name in ("uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "reward_model")
         )
-        recorded = [fields.get(FIELD, {}) for fields in column(data, "extra_fields")]
+        fields = column(data, "extra_fields")
         return [
             Rollout(
                 uid=str(uids[i]),
@@ -239,7 +244,10 @@ class SiopTrainer(SupervisedTrainer):
                 response_ids=responses[i].tolist(),
                 response_mask=masks[i].tolist(),
                 gold=parse_aliases(labels[i]) if self.siop.siop_use_gold_ref else None,
-                executed_calls=recorded[i].get("executed_calls"),
+                executed_calls=fields[i].get(FIELD, {}).get("executed_calls"),
+                # verl's own agent loops leave an empty list.
+                turn_scores=fields[i].get(TURN_SCORES) or None,
+                outcome=outcomes_of(fields[i]).get(SUCCESS),
             )
             for i in range(len(keys))
         ]

@@ -55,6 +55,10 @@ class RolloutError(SiopError, ValueError):
     """A rollout cannot be used: its mask, its length, its question or its label is not what the method needs."""
 
 
+class GameError(SiopError, ValueError):
+    """A game cannot be set up or played: an unknown name, an impossible board, a step after its end."""
+
+
 class InvalidRequest(SiopError, ValueError):
     """A request to the scorer is not valid; the message names the offending field and its value (HTTP 422)."""
 

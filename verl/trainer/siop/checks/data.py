@@ -45,6 +45,7 @@ class Use:
         policy: renders the prompts.
         question: whether the question is taken from the row (SIOP's training).
         labels: how labels are used: "" not at all, "read" by the metrics, "needed" in every row (IGPO), "some" (GRPO).
+        verified: whether every row needs an agent loop that scores turns (VPR).
     """
 
     key: str
@@ -52,6 +53,7 @@ class Use:
     policy: Policy
     question: bool
     labels: str
+    verified: bool = False
     rows: int = field(default=0, init=False)
     fits: list[bool] = field(default_factory=list, init=False)  # whether the filter of long prompts keeps a row
     labelled: int = field(default=0, init=False)
@@ -66,7 +68,8 @@ class Use:
             labels = "needed"
         elif trains and not by_siop and labels:
             labels = "some"
-        return cls(key, config, policy, trains and by_siop, labels)
+        verified = trains and by_siop and siop.siop_reward_mode == "verifiable"
+        return cls(key, config, policy, trains and by_siop, labels, verified)
 
     # ------------------------------------------------------------------ one row
     def check(self, row: Mapping[str, Any]) -> str:
@@ -86,7 +89,8 @@ class Use:
                 return str(error)
             if self.question and not question.strip():
                 return "the question is empty"
-        return self._wrong_label(row.get("reward_model")) or self._wrong_length(messages, row)
+        label = self._wrong_label(row.get("reward_model"), self._agent(row))
+        return label or self._wrong_game(row) or self._wrong_length(messages, row)
 
     def _agent(self, row: Mapping[str, Any]) -> Any:
         return row.get("agent_name", self.policy.agent)
@@ -105,9 +109,24 @@ class Use:
             )
         return ""
 
-    def _wrong_label(self, label: Any) -> str:
+    def _wrong_game(self, row: Mapping[str, Any]) -> str:
+        """What an agent loop that scores itself has against the row; VPR needs such an agent loop."""
+        if self._agent(row) in self.policy.scoring_agents:
+            loop = self.policy.scoring_agents[self._agent(row)]
+            return str(loop.wrong_row(row.get("extra_info"))) if hasattr(loop, "wrong_row") else ""
+        if self.verified:
+            return (
+                f"algorithm.siop_reward_mode=verifiable needs an agent loop that scores turns, and 'agent_name' is "
+                f"{self._agent(row)!r}; choose {' or '.join(sorted(self.policy.scoring_agents)) or 'verified_game'}"
+            )
+        return ""
+
+    def _wrong_label(self, label: Any, agent: str) -> str:
         if not isinstance(label, dict):
             return "'reward_model' is null; without a label write {'ground_truth': null}"
+        if agent in self.policy.scoring_agents:
+            self.labelled += 1  # by its own outcome
+            return ""
         if not self.labels:
             return ""
         try:

@@ -5,8 +5,9 @@ Everything is built by the functions of verl that the run uses, from the same ke
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from verl.tools.local_read_tool import LocalReadTool
 from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
+from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
 from verl.utils.siop.data.chat import MULTI_TURN, Chat, build_tools, first_cause
+from verl.utils.siop.envs.games import Judge
 from verl.utils.siop.errors import SiopConfigError
 
 # Agent loops that call tools: verl's, and ours on it.
 TOOL_AGENTS = (UPSTREAM, AGENT_LOOP)
+
+# Options of a game's agent loop that say who gives the scores.
+JUDGE = tuple(spec.name for spec in fields(Judge))
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler")  # which trainers leave beside them
@@ -32,14 +38,23 @@ class Policy(Chat):
     Args:
         agent: verl's agent loop for rows that name none (``rollout.agent.default_agent_loop``).
         agents: all that are registered.
+        scoring_agents: the classes of those that give each rollout its outcome themselves (``SCORES_ITSELF``), as games
+            do: they need neither labels nor answers. ``wrong_row(extra_info)``, where one has it, says what is wrong
+            with a row.
         limit: tokens at which the run cuts a prompt, on the left (``rollout.prompt_length``).
         takes_media: whether the model takes images, videos or sounds beside texts.
     """
 
     agent: str
     agents: frozenset[str]
+    scoring_agents: Mapping[str, Any]
     limit: int
     takes_media: bool
+
+    @property
+    def scores_itself(self) -> bool:
+        """Whether the default agent loop does, so that no answer is looked for."""
+        return self.agent in self.scoring_agents
 
     @property
     def calls_tools(self) -> bool:
@@ -58,7 +73,7 @@ def load_policy(config: DictConfig) -> Policy:
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     loaded = _load_model(model)
-    agents = _agents(rollout)
+    agents, scoring = _agents(rollout)
     if rollout.name == "vllm" and config.trainer.device == "cpu":
         _check_heads(loaded.hf_config, f"actor_rollout_ref.model.path={model.path}")
     try:
@@ -78,6 +93,7 @@ def load_policy(config: DictConfig) -> Policy:
         tools=build_tools(rollout.multi_turn),
         agent=rollout.agent.default_agent_loop,
         agents=agents,
+        scoring_agents=scoring,
         format=rollout.multi_turn.format,
         limit=rollout.prompt_length,
         takes_media=loaded.processor is not None and builder.supports_multimodal(),
@@ -127,26 +143,47 @@ def _check_heads(hf_config: Any, key: str) -> None:
         )
 
 
-def _agents(rollout: DictConfig) -> frozenset[str]:
-    """Names of the agent loops, which must include the default one."""
+def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, Any]]:
+    """Names of the agent loops, which must include the default one; and those that score rollouts themselves."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.utils.import_utils import resolve_config_path
 
-    names = set(_agent_loop_registry)
+    targets = {name: str(loop["_target_"]) for name, loop in _agent_loop_registry.items()}
     if path := rollout.agent.get("agent_loop_config_path"):
+        key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
         try:
-            loops = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)))
-            names |= {str(loop["name"]) for loop in loops}  # type: ignore[union-attr,call-overload,index]
+            loops: Any = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)))
+            targets |= {str(loop["name"]): str(loop["_target_"]) for loop in loops}
         except (OSError, ValueError, TypeError, KeyError, OmegaConfBaseException) as error:
-            raise SiopConfigError(
-                f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}: not a list of agent loops: {error}"
-            ) from error
-    if rollout.agent.default_agent_loop not in names:
+            raise SiopConfigError(f"{key}: not a list of agent loops: {error}") from error
+        for loop in loops:
+            _check_loop(key, loop)
+    if rollout.agent.default_agent_loop not in targets:
         raise SiopConfigError(
             f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop} is not allowed; "
-            f"choose one of {', '.join(sorted(names))}"
+            f"choose one of {', '.join(sorted(targets))}"
         )
-    return frozenset(names)
+    classes = {name: _class_of(target) for name, target in targets.items()}
+    return frozenset(targets), {name: c for name, c in classes.items() if getattr(c, "SCORES_ITSELF", False)}
+
+
+def _class_of(target: str) -> Any:
+    from verl.utils.import_utils import load_class_from_fqn
+
+    return load_class_from_fqn(target)
+
+
+def _check_loop(key: str, loop: dict[str, Any]) -> None:
+    """Refuse an agent loop that cannot be loaded, or a verifier that its options do not give."""
+    try:
+        found = _class_of(str(loop["_target_"]))
+        if issubclass(found, VerifiedGameLoop):
+            options = {name: value for name, value in loop.items() if name in JUDGE}
+            Judge(**options)
+            if module := loop.get("module"):
+                importlib.import_module(module)
+    except Exception as error:  # the user's code may raise anything
+        raise SiopConfigError(f"{key}: the agent loop {loop['name']} cannot be used: {first_cause(error)}") from error
 
 
 def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:

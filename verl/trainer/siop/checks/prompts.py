@@ -19,7 +19,8 @@ from verl.utils.siop.data.chat import (
     sample_arguments,
     tool_parsers,
 )
-from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.envs.base import read_action
+from verl.utils.siop.errors import GameError, SiopConfigError, SiopError
 from verl.utils.siop.turn_utils import parse_answer
 
 # Their templates write calls of earlier turns otherwise than the models make them, and so prove nothing about them.
@@ -39,6 +40,8 @@ def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn
         SiopConfigError: the call's format is not known, or reads something else than the template wrote; the message
             names the formats that fit.
     """
+    if policy.scores_itself:
+        return f"action tags{_check_action_tags(policy)}; the agent loop {policy.agent} scores rollouts itself"
     tags = "answer tags" + _check_answer_tags(policy, siop, sample)
     if not policy.calls_tools:
         return f"{tags}; what the agent loop {policy.agent} calls is not known"
@@ -118,6 +121,22 @@ def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> 
     return f", probes as {prefix + '…' + suffix!r}{found}"
 
 
+def _check_action_tags(policy: Policy) -> str:
+    """What an action looks like to the tokenizer, as text that goes on after "action tags"."""
+    ids = policy.tokenizer("<action> 1 2 3 </action>", add_special_tokens=False)["input_ids"]
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    try:
+        found = read_action(text)
+    except GameError:
+        found = []
+    if found != ["1", "2", "3"]:
+        raise SiopConfigError(
+            f"actor_rollout_ref.model.path={policy.path}: its tokenizer reads <action> 1 2 3 </action> back as "
+            f"{text!r}, which is not that action"
+        )
+    return f", {len(ids)} tokens for an action"
+
+
 def _check_result(policy: Policy, name: str, arguments: dict[str, Any], sample: str) -> None:
     """A tool's result must be appended to a rollout, by verl's own way of doing it."""
     user, schemas = {"role": "user", "content": sample}, policy.schemas()
@@ -155,7 +174,7 @@ def check_instructions(policy: Policy, messages: Messages, warn: Callable[[str],
                 f"how to call {' or '.join(map(repr, policy.tools))}, for the chat template of {policy.path} renders "
                 f"no tools ({'as ' + repr(call) if call else 'in the form of ' + policy.format})"
             )
-    if "<answer>" not in prompt:
+    if "<answer>" not in prompt and not policy.scores_itself:
         missing.append("that the answer goes into <answer> … </answer>")
     if missing:
         warn(

@@ -238,13 +238,16 @@ METHOD_KEYS = (
     "siop_lambda",
     "siop_strict_entailment",
     "siop_consensus_terminal",
+    "siop_outcome_weight",
     "siop_scorer_noise",
     "siop_streaming",
     *TURN_KEYS,
     *SUPPORT_KEYS,
     *TARGET_KEYS,
 )
-BUILT_IN = ("process", "majority_binary", "cluster_frequency", "query_consensus")
+BUILT_IN = ("process", "majority_binary", "cluster_frequency", "query_consensus", "verifiable")
+# What only a method with a scorer reads.
+SCORER_KEYS = ("siop_streaming", "siop_strict_entailment", "siop_on_scorer_error")
 
 
 def _ignored(siop: SiopConfig) -> Iterator[tuple[str, str]]:
@@ -272,6 +275,10 @@ def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]
             yield from ((key, f"{method}, which measures no support") for key in (*SUPPORT_KEYS, *TARGET_KEYS))
     if mode != "query_consensus":
         yield "siop_consensus_terminal", f"siop_reward_mode={mode}"
+    if mode != "verifiable":
+        yield "siop_outcome_weight", f"siop_reward_mode={mode}"
+    if not siop.needs_scorer:
+        yield from ((key, f"siop_reward_mode={mode}, which asks no scorer") for key in SCORER_KEYS)
     if siop.siop_eta == 0:
         yield "siop_evidence", "siop_eta=0, which leaves evidence out"
     if siop.siop_scorer == "policy":
@@ -282,6 +289,8 @@ def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]
 
 def measures_support(siop: SiopConfig) -> bool:
     """Whether the method asks for the probability of references; a method of the user's own may."""
+    if not siop.needs_scorer:
+        return False
     if siop.siop_use_gold_ref or siop.siop_reward_mode not in BUILT_IN:
         return True
     return siop.siop_reward_mode == "process" or (

@@ -36,6 +36,7 @@ class Step:
         records: what became of the tool calls; empty where the agent loop did not count.
         learns: whether some advantage is not 0; None if nobody looked.
         text: what the policy itself wrote in a rollout, by its index.
+        wanted: what ``answers`` holds, and the tags around it: answers, or the actions of games.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Step:
     records: Sequence[Mapping[str, Any]]
     learns: bool | None
     text: Callable[[int], str]
+    wanted: str = "answer"
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,17 @@ class NothingLearntAlarm:
         truncated = sum(record["truncated"] for record in step.records)
         causes: tuple[str, ...]
         if not any(step.answers):
+            tags = f"<{step.wanted}>…</{step.wanted}>"
             causes = (
-                f"the prompt does not ask for <answer>…</answer>: {_README} has a text (data.train_files)",
+                f"the prompt does not ask for {tags}: {_README} has a text (data.train_files)",
                 "the model does not keep to the form: use an instruction-tuned one, or warm-start it "
                 "(actor_rollout_ref.model.path)",
             )
             if 2 * truncated > count:
                 cut = f"{truncated} of {count} rollouts were cut: raise data.max_response_length"
                 causes = (f"{cut} (now {self.config.data.max_response_length})", *causes)
-            found.append(Finding("no_answer", count, f"no answer in {count} of {count} rollouts", 0, causes))
+            seen = f"no {step.wanted} in {count} of {count} rollouts"
+            found.append(Finding("no_answer", count, seen, 0, causes))
         found += self._call_findings(step)
         if step.learns is False:
             causes = (

@@ -1,11 +1,18 @@
-"""What the trainer reads from a data row, for the run and for the checks before it alike."""
+"""What the trainer reads from a data row, for the run and for the checks before it alike, and from a rollout."""
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.utils.siop.errors import SiopError
+
+# Keys of a rollout's extra_fields: a verifier's score of each turn, and what the policy wrote in each.
+TURN_SCORES, ACTIONS = "turn_scores", "actions"
+# The outcome that siop_outcome_weight weighs, among a rollout's outcomes.
+SUCCESS = "success"
 
 
 def question_of(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, Any] | None) -> str:
@@ -23,3 +30,16 @@ def question_of(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, 
     if not users or not isinstance(users[-1], str):
         raise SiopError(f"no user message with text in the prompt, and no extra_info.question: {messages!r}")
     return users[-1]
+
+
+def outcomes_of(fields: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in ``reward_extra_info`` of a rollout's ``extra_fields``, by their own names; not its ``score``.
+
+    What is no finite number is left out: EM and F1 are None where a row has no label.
+    """
+    info = fields.get("reward_extra_info") or {}
+    return {
+        name: float(value)
+        for name, value in info.items()
+        if name != "score" and isinstance(value, numbers.Real) and math.isfinite(value)
+    }

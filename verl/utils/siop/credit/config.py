@@ -66,6 +66,7 @@ class SiopConfig:
     siop_num_refs: int = _number(3, 1)
     siop_epsilon: float = _number(1e-8, 0.0, above=True)
     siop_consensus_terminal: str = _choice("frequency", "support")
+    siop_outcome_weight: float = _number(0.0, 0.0)
     siop_strict_entailment: bool = True
     siop_probe_opening: bool = True
     siop_reference_prefix: str = AUTO
@@ -113,6 +114,11 @@ class SiopConfig:
                 f"siop_return={self.siop_return!r} is not allowed with siop_baseline={self.siop_baseline!r}, which "
                 "sums the rewards of the turns itself. Use siop_return='sum' with it"
             )
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the method asks for clusters, evidence or support at all, and reads answers."""
+        return self.siop_use_gold_ref or self.siop_reward_mode not in CREDIT_METHODS.without_scorer
 
     def _import_module(self) -> None:
         if self.siop_import and isinstance(self.siop_import, str):

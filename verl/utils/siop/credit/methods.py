@@ -1,8 +1,11 @@
-"""The built-in credit methods (``siop_reward_mode``): SIOP, TTRL, EMPO, query consensus; and IGPO, with labels."""
+"""The built-in credit methods (``siop_reward_mode``): SIOP, TTRL, EMPO, query consensus; IGPO, with labels; and VPR,
+with a verifier of turns."""
 
 from __future__ import annotations
 
 import json
+import math
+import numbers
 
 from verl.utils.siop.credit.answers import f1_score
 from verl.utils.siop.credit.batch import Cluster, CreditBatch, ParsedRollout
@@ -145,6 +148,46 @@ async def gold_reference(batch: CreditBatch) -> GroupRewards:
     result.target_mass = [1.0 if index in gold_of else 0.0 for index in range(len(batch.parsed))]
     result.references = [references_of.get(index, []) for index in range(len(batch.parsed))]
     return result
+
+
+@register_credit("verifiable", needs_scorer=False)
+async def verifiable(batch: CreditBatch) -> GroupRewards:
+    """VPR: a turn earns what the environment's verifier says of it (arXiv 2605.10325); no answers, clusters, support.
+
+    r_t = ``Rollout.turn_scores[t]``; the last turn + ``siop_outcome_weight``·``Rollout.outcome``. The paper's objective
+    is this with ``siop_baseline=turn_index`` and ``algorithm.gamma=0``, per question.
+
+    Raises:
+        RolloutError: a rollout has no scores, another number of them than turns, or one that is not a finite number;
+            or no finite outcome although it has a weight.
+    """
+    rewards = {}
+    for index, item in enumerate(batch.parsed):
+        if not item.turns:  # a padded row
+            continue
+        rewards[index] = _turn_scores(item)
+        if batch.config.siop_outcome_weight:
+            outcome = _finite(item.rollout.outcome, f"outcome of a rollout of question {item.rollout.uid!r}")
+            rewards[index][-1] += batch.config.siop_outcome_weight * outcome
+    return batch.result(rewards)
+
+
+def _turn_scores(item: ParsedRollout) -> list[float]:
+    scores, what = item.rollout.turn_scores, f"rollout of question {item.rollout.uid!r}"
+    if scores is None:
+        raise RolloutError(
+            f"{what}: siop_reward_mode=verifiable needs a score of every turn, but its agent loop gave none "
+            "(extra_fields['turn_scores']); use one that verifies turns, as verified_game"
+        )
+    if len(scores) != len(item.turns):
+        raise RolloutError(f"{what}: {len(item.turns)} assistant turns in its mask, but {len(scores)} turn scores")
+    return [_finite(score, f"score of turn {turn} of a {what}") for turn, score in enumerate(scores, start=1)]
+
+
+def _finite(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise RolloutError(f"{what} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def _cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:

@@ -34,7 +34,7 @@ def group_metrics(
 
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
-        - ``siop/no_answer``: share of rollouts without an answer
+        - ``siop/no_answer``: share of rollouts without an answer (not of a method that reads none)
         - ``siop/zero_variance_groups``: share of questions whose advantages are all within the scorer's noise, so that
           they give no update
         - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
@@ -57,7 +57,7 @@ def group_metrics(
     updated = _rows_with_an_update(rewards.turn_rewards, num_turns, groups.values(), config, gamma)
     values: dict[str, list[float]] = {
         "turns/mean": list(map(float, num_turns)),
-        "no_answer": [not answer for answer in rewards.answers],
+        "no_answer": [not answer for answer in rewards.answers] if config.needs_scorer else [],
         "zero_variance_groups": [not updated & set(members) for members in groups.values()],
         "target_mass": [
             mass
@@ -70,7 +70,7 @@ def group_metrics(
         "support_first": [support[0] for support in rewards.support if support],
         "support_last": [support[-1] for support in rewards.support if support],
     }
-    if not config.siop_use_gold_ref:
+    if config.needs_scorer and not config.siop_use_gold_ref:
         clusters = [[rewards.cluster_ids[index] for index in members] for members in groups.values()]
         counts = [Counter(cluster_id for cluster_id in ids if cluster_id is not None) for ids in clusters]
         if any(counts) or not any(rewards.answers):

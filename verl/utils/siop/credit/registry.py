@@ -19,10 +19,14 @@ class Registry(Generic[F]):
 
     Args:
         key: the configuration key.
+
+    Attributes:
+        without_scorer: names of the functions that were registered with ``needs_scorer=False``.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.without_scorer: set[str] = set()
         self._functions: dict[str, F] = {}
 
     def names(self) -> tuple[str, ...]:
@@ -34,8 +38,13 @@ class Registry(Generic[F]):
             raise SiopConfigError(f"{self.key}={name!r} is not allowed; choose one of {', '.join(self._functions)}")
         return self._functions[name]
 
-    def register(self, name: str) -> Callable[[F], F]:
+    def register(self, name: str, *, needs_scorer: bool = True) -> Callable[[F], F]:
         """Decorator that registers a function; the same function may come again (a module that is loaded twice).
+
+        Args:
+            name: value of the key.
+            needs_scorer: False of a credit method that asks for no clusters, evidence or support, and reads no
+                answers: then no scorer is looked for, and no metric speaks of answers.
 
         Raises:
             SiopConfigError: the name belongs to another function.
@@ -48,6 +57,8 @@ class Registry(Generic[F]):
                     f"{self.key}: {_where(function)} wants the name {name!r}, which belongs to {_where(known)}"
                 )
             self._functions[name] = function
+            if not needs_scorer:
+                self.without_scorer.add(name)
             return function
 
         return add

@@ -19,6 +19,8 @@ class Rollout:
         gold: gold answers; used by ``siop_use_gold_ref`` only.
         executed_calls: for each of the T assistant turns its tool calls that were executed, as (name, arguments in
             JSON); None if nobody recorded them.
+        turn_scores: a verifier's score of each of the T assistant turns, from the agent loop; None if there is none.
+        outcome: the verifier's word on the whole rollout; None if there is none.
     """
 
     uid: str
@@ -28,6 +30,8 @@ class Rollout:
     response_mask: list[int]
     gold: list[str] | None = None
     executed_calls: list[list[tuple[str, str]]] | None = None
+    turn_scores: list[float] | None = None
+    outcome: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+"""verl's agent loop for games: a turn is one action, the oracle's verdict on it is the turn's score.
+
+``config/game_loop.yaml`` registers it (``actor_rollout_ref.rollout.agent.agent_loop_config_path``), and the column
+``agent_name`` of the data chooses it; ``import verl`` does not load it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.trainer.siop.rollouts.rows import ACTIONS, TURN_SCORES
+from verl.utils.profiler import simple_timer
+from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
+from verl.utils.siop.errors import GameError, RolloutError
+
+
+@dataclass
+class _Play:
+    """A rollout so far: its tokens, and a score for each of the policy's turns."""
+
+    messages: list[dict[str, Any]]
+    ids: list[int]  # of prompt and response
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    texts: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    truncated: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)  # of the engine
+
+
+class VerifiedGameLoop(AgentLoopBase):
+    """``agent_name=verified_game``. The row's ``extra_info`` holds ``game`` and ``spec`` (JSON).
+
+    ``extra_fields`` gets ``turn_scores``, one for each assistant turn in the mask whatever became of it: a turn without
+    a valid action, and one that the length limit cut, has the invalid score. ``reward_score`` is the outcome, 1 with a
+    success, else 0. ``reward_extra_info`` holds, the same keys in every row:
+
+    - ``success``, ``completion``: of the game
+    - ``oracle_rate``: share of the turns whose action the exact oracle calls right, whoever gives the scores
+    - ``oracle_error``: mean of \\|score − exact verdict\\| over the turns with a valid action: how far the scores err
+    - ``invalid``: share of the turns without a valid action; ``truncated``: 1 if the length limit cut the rollout
+    - ``ceiling_success``, ``ceiling_completion``: of oracle play on the same board
+
+    Args:
+        oracle, simulations, flip, invalid_score: see :class:`~verl.utils.siop.envs.games.Judge`.
+        module: Python module that registers further games, imported first.
+        **kwargs: of verl.
+
+    Raises:
+        GameError: no such game, or its spec cannot be played.
+        RolloutError: the engine gave no tokens, or ``max_assistant_turns`` is below the turns of the game.
+    """
+
+    # The loop gives each rollout its own outcome; labels and answers are not needed.
+    SCORES_ITSELF = True
+
+    tokenizer: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        oracle: str = EXACT,
+        simulations: int | None = None,
+        flip: float = 0.0,
+        invalid_score: float = 0.0,
+        module: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if module:
+            importlib.import_module(module)
+        self.judge = Judge(oracle, simulations, flip, invalid_score)
+        self.response_length = self.rollout_config.response_length
+        context = self.rollout_config.max_model_len
+        self.context = context or self.rollout_config.prompt_length + self.response_length
+
+    @staticmethod
+    def wrong_row(extra: Mapping[str, Any] | None) -> str:
+        """What is wrong with a row's ``extra_info``, or nothing: it must hold a game that can be played."""
+        try:
+            for name in ("ceiling_success", "ceiling_completion"):
+                if not isinstance((extra or {}).get(name), float):
+                    return f"extra_info.{name} is {(extra or {}).get(name)!r}, needs a number (see envs.build)"
+            game, spec = _game(extra or {})
+            game.rules(spec)
+        except GameError as error:
+            return str(error)
+        return ""
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        extra = kwargs["extra_info"]
+        env = self._env(extra, f"{extra['spec']} {kwargs.get('global_steps')} {kwargs.get('session_id')}")
+        messages = [dict(message) for message in kwargs["raw_prompt"]]
+        play = _Play(messages, await self.ct_build_initial_tokens(messages))
+        request_id = uuid4().hex
+        while not env.done and await self._turn(env, play, sampling_params, request_id):
+            pass
+        return self._output(play, extra)
+
+    def _env(self, extra: Mapping[str, Any], seed: str) -> Env:
+        game, spec = _game(extra)
+        env = Env(game, self.judge, seed)
+        env.reset(spec)
+        limit = self.rollout_config.multi_turn.max_assistant_turns
+        if limit and limit < env.rules.turns:
+            raise RolloutError(
+                f"actor_rollout_ref.rollout.multi_turn.max_assistant_turns={limit} is below the {env.rules.turns} "
+                f"turns of this {extra['game']}: set it to null, for a game ends by itself"
+            )
+        return env
+
+    async def _turn(self, env: Env, play: _Play, sampling_params: dict[str, Any], request_id: str) -> bool:
+        """One turn with its score; whether the game goes on."""
+        room = min(self.response_length - len(play.mask), self.context - len(play.ids))
+        with simple_timer("generate_sequences", play.metrics):
+            output = await self.server_manager.generate(
+                request_id=request_id, prompt_ids=play.ids, sampling_params={**sampling_params, "max_tokens": room}
+            )
+        if not output.token_ids:
+            raise RolloutError(f"the rollout engine returned no tokens for turn {len(play.scores) + 1}")
+        self._note_engine(play, output)
+        merged, play.mask, play.logprobs = await self.ct_merge_assistant_token(
+            play.ids,
+            output.token_ids,
+            play.mask,
+            play.logprobs if play.mask else ([] if output.log_probs else None),
+            assistant_logprobs=output.log_probs or None,
+        )
+        play.ids = merged.token_ids
+        text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        play.texts.append(text)
+        if len(output.token_ids) >= room and output.token_ids[-1] != self.tokenizer.eos_token_id:
+            play.truncated = True
+            play.scores.append(self.judge.invalid_score)
+            return False
+        step = env.step(text)
+        play.steps.append(step)
+        play.scores.append(step.score)
+        return not step.done and await self._observe(play, text, step.observation)
+
+    async def _observe(self, play: _Play, text: str, observation: str) -> bool:
+        """Show the player what comes next; whether a turn fits after it."""
+        before = [*play.messages, {"role": "assistant", "content": text}]
+        play.messages = [*before, {"role": "user", "content": observation}]
+        merged, mask, logprobs = await self.ct_merge_context_msg(
+            before, play.messages, play.ids, play.mask, play.logprobs
+        )
+        if len(mask) >= self.response_length or len(merged.token_ids) >= self.context:
+            play.truncated = True
+            return False
+        play.ids, play.mask, play.logprobs = merged.token_ids, mask, logprobs
+        return True
+
+    def _note_engine(self, play: _Play, output: Any) -> None:
+        """The engine's own fields, which verl's metrics read: those of the first turn, the newest weights of all."""
+        if not play.fields:
+            play.fields.update(output.extra_fields)
+        elif newest := output.extra_fields.get("max_global_steps"):
+            play.fields["max_global_steps"] = newest
+        preempted = output.num_preempted
+        if preempted is not None:
+            play.metrics["num_preempted"] = max(play.metrics.get("num_preempted", 0), 0) + preempted
+
+    def _output(self, play: _Play, extra: Mapping[str, Any]) -> AgentLoopOutput:
+        # What cannot be seen of a response is cut off, a score of a turn never: every turn has its first token in it.
+        length = min(len(play.mask), self.response_length)
+        start = len(play.ids) - len(play.mask)
+        info = outcome_of(play.steps, play.scores, play.truncated, extra)
+        return AgentLoopOutput(
+            prompt_ids=play.ids[:start],
+            response_ids=play.ids[start : start + length],
+            response_mask=play.mask[:length],
+            response_logprobs=play.logprobs[:length] if play.logprobs else None,
+            reward_score=info["success"],
+            num_turns=2 * len(play.scores),
+            metrics=play.metrics,
+            extra_fields={
+                **play.fields,
+                TURN_SCORES: play.scores,
+                "tool_rewards": [],
+                ACTIONS: play.texts,
+                "reward_extra_info": info,
+            },
+        )
+
+
+def _game(extra: Mapping[str, Any]) -> tuple[Game, dict[str, Any]]:
+    """The game of a row and its spec.
+
+    Raises:
+        GameError: there is none of this name, or its spec is no JSON object.
+    """
+    try:
+        spec = json.loads(extra.get("spec") or "")
+    except (TypeError, ValueError) as error:
+        raise GameError(f"extra_info.spec={extra.get('spec')!r:.100} is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise GameError(f"extra_info.spec={spec!r:.100} is not allowed; needs an object")
+    return find(str(extra.get("game"))), spec
+
+
+def outcome_of(steps: list[Step], scores: list[float], truncated: bool, extra: Mapping[str, Any]) -> dict[str, float]:
+    """``reward_extra_info`` of a rollout, see :class:`VerifiedGameLoop`.
+
+    Args:
+        steps: the turns that were played.
+        scores: of all turns, the cut one among them.
+        truncated: whether the length limit ended it.
+        extra: the row's ``extra_info``.
+    """
+    turns, valid = len(scores), [step for step in steps if step.valid]
+    return {
+        "success": float(bool(steps) and steps[-1].success),
+        "completion": float(steps[-1].completion) if steps else 0.0,
+        "oracle_rate": sum(step.right for step in steps) / turns,
+        "oracle_error": sum(abs(step.score - step.right) for step in valid) / max(len(valid), 1),
+        "invalid": (turns - len(valid)) / turns,
+        "truncated": float(truncated),
+        "ceiling_success": float(extra["ceiling_success"]),
+        "ceiling_completion": float(extra["ceiling_completion"]),
+    }

@@ -1,0 +1,225 @@
+"""All games by name, and a game being played: rules and oracle together, one score a turn.
+
+env = make("sudoku")
+observation = env.reset({"size": 4, "board": "1.3434122143432."})
+step = env.step("<action> 1 2 2 </action>")     # step.observation, .score, .done, .success, .completion
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verl.utils.siop.envs import minesweeper_oracle, sudoku_oracle, tictactoe_oracle
+from verl.utils.siop.envs.base import Action, InvalidAction, Rules, read_action
+from verl.utils.siop.envs.minesweeper import Minesweeper
+from verl.utils.siop.envs.sudoku import Sudoku
+from verl.utils.siop.envs.tictactoe import TicTacToe
+from verl.utils.siop.errors import GameError
+
+EXACT, SEARCH = "exact", "search"
+
+
+@dataclass(frozen=True)
+class Game:
+    """A kind of game.
+
+    Args:
+        rules: its state.
+        best: all right actions of a state; an action is right or not, there are no degrees.
+        search: what a tree search of N simulations takes for the best, where the game has one.
+    """
+
+    rules: Callable[[Mapping[str, Any]], Rules]
+    best: Callable[[Any], frozenset[Action]]
+    search: Callable[[Any, int, random.Random], frozenset[Action]] | None = None
+
+
+GAMES: dict[str, Game] = {
+    "sudoku": Game(Sudoku, sudoku_oracle.best),
+    "tictactoe": Game(TicTacToe, tictactoe_oracle.best, tictactoe_oracle.searched),
+    "minesweeper": Game(Minesweeper, minesweeper_oracle.best),
+}
+
+
+def register_game(name: str, game: Game) -> None:
+    """Add a game under a name of its own; the same class may come again (a module that is loaded twice).
+
+    Raises:
+        GameError: the name belongs to another game.
+    """
+    known = GAMES.get(name)
+    if known is not None and getattr(known.rules, "__qualname__", known) != getattr(game.rules, "__qualname__", game):
+        raise GameError(f"the name {name!r} belongs to another game")
+    GAMES[name] = game
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who gives the turns their scores.
+
+    Args:
+        oracle: ``exact``: 1 for every right action, ties included; ``search``: 1 for the one that a tree search of
+            ``simulations`` finds.
+        simulations: of the search, for each turn.
+        flip: share of the scores of valid actions that are turned round, at random: an oracle that errs.
+        invalid_score: of a turn without a valid action, and of one that the length limit cut. The paper's score is
+            binary (arXiv 2605.10325), so it is 0 unless told otherwise.
+
+    Raises:
+        GameError: a value that is not allowed, or one without effect.
+    """
+
+    oracle: str = EXACT
+    simulations: int | None = None
+    flip: float = 0.0
+    invalid_score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.oracle not in (EXACT, SEARCH):
+            raise GameError(f"oracle={self.oracle!r} is not allowed; choose one of {EXACT}, {SEARCH}")
+        if (self.oracle == SEARCH) != (self.simulations is not None):
+            raise GameError(
+                f"simulations={self.simulations} is not allowed with oracle={self.oracle}: a number for {SEARCH}, none "
+                f"for {EXACT}"
+            )
+        if self.simulations is not None and not 1 <= self.simulations <= 100_000:
+            raise GameError(f"simulations={self.simulations} is not allowed; choose from 1 to 100000")
+        if not 0 <= self.flip <= 1:
+            raise GameError(f"flip={self.flip} is not allowed; choose a share from 0 to 1")
+        if not -10 <= self.invalid_score <= 0:
+            raise GameError(f"invalid_score={self.invalid_score} is not allowed; choose a number from -10 to 0")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a turn has come to.
+
+    Args:
+        observation: what the player sees next.
+        score: of the judge.
+        done: whether the game is over, or no turn is left.
+        success, completion: of the game so far, see :class:`~verl.utils.siop.envs.base.Rules`.
+        valid: whether the turn held an action that the rules allow.
+        right: whether the exact oracle calls it right, whoever gives the score.
+    """
+
+    observation: str
+    score: float
+    done: bool
+    success: bool
+    completion: float
+    valid: bool
+    right: bool
+
+
+class Env:
+    """One game being played.
+
+    Args:
+        game: its kind.
+        judge: who gives the scores.
+        seed: of the judge's chances.
+    """
+
+    rules: Rules
+
+    def __init__(self, game: Game, judge: Judge | None = None, seed: int | str = 0) -> None:
+        self.game, self.judge = game, judge or Judge()
+        if self.judge.oracle == SEARCH and game.search is None:
+            raise GameError(f"oracle={SEARCH} is not allowed: this game has no tree search; choose {EXACT}")
+        self._rng = random.Random(str(seed))
+
+    def reset(self, spec: Mapping[str, Any]) -> str:
+        """Begin the game of a spec; returns the first observation.
+
+        Raises:
+            GameError: see :class:`~verl.utils.siop.envs.base.Rules`.
+        """
+        self.rules, self.turns = self.game.rules(spec), 0
+        return self.rules.show()
+
+    @property
+    def done(self) -> bool:
+        return self.rules.finished or self.turns >= self.rules.turns
+
+    def step(self, text: str) -> Step:
+        """Play the action in the text of a turn.
+
+        Raises:
+            GameError: the game is over.
+        """
+        if self.done:
+            raise GameError("the game is over; reset it")
+        self.turns += 1
+        score, right, valid = self.judge.invalid_score, False, True
+        try:
+            action = self.rules.parse(read_action(text))
+        except InvalidAction as error:
+            note, valid = f"invalid : {error} ; write <action> {self.rules.form} </action>", False
+        else:
+            exact = self.game.best(self.rules)
+            right = action in exact
+            score = float(action in self._paid(exact))
+            if self.judge.flip and self._rng.random() < self.judge.flip:
+                score = 1.0 - score
+            note = self.rules.play(action)
+        return Step(
+            observation=f"{note}\n{self.rules.show()}",
+            score=score,
+            done=self.done,
+            success=self.rules.success,
+            completion=self.rules.completion,
+            valid=valid,
+            right=right,
+        )
+
+    def _paid(self, exact: frozenset[Action]) -> frozenset[Action]:
+        if self.judge.simulations is None:
+            return exact
+        assert self.game.search is not None
+        return self.game.search(self.rules, self.judge.simulations, self._rng)
+
+
+def find(name: str) -> Game:
+    """The game of a name.
+
+    Raises:
+        GameError: there is none.
+    """
+    if name not in GAMES:
+        raise GameError(f"game={name!r} is not allowed; choose one of {', '.join(GAMES)}")
+    return GAMES[name]
+
+
+def make(name: str, judge: Judge | None = None, seed: int | str = 0) -> Env:
+    """A game by its name, to be reset.
+
+    Raises:
+        GameError: there is none of this name.
+    """
+    return Env(find(name), judge, seed)
+
+
+def prompt_of(rules: Rules) -> str:
+    """The message with which a game begins: what to do, how, and the first observation."""
+    return (
+        f"{rules.instructions()} Write each action as <action> {rules.form} </action> ; what stands before "
+        f"it is free.\n{rules.show()}"
+    )
+
+
+def written(action: Action) -> str:
+    """An action as a player writes it."""
+    return f"<action> {' '.join(map(str, action))} </action>"
+
+
+def oracle_play(game: Game, spec: Mapping[str, Any], rng: random.Random) -> tuple[bool, float]:
+    """Success and completion of one game in which every action is right, by chance among those."""
+    env = Env(game)
+    env.reset(spec)
+    while not env.done:
+        step = env.step(written(rng.choice(sorted(game.best(env.rules)))))
+    return step.success, step.completion

@@ -1,0 +1,16 @@
+"""Sudoku: which actions are right. With one solution: the digit of the solution in any blank cell."""
+
+from __future__ import annotations
+
+from verl.utils.siop.envs.base import Action
+from verl.utils.siop.envs.sudoku import BLANK, Sudoku, only_solution
+
+
+def best(game: Sudoku) -> frozenset[Action]:
+    """(row, column, digit) for every blank cell."""
+    size, solution = game.size, only_solution("".join(game.board), game.size)
+    return frozenset(
+        (cell // size + 1, cell % size + 1, int(solution[cell]))
+        for cell, value in enumerate(game.board)
+        if value == BLANK
+    )
