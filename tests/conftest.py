@@ -20,6 +20,7 @@ CHAT_TEMPLATE = (
 LONG = (
     "test_end_to_end",
     "test_signals",
+    "test_liveness",
     "test_console",
     "test_release_commands",
     "test_data_to_table",

@@ -15,6 +15,8 @@ import pytest
 import torch
 from toy_training import ToyTraining, small_world
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from verl.trainer.siop.checks.policy import _check_heads
+from verl.utils.siop.errors import SiopConfigError
 
 from examples.toy_world.warm_start import Schedule, warm_start
 
@@ -92,16 +94,14 @@ def test_a_lora_policy_is_sampled_with_its_adapter(world: Path, tmp_path: Path) 
     assert min(_per_step(training, "actor/grad_norm")) > 0
 
 
-def test_heads_that_vllm_cannot_compute_are_refused_before_the_start(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    world = small_world(tmp_path_factory.mktemp("narrow"))
-    training = ToyTraining(world, tmp_path, *OVERRIDES)
-    try:
-        assert training.wait(200) == 1
-    finally:
-        training.kill()
-    assert "attention heads of 24 numbers" in training.report() and "take hf_cpu or another model" in training.report()
+def test_heads_that_vllm_cannot_compute_are_refused_before_the_start(world: Path) -> None:
+    config = AutoConfig.from_pretrained(world / "model")
+    _check_heads(config, "x")
+    config.head_dim = 24
+    with pytest.raises(
+        SiopConfigError, match=r"heads of 24 numbers, and .* computes 32, 64, .* take hf_cpu or another"
+    ):
+        _check_heads(config, "actor_rollout_ref.model.path=x")
 
 
 def test_vllm_for_cpus_answers_to_the_name_that_verl_asks_for() -> None:
