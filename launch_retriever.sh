@@ -81,6 +81,7 @@ our_server() {
     fi
     [[ -z ${RETRIEVER_GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=$RETRIEVER_GPUS
     COMMAND=("$PYTHON" -m "$module.server") BUILD=()
+    without_plugins
     if [[ -f $folder/manifest.json && -z ${RETRIEVER_NAME:-}$file$corpus ]]; then
         what="the index in $folder"
         COMMAND+=(--index "$folder" ${encoder[@]+"${encoder[@]}"})

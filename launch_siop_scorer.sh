@@ -28,6 +28,7 @@ case $ACTION in
     start)
         pick_python
         server=("$PYTHON" -m verl.utils.siop.scoring_server)
+        without_plugins
         [[ " ${OPTIONS[*]-} " != *" --help "* ]] || exec "${server[@]}" --help
         [[ -n ${SIOP_MODEL:-} ]] || die "set SIOP_MODEL to the scorer model: a directory, a hub id, or none"
         seen=$(count_gpus)

@@ -39,11 +39,12 @@ def eventually(condition, timeout_s: float = 60.0):
 
 
 def scorer_env(**extra: str) -> dict[str, str]:
-    """Environment of a scorer process: one thread, no outer Ray, no proxy, this checkout first."""
+    """Environment of a scorer process: as the launcher has it, but one thread, no outer Ray, no proxy."""
     env = {
         k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "SIOP_API_TOKEN") and "proxy" not in k.lower()
     }
-    return {**env, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra}
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    return {**env, **own, **extra}
 
 
 class ScorerProcess:

@@ -61,6 +61,9 @@ def test_the_commands_of_the_release(release: Environment, tmp_path: Path) -> No
         assert json.loads(answer.read())["status"] == "healthy"
     logs = Path(release["LOG_DIR"])
     assert {"retrieval_server.log", "siop_scorer.log"} <= {path.name for path in logs.iterdir()}
+    for service in ("retrieval_server", "siop_scorer"):
+        process = (logs / f"{service}.pid").read_text().strip()
+        assert "VERL_USE_EXTERNAL_PLUGINS=none" in Path(f"/proc/{process}/environ").read_text().split("\0")
 
     train = {
         **release,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -26,6 +28,8 @@ from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngin
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
 
+from benchmarks.step import read_steps
+from benchmarks.toy_services import toy_services
 from examples.toy_world.tokenizer import ASSISTANT, END, REFERENCE_PREFIX, REFERENCE_SUFFIX
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +41,11 @@ class Quickstart:
     def __init__(self, folder: Path) -> None:
         self.out, self.records, self.mark = folder / "out", folder / "records", uuid.uuid4().hex
         self.records.mkdir()
+        self.plugins = {
+            "PYTHONPATH": str(ROOT / "tests" / "helpers" / "plugins"),
+            "VERL_USE_EXTERNAL_MODULES": "record_rewards",
+            "RECORD_DIR": str(self.records),
+        }
 
     def start(self, steps: int, method: str = "siop") -> subprocess.Popen[str]:
         env = {
@@ -44,9 +53,7 @@ class Quickstart:
             "QUICKSTART_STEPS": str(steps),
             "OUTPUT_DIR": str(self.out),
             "SIOP_TEST_MARK": self.mark,
-            "PYTHONPATH": str(ROOT / "tests" / "helpers" / "plugins"),
-            "VERL_USE_EXTERNAL_MODULES": "record_rewards",
-            "RECORD_DIR": str(self.records),
+            **self.plugins,
         }
         return subprocess.Popen(
             ["bash", "quickstart.sh", "--method", method],
@@ -82,6 +89,9 @@ class Quickstart:
             time.sleep(0.5)
         assert self.alive() == []
 
+    def dumps(self) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (self.out / "rollouts").iterdir()}
+
     def dumped(self, step: int) -> list[dict]:
         return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
 
@@ -107,33 +117,42 @@ def test_prints_the_table_and_leaves_nothing_running(quickstart: tuple[Quickstar
 
 def test_the_estimator_receives_the_turn_rewards_bit_for_bit(quickstart: tuple[Quickstart, str]) -> None:
     run, _ = quickstart
-    records = sorted(run.records.glob("*.pt"))
     # The third step belongs to another test.
-    for step, file in enumerate(records[:2], start=1):
-        call = torch.load(file, weights_only=False)
-        received: dict[str, list[tuple[float, ...]]] = {}
-        for rewards, mask, uid in zip(call["rewards"], call["mask"], call["index"], strict=True):
-            ends = [end - 1 for _, end in get_assistant_turn_ranges(mask)]
-            elsewhere = rewards.clone()
-            elsewhere[ends] = 0
-            assert not elsewhere.any()
-            received.setdefault(uid, []).append(tuple(rewards[ends].tolist()))
-        computed: dict[str, list[tuple[float, ...]]] = {}
-        turns = {}
-        for row in run.dumped(step):
-            turns[row["uid"]] = row["turn_rewards"]
-            computed.setdefault(row["uid"].split("_")[0], []).append(tuple(row["turn_rewards"]))
-        assert sum(len(rows) for rows in received.values()) == 64
-        assert received.keys() == computed.keys()
-        for uid, rows in received.items():
-            # A rollout without an answer has no turn rewards, and zeros in the update.
-            answered = sorted(row for row in computed[uid] if row)
-            silent = len(computed[uid]) - len(answered)
-            zeros = [row for row in rows if row not in answered]
-            assert sorted(row for row in rows if row in answered) == answered
-            assert len(zeros) == silent and not any(any(row) for row in zeros)
-        assert any(len(set(row)) > 1 for rows in received.values() for row in rows)
+    for step, call in enumerate(_received(run.records)[:2], start=1):
+        _assert_received_is_dumped(call, run.dumped(step))
+        assert any(len(set(turns)) > 1 for turns in _of_turns(call["rewards"], call["mask"]))
         assert call["advantages"].abs().sum() > 0
+
+
+def _received(records: Path) -> list[dict]:
+    """What the estimator got, step by step."""
+    return [torch.load(file, weights_only=False) for file in sorted(records.glob("*.pt"))]
+
+
+def _of_turns(values: torch.Tensor, masks: torch.Tensor) -> list[tuple[float, ...]]:
+    """Of each rollout, what stands on the last tokens of its turns."""
+    ends = [[end - 1 for _, end in get_assistant_turn_ranges(mask)] for mask in masks]
+    return [tuple(row[at].tolist()) for row, at in zip(values, ends, strict=True)]
+
+
+def _assert_received_is_dumped(call: dict, rows: list[dict]) -> None:
+    received: dict[str, list[tuple[float, ...]]] = {}
+    turns = _of_turns(call["rewards"], call["mask"])
+    for rewards, on_turns, uid in zip(call["rewards"], turns, call["index"], strict=True):
+        assert rewards.count_nonzero() == np.count_nonzero(on_turns)  # nothing anywhere else
+        received.setdefault(uid, []).append(on_turns)
+    computed: dict[str, list[tuple[float, ...]]] = {}
+    for row in rows:
+        computed.setdefault(row["uid"].split("_")[0], []).append(tuple(row["turn_rewards"]))
+    assert sum(len(group) for group in received.values()) == 64
+    assert received.keys() == computed.keys()
+    for uid, group in received.items():
+        # A rollout without an answer has no turn rewards, and zeros in the update.
+        answered = sorted(row for row in computed[uid] if row)
+        silent = len(computed[uid]) - len(answered)
+        zeros = [row for row in group if row not in answered]
+        assert sorted(row for row in group if row in answered) == answered
+        assert len(zeros) == silent and not any(any(row) for row in zeros)
 
 
 def test_rollout_log_probs_are_the_actors_after_every_weight_sync(quickstart: tuple[Quickstart, str]) -> None:
@@ -164,17 +183,59 @@ def test_dumped_rollouts_show_every_stage(quickstart: tuple[Quickstart, str]) ->
 
 
 @pytest.fixture(scope="module")
+def garbage(quickstart: tuple[Quickstart, str], tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """The same two steps with another label for every question, all of them wrong."""
+    toy, run = ROOT / "runs" / "toy", Quickstart(tmp_path_factory.mktemp("garbage"))
+    table, data = pq.read_table(toy / "train.parquet"), run.records / "train.parquet"
+    at = table.schema.get_field_index("reward_model")
+    labels = [{"style": "rule", "ground_truth": {"target": [f"nobody {row}"]}} for row in range(len(table))]
+    pq.write_table(table.set_column(at, "reward_model", pa.array(labels, table.schema.field(at).type)), data)
+    command = ["bash", "train_siop.sh", "ablation=siop", "trainer.total_training_steps=2", f"data.train_files={data}"]
+    with toy_services(toy, run.out / "logs", **run.plugins, OUTPUT_DIR=str(run.out), SEED="1") as env:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def test_labels_change_no_gradient(quickstart: tuple[Quickstart, str], garbage: Quickstart) -> None:
+    right, _ = quickstart
+    metrics = [
+        read_steps((run.out / "logs" / log).read_text())
+        for run, log in ((right, "siop_train-siop.log"), (garbage, "siop_train.log"))
+    ]
+    received = [_received(run.records)[:2] for run in (right, garbage)]
+    for step, (ours, theirs, call, other) in enumerate(zip(*metrics, *received, strict=True), start=1):
+        _assert_received_is_dumped(other, garbage.dumped(step))
+        # The labels are others, and are read.
+        assert ours["siop/outcome/em"] > 0 == theirs["siop/outcome/em"]
+        assert ours["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-4)
+        # Rollouts come in the order in which they end; the second step starts from updated weights.
+        for name in ("rewards", "advantages"):
+            one, two = (sorted(_of_turns(of[name], of["mask"])) for of in (call, other))
+            assert list(map(len, one)) == list(map(len, two))
+            assert np.concatenate(one) == pytest.approx(np.concatenate(two), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
 def resumed(quickstart: tuple[Quickstart, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A third step, in which the policy is its own scorer: what it printed, and the weights that it started from."""
     run, _ = quickstart
+    before = run.dumps()
     weights = tmp_path_factory.mktemp("weights") / "step_2"
     shutil.copytree(run.out / "global_step_2" / "actor" / "huggingface", weights)
-    return run.run(steps=3, method="policy"), weights
+    printed = run.run(steps=3, method="policy")
+    # What is dumped goes on with the next number, and leaves the earlier ones alone.
+    after = run.dumps()
+    assert sorted(before) == ["1.jsonl", "2.jsonl"] and sorted(after) == [*sorted(before), "3.jsonl"]
+    assert all(after[name] == content for name, content in before.items())
+    return printed, weights
 
 
 def test_a_second_call_reuses_and_resumes(quickstart: tuple[Quickstart, str], resumed: tuple[str, Path]) -> None:
     run, _ = quickstart
     assert f"reusing {run.out}/before" in resumed[0]
+    assert [{row["step"] for row in run.dumped(step)} for step in (1, 2, 3)] == [{1}, {2}, {3}]
+    _assert_received_is_dumped(_received(run.records)[2], run.dumped(3))
     log = (run.out / "logs" / "siop_train-policy.log").read_text()
     assert "Resuming from" in log and "global_step_2, setting global step to 2" in log
     assert [int(x) for x in re.findall(r"\bstep:(\d+) - ", log)] == [3]

@@ -103,6 +103,8 @@ class Run(threading.Thread):
         record_config(config)
         OmegaConf.resolve(config)  # here, where the user's environment is; a cluster's workers have another
         self._console.line("the checks have passed; starting Ray and loading the models")
+        # Of a private Ray: no workers that wait for tasks. All work is in actors, which cannot use them.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         run_ppo(config, task_runner_class=_RunnerClass(ray.remote(num_cpus=1)(SiopTaskRunner), self._on_ray))
 
 
