@@ -46,7 +46,7 @@ def test_the_dump_is_what_the_estimator_had(tmp_path: Path, keys: dict[str, Any]
         for turn, (start, end) in enumerate(turns):
             assert dumped.turn_advantages is not None and dumped.turn_returns is not None
             for values, tensor in ((dumped.turn_advantages, "advantages"), (dumped.turn_returns, "returns")):
-                of_tokens = torch.full((end - start,), values[turn], dtype=torch.float32)
+                of_tokens = torch.tensor([values[turn]] * (end - start), dtype=torch.float32)
                 assert torch.equal(of_tokens, seen[tensor][row, start:end])
             rewards = dumped.turn_rewards or [0.0] * len(turns)
             assert torch.tensor(rewards[turn]) == seen["rewards"][row, end - 1]

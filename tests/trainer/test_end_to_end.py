@@ -154,7 +154,7 @@ def test_the_dump_holds_the_estimators_own_tensors(quickstart: tuple[Quickstart,
                 assert all(torch.equal(tokens, tokens[:1].expand_as(tokens)) for tokens in of_turns)
                 values.append(tuple(tokens[0].item() for tokens in of_turns))
             rewards = tuple(call["rewards"][row, end - 1].item() for _, end in turns)
-            received[(uid, tuple(turns), rewards, *values)] += 1
+            received[uid, tuple(turns), rewards, tuple(values)] += 1
         rollouts = [rollout for _, rollout in dump.read(step)]
         dumped: Counter[tuple[object, ...]] = Counter()
         for rollout in rollouts:
@@ -162,7 +162,7 @@ def test_the_dump_holds_the_estimators_own_tensors(quickstart: tuple[Quickstart,
             ranges = tuple(span.tokens for span in rollout.turns)
             values = [tuple(rollout.turn_advantages), tuple(rollout.turn_returns)]
             rewards = tuple(rollout.turn_rewards or [0.0] * len(ranges))
-            dumped[(rollout.group, ranges, rewards, *values)] += 1
+            dumped[rollout.group, ranges, rewards, tuple(values)] += 1
         assert dumped == received
         # Under the keys of the training the page computes what the estimator did.
         settings = dump.settings(rollouts[0].settings)
