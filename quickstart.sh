@@ -167,8 +167,14 @@ stop_services
 echo
 "$PYTHON" -m examples.toy_world.report --data "$TOY_DIR/eval.parquet" --title "$method, seed $seed, $steps steps" \
     --before "$out/before/validation" --after "$out/after/validation" | tee "$out/table.txt"
+page=$out/rollouts.html
+run "$PYTHON" -m verl.utils.siop.inspector "$out" --export "$page" 2>"$LOG_DIR/inspector.log" || {
+    tail -n 5 "$LOG_DIR/inspector.log" >&2
+    die "the page over the rollouts could not be written; the whole log is $LOG_DIR/inspector.log"
+}
 echo "seconds: training $training_seconds, all $SECONDS"
 echo "checkpoint:       $checkpoint"
 echo "logs:             $LOG_DIR"
 echo "TensorBoard:      $PYTHON -m tensorboard.main --logdir $out/tensorboard"
 echo "dumped rollouts:  $out/rollouts"
+echo "turn credit:      $page, in a browser; or serve it: $PYTHON -m verl.utils.siop.inspector $out"

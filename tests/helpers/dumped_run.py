@@ -123,8 +123,8 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
     settings = dump.settings_of(config, siop)
     dump.write_settings(folder, settings)
     columns = dump.columns(dumped, data, turns, records, tokenizer, settings, siop)
-    named = [columns.pop(name) for name in ("input", "output", "gts", "score")]
-    PPOTrainer._write_generations(*named, columns, str(folder), step)
+    inputs, outputs, gts, scores = (columns.pop(name) for name in ("input", "output", "gts", "score"))
+    PPOTrainer._write_generations(inputs, outputs, gts, scores, columns, str(folder), step)
     dump.append_step(folder, step, {"timing_s/step": 3.0 + step, "timing_s/gen": 2.0, "siop/tokens/computed": 100.0})
     return seen
 

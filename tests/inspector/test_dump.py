@@ -13,6 +13,7 @@ from method_helpers import byte_tokenizer
 from verl.trainer.siop.rollouts import dump as writer
 from verl.utils.siop.inspector.dump import Dump, Unfinished
 from verl.utils.siop.inspector.schema import DUMP_VERSION, DumpError, parse_rollout
+from verl.utils.siop.inspector.summary import question_summary
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 OLD = {
@@ -46,7 +47,7 @@ def test_the_dump_is_what_the_estimator_had(tmp_path: Path, keys: dict[str, Any]
         for turn, (start, end) in enumerate(turns):
             assert dumped.turn_advantages is not None and dumped.turn_returns is not None
             for values, tensor in ((dumped.turn_advantages, "advantages"), (dumped.turn_returns, "returns")):
-                of_tokens = torch.full((end - start,), values[turn], dtype=torch.float32)
+                of_tokens = torch.tensor([values[turn]] * (end - start), dtype=torch.float32)
                 assert torch.equal(of_tokens, seen[tensor][row, start:end])
             rewards = dumped.turn_rewards or [0.0] * len(turns)
             assert torch.tensor(rewards[turn]) == seen["rewards"][row, end - 1]
@@ -91,6 +92,15 @@ def test_version_1_is_read_as_far_as_it_goes() -> None:
     ]
     assert rollout.turn_advantages is None and rollout.outcomes() == {"em": 1.0}
     assert all(span.tokens is None for span in rollout.spans or ())
+
+
+def test_a_method_that_does_not_pay_turns_has_its_score(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1, number=1))
+    rollouts = [rollout for _, rollout in Dump(tmp_path).read(1)]
+    for rollout, score in zip(rollouts, (1.0, None, 0.0, 0.5), strict=True):
+        rollout.turn_rewards, rollout.score = None, score
+    summary = question_summary(rollouts)
+    assert (summary["reward_min"], summary["reward_max"]) == (0.0, 1.0)
 
 
 def test_outcomes_of_any_name_are_read() -> None:

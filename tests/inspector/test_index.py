@@ -53,8 +53,9 @@ def test_a_question_whose_answer_changed_since_it_was_last_asked(index: RunIndex
     last: dict[str, str] = {}
     for question in sorted(found, key=lambda q: q["step"]):
         before = last.get(question["question"])
-        assert question["changed"] == int(before is not None and before != question["answer_key"])
-        last[question["question"]] = question["answer_key"] or before
+        assert question["changed"] == int(bool(before and question["answer_key"]) and before != question["answer_key"])
+        if question["answer_key"]:
+            last[question["question"]] = question["answer_key"]
     assert {question["changed"] for question in found} == {0, 1}
 
 

@@ -90,7 +90,7 @@ def test_the_wheel_has_every_file_and_shadows_nothing_of_upstream(wheel: Path) -
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("verl/")}
     files = [path for path in (ROOT / "verl").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {path.suffix for path in files} == {".py", ".yaml"}
+    assert {path.suffix for path in files} == {".py", ".yaml", ".css", ".html", ".js"}
     upstream = {str(file) for file in importlib.metadata.files("verl") or ()}
     assert names & upstream == set()
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from find_browser import open_browser
 from transformers import AutoTokenizer
 from verl.trainer.siop.report import read_metrics
+from verl.utils.siop.inspector.dump import Dump
+from verl.utils.siop.inspector.recompute import recompute
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
@@ -153,6 +157,61 @@ def _assert_received_is_dumped(call: dict, rows: list[dict]) -> None:
         zeros = [row for row in group if row not in answered]
         assert sorted(row for row in group if row in answered) == answered
         assert len(zeros) == silent and not any(any(row) for row in zeros)
+
+
+def test_the_dump_holds_the_estimators_own_tensors(quickstart: tuple[Quickstart, str]) -> None:
+    run, _ = quickstart
+    dump = Dump(run.out)
+    for step, file in enumerate(sorted(run.records.glob("*.pt"))[:2], start=1):
+        call = torch.load(file, weights_only=False)
+        received: Counter[tuple[object, ...]] = Counter()
+        for row, uid in enumerate(call["index"]):
+            turns = get_assistant_turn_ranges(call["mask"][row])
+            values = []
+            for name in ("advantages", "returns"):
+                of_turns = [call[name][row, start:end] for start, end in turns]
+                assert all(torch.equal(tokens, tokens[:1].expand_as(tokens)) for tokens in of_turns)
+                values.append(tuple(tokens[0].item() for tokens in of_turns))
+            rewards = tuple(call["rewards"][row, end - 1].item() for _, end in turns)
+            received[uid, tuple(turns), rewards, tuple(values)] += 1
+        rollouts = [rollout for _, rollout in dump.read(step)]
+        dumped: Counter[tuple[object, ...]] = Counter()
+        for rollout in rollouts:
+            assert rollout.turn_advantages is not None and rollout.turn_returns is not None
+            ranges = tuple(span.tokens for span in rollout.turns)
+            values = [tuple(rollout.turn_advantages), tuple(rollout.turn_returns)]
+            rewards = tuple(rollout.turn_rewards or [0.0] * len(ranges))
+            dumped[rollout.group, ranges, rewards, tuple(values)] += 1
+        assert dumped == received
+        # Under the keys of the training the page computes what the estimator did.
+        settings = dump.settings(rollouts[0].settings)
+        assert settings.method == "process" and settings.rollouts == 8
+        credit = recompute(rollouts, settings)
+        assert all(credit[rollout.uid]["advantages"] == rollout.turn_advantages for rollout in rollouts)
+
+
+def test_the_exported_page_shows_the_training(quickstart: tuple[Quickstart, str]) -> None:
+    run, output = quickstart
+    page_file = run.out / "rollouts.html"
+    assert f"turn credit:      {page_file}" in output
+    errors: list[str] = []
+    with open_browser() as browser:
+        page = browser.new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.context.set_offline(True)
+        page.goto(page_file.as_uri())
+        page.wait_for_selector(".chart")
+        assert "2 steps, 128 rollouts" in page.locator(".summary").inner_text()
+        assert page.locator(".chart", has_text="Seconds by phase").count() == 1
+        page.keyboard.press("q")
+        page.wait_for_selector("tbody tr")
+        assert page.locator("tbody tr").count() == 16
+        page.locator("tbody tr a.open").first.click()
+        page.wait_for_selector(".turn")
+        assert page.locator(".rollout").count() == 8
+        assert page.locator(".piece.call").count() and page.locator(".piece.passage").count()
+    assert errors == []
 
 
 def test_rollout_log_probs_are_the_actors_after_every_weight_sync(quickstart: tuple[Quickstart, str]) -> None:

@@ -23,6 +23,7 @@ if not hasattr(_upstream, "records"):
             "mask": response_mask.clone(),
             "index": list(kwargs["index"]),
             "advantages": advantages.clone(),
+            "returns": returns.clone(),
         }
         torch.save(call, os.path.join(os.environ["RECORD_DIR"], f"{time.time_ns()}.pt"))
         return advantages, returns

@@ -299,8 +299,8 @@ class SiopTrainer(SupervisedTrainer):
                 settings,
                 self.siop if self.uses_siop else None,
             )
-            named = (columns.pop(name) for name in ("input", "output", "gts", "score"))
-            self._dump_generations(*named, reward_extra_infos_dict=columns, dump_path=rollout_data_dir)
+            inputs, outputs, gts, scores = (columns.pop(name) for name in ("input", "output", "gts", "score"))
+            self._dump_generations(inputs, outputs, gts, scores, columns, rollout_data_dir)
 
     def _validate(self) -> dict[str, float]:
         named = self.config.trainer.get("validation_data_dir")

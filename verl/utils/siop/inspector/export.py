@@ -92,7 +92,7 @@ def _fill(runs: Runs, name: str, target: dict[str, Any], room: int) -> str:
             if size > left:
                 continue
             left -= size
-            target["details"][f"{step}/{question['grp']}"] = detail
+            target["details"][f"{step}/{question['group']}"] = detail
     whole, shown, open_ = state["questions"], len(target["questions"]), len(target["details"])
     if shown == open_ == whole:
         return f"{name}: all of its {whole} questions"

@@ -70,7 +70,7 @@ def question_summary(rollouts: Sequence[DumpedRollout]) -> dict[str, Any]:
     turns = [len(rollout.turns) for rollout in rollouts]
     advantages = [advantages_of(rollout) for rollout in rollouts]
     flat = [value for row in advantages for value in row or ()]
-    rewards = [math.fsum(rollout.turn_rewards or ()) for rollout in rollouts]
+    rewards = [reward for reward in map(_total, rollouts) if reward is not None]
     main = [main_outcome(rollout.outcomes()) for rollout in rollouts]
     known = [value for value in main if value is not None]
     ids = {rollout.cluster for rollout in rollouts if rollout.cluster is not None}
@@ -83,8 +83,8 @@ def question_summary(rollouts: Sequence[DumpedRollout]) -> dict[str, Any]:
         "outcome": _mean(known) if known else None,
         "turns_min": min(turns),
         "turns_max": max(turns),
-        "reward_min": min(rewards),
-        "reward_max": max(rewards),
+        "reward_min": min(rewards, default=None),
+        "reward_max": max(rewards, default=None),
         "advantage_min": min(flat, default=None),
         "advantage_max": max(flat, default=None),
         "answer": answer,
@@ -102,6 +102,11 @@ def question_summary(rollouts: Sequence[DumpedRollout]) -> dict[str, Any]:
         "no_update": int(bool(flat) and not any(flat)),
         "dropped": int(first.dropped),
     }
+
+
+def _total(rollout: DumpedRollout) -> float | None:
+    """The sum of the turn rewards; of a method that does not pay turns the score."""
+    return rollout.score if rollout.turn_rewards is None else math.fsum(rollout.turn_rewards)
 
 
 def _gold_nowhere(rollouts: Sequence[DumpedRollout], gold: Sequence[str]) -> bool:

@@ -68,7 +68,7 @@ function row(question, at, values) {
     el("td", { class: "n" }, number(question.clusters)),
     el("td", { class: "n" }, number(question.outcome, 2)),
     el("td", { class: "n" }, range(question.turns_min, question.turns_max)),
-    el("td", { class: "n" }, range(question.reward_min, question.reward_max, 2)),
+    el("td", { class: "n" }, question.reward_min === null ? "–" : range(question.reward_min, question.reward_max, 2)),
     el("td", { class: "n" }, question.advantage_min === null ? "–"
       : `${signed(question.advantage_min, 2)} to ${signed(question.advantage_max, 2)}`),
     el("td", {}, flags.map((flag) => el("span", { class: `flag ${flag}` }, FLAG_NAMES[flag]))));

@@ -28,7 +28,7 @@ export function put(view, values) {
 export const RANGES = {
   step: "step",
   clusters: "clusters",
-  outcome: "outcome (EM)",
+  outcome: "outcome",
   reward: "reward",
   advantage: "advantage",
   turns: "turns",
