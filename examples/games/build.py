@@ -107,6 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--right-steps", type=int, help="warm start on an agent that plays right")
     parser.add_argument("--faulty-steps", type=int, help="warm start on the faulty agent")
     parser.add_argument("--init", type=Path, metavar="MODEL", help="take this model of the same game as it is")
+    parser.add_argument("--keep", action="store_true", help="if the folder holds any build of this game, use it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the warm start (1)")
     args = parser.parse_args(argv)
     if args.blanks and args.game != "sudoku":
@@ -137,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = json.loads((out / _META).read_text()) if (out / _META).is_file() else None
     if known == wanted:
         print(f"{out} is up to date")
+        return 0
+    if args.keep and known and known["game"] == args.game:
+        print(f"using {out}: {', '.join(f'{key} {value}' for key, value in known.items() if value is not None)}")
         return 0
     if out.exists() and any(out.iterdir()):
         what = f"another build ({known})" if known else f"files that no {_META} describes"

@@ -39,7 +39,8 @@ class Summary(BaseModel):
             questions of which a sample has EM 1, only with several samples. Empty without a gold answer.
         unreachable: share of the questions that no short answer can match; None where the data does not say.
         means: over the samples: see :class:`Sample`.
-        outcomes: of games, by the names of :attr:`Sample.outcomes`: means over the samples of a board, then over boards.
+        outcomes: of games, by the names of :attr:`Sample.outcomes`: means over the samples of a board, then over
+            boards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,7 +112,7 @@ def _outcomes(sets: Mapping[str, Sequence[Group]]) -> tuple[dict[str, np.ndarray
 def _estimates(
     values: dict[str, np.ndarray], names: Sequence[str]
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, Estimate]]:
-    """Means with their intervals by set, and their unweighted average; of [N, M] values of the questions of each set."""
+    """Means with their intervals by set, and their unweighted average; of [N, M] values of each set's questions."""
     if not values:
         return {}, {}
     ends, average_ends = bootstrap(values)
