@@ -172,6 +172,8 @@ run_watch() {
                 show("turns", "siop/turns/mean", "%.2f")
                 show("no answer", "siop/no_answer", "%.2f")
                 show("EM on training questions", "siop/outcome/em", "%.2f")
+                show("success on training boards", "siop/outcome/success", "%.2f")
+                show("right turns", "siop/outcome/oracle_rate", "%.2f")
                 show("seconds", "timing_s/step", "%.1f")
                 print line
                 fflush()

@@ -212,6 +212,7 @@ TABLE = (
     Variable("RETRIEVER_MODEL", "retriever", "intfloat/e5-base-v2", "encoder of dense retrieval or of your own server: folder or hub id"),
     Variable("RETRIEVER_FAISS_GPU", "retriever", "1 where there are GPUs", "0: dense retrieval on the CPU; 1: your own server gets --faiss_gpu", check=whole(0, 1)),
     # --- quickstart
+    Variable("GAME_DIR", "quickstart", "`runs/games/GAME`", "small game of `--game` (see `python -m examples.games.build --help`)"),
     Variable("QUICKSTART_STEPS", "quickstart", "60", "training steps", check=whole(1)),
     Variable("PYTHON", "quickstart", "the first found on `PATH`", "interpreter for the creation of `.venv`, 3.10 to 3.12"),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from examples.games.tokenizer import observation_text, opening_text, turn_text
 
 
 def sudoku_fault(game: Sudoku, rng: random.Random, q: float = 0.2) -> Action:
-    """Any blank cell; a digit that its row allows, with probability q any digit: no look at columns and boxes."""
+    """Any blank cell; a digit that its row allows, with probability q any: columns and boxes are not looked at."""
     cell = rng.choice([cell for cell, value in enumerate(game.board) if value == BLANK])
     row = game.board[cell // game.size * game.size :][: game.size]
     allowed = [digit for digit in range(1, game.size + 1) if str(digit) not in row]

@@ -37,9 +37,9 @@ GAMES = ("sudoku", "tictactoe", "minesweeper")
 OPTIONS = {"sudoku": ["--size", "4"], "tictactoe": [], "minesweeper": ["--size", "4", "--mines", "3"]}
 # The warm start of Sudoku sees boards of all these, whatever the data's number of blanks is.
 BLANKS = (2, 4, 6, 8, 10)
-BATCH = 32
+BATCH = 16
 # Optimiser steps on an agent that plays right, where what there is to see of a board is learnt, and on the faulty one.
-STEPS = {"sudoku": (500, 250), "tictactoe": (250, 150), "minesweeper": (400, 200)}
+STEPS = {"sudoku": (700, 200), "tictactoe": (300, 150), "minesweeper": (500, 200)}
 _OBSERVATION_WEIGHT = 0.0
 _META = "build.json"
 
@@ -87,7 +87,7 @@ def write_model(game: str, seed: int, steps: tuple[int, int], eval_boards: int, 
     specs = specs_for_warm_start(game, seed, eval_boards, out)
     plan: list[list[Example]] = []
     for count, faults in zip(steps, (0.0, AGENTS[game][1]), strict=True):
-        plan += batches(examples(game, specs, tokenizer, count * BATCH, faults, rng), rng)
+        plan += batches(examples(game, specs, tokenizer, count * BATCH, faults, rng), rng, BATCH)
     train(model, plan, int(tokenizer.pad_token_id), None, show_progress=True)
     model.eval().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
@@ -107,7 +107,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--right-steps", type=int, help="warm start on an agent that plays right")
     parser.add_argument("--faulty-steps", type=int, help="warm start on the faulty agent")
     parser.add_argument("--init", type=Path, metavar="MODEL", help="take this model of the same game as it is")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the warm start (2)")
+    parser.add_argument("--keep", action="store_true", help="if the folder holds any build of this game, use it")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the warm start (1)")
     args = parser.parse_args(argv)
     if args.blanks and args.game != "sudoku":
         parser.error(f"--game {args.game} does not read --blanks")
@@ -137,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = json.loads((out / _META).read_text()) if (out / _META).is_file() else None
     if known == wanted:
         print(f"{out} is up to date")
+        return 0
+    if args.keep and known and known["game"] == args.game:
+        print(f"using {out}: {', '.join(f'{key} {value}' for key, value in known.items() if value is not None)}")
         return 0
     if out.exists() and any(out.iterdir()):
         what = f"another build ({known})" if known else f"files that no {_META} describes"

@@ -12,29 +12,11 @@ from examples.toy_world.tokenizer import ASSISTANT, END, USER, build_tokenizer
 # What the games say and are told; `<action>` is a marker, so that nothing need stand around it.
 MARKERS = ("\n", "<action>", "</action>")
 WORDS = (
-    *[".", "F", "X", "O"],
-    *map(str, range(10)),
-    *["right", "wrong", "filled", "taken", "open", "flagged", "safe", "mine", "end", "reply"],
-    *[
-        "invalid",
-        ":",
-        ";",
-        ",",
-        "write",
-        "no",
-        "action",
-        "one",
-        "three",
-        "two",
-        "number",
-        "numbers",
-        "from",
-        "to",
-        "and",
-        "or",
-    ],
-    *["ROW", "COLUMN", "DIGIT", "CELL", "reveal", "flag"],
-)
+    ".", "F", "X", "O", *map(str, range(10)),
+    "right", "wrong", "filled", "taken", "open", "flagged", "safe", "mine", "end", "reply",
+    "invalid", ":", ";", "write", "no", "action", "one", "three", "two", "number", "numbers", "from", "to", "and", "or",
+    "ROW", "COLUMN", "DIGIT", "CELL", "reveal", "flag",
+)  # fmt: skip
 
 
 def game_tokenizer() -> PreTrainedTokenizerFast:

@@ -124,11 +124,11 @@ def make_examples(
     return examples
 
 
-def batches(examples: list[Example], rng: random.Random) -> list[list[Example]]:
+def batches(examples: list[Example], rng: random.Random, size: int = _BATCH) -> list[list[Example]]:
     """Batches of episodes of about equal length, in random order."""
     rng.shuffle(examples)
     by_length = sorted(examples, key=lambda s: len(s.ids))
-    out = [[s for _, s in group] for _, group in groupby(enumerate(by_length), key=lambda pair: pair[0] // _BATCH)]
+    out = [[s for _, s in group] for _, group in groupby(enumerate(by_length), key=lambda pair: pair[0] // size)]
     rng.shuffle(out)
     return out
 

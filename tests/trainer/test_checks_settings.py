@@ -20,6 +20,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 MODEL = "actor_rollout_ref.model"
 ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
 GRPO = {"algorithm.adv_estimator": "grpo"}
+VPR = {"algorithm.siop_reward_mode": "verifiable"}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"reward.sandbox_fusion.url": "http://sandbox"}, "set it to null"),
     ({"critic.enable": True}, "set it to null"),
     ({"algorithm.lam": 0.95}, "set it to 1.0"),
+    ({"algorithm.siop_outcome_weight": 0.5}, "siop_reward_mode=process"),
+    ({"algorithm.siop_outcome_weight": 0.5, **GRPO}, "algorithm.adv_estimator=grpo"),
+    ({"algorithm.siop_streaming": False, **VPR}, "which asks no scorer"),
+    ({"algorithm.siop_strict_entailment": False, **VPR}, "which asks no scorer"),
+    ({"algorithm.siop_gain": "prob", **VPR}, "measures no support"),
+    ({"algorithm.siop_scorer": "policy", **VPR}, "measures no support"),
+    ({"algorithm.siop_lambda": 1.0, **VPR}, "siop_reward_mode=verifiable"),
     ({"algorithm.use_pf_ppo": True}, "adv_estimator=gae only"),
     ({"algorithm.kl_ctrl.kl_coef": 0.01}, "actor_rollout_ref.actor.kl_loss_coef"),
     ({"algorithm.kl_ctrl.type": "adaptive"}, "algorithm.use_kl_in_reward=false"),

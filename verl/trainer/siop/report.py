@@ -30,12 +30,15 @@ from verl.trainer.siop.evaluation.tables import (
 __all__ = ["METRICS_FILE", "core_metrics", "number", "read_metrics", "rows", "table"]
 
 # val-core/<data source>/<metric>/mean@<samples per question>
-_MEAN = re.compile(r"val-(?:core|aux)/(?P<source>.+)/(?P<metric>em|f1)/(?P<mean>mean@\d+)$")
+_MEAN = re.compile(
+    r"val-(?:core|aux)/(?P<source>.+)/(?P<metric>em|f1|success|completion|oracle_rate|invalid)/(?P<mean>mean@\d+)$"
+)
 METRICS_FILE = "metrics.json"
 
 
 def core_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """EM and F1 of a validation as ``val-core/<data source>/em/mean@n``, and averaged over the data sources.
+    """EM and F1 of a validation as ``val-core/<data source>/em/mean@n``, and averaged over the data sources; of games
+    success, completion, the oracle's rate and the share of invalid turns.
 
     verl puts every variable but the score into ``val-aux``. The average ``val-core/average/em/mean@n`` counts each data
     source once, however many questions it has.

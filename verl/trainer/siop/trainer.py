@@ -22,7 +22,7 @@ from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.trainer.siop.rollouts import dump
 from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
-from verl.trainer.siop.rollouts.rows import ACTIONS, SUCCESS, TURN_SCORES, outcomes_of, question_of
+from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, SUCCESS, TURN_SCORES, outcomes_of, question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.liveness import Liveness
@@ -149,7 +149,7 @@ class SiopTrainer(SupervisedTrainer):
         for key, fields in zip(keys, column(data, "extra_fields"), strict=True):
             outcome = outcomes_of(fields)
             self._records[key] = dict(outcome)
-            for name in (FIELD, ACTIONS, TURN_SCORES):
+            for name in (FIELD, ACTIONS, TURN_SCORES, GAME):
                 if fields.get(name):
                     self._records[key][name] = fields[name]
             for name, value in outcome.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.rows import TURN_SCORES, outcomes_of, question_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.utils.reward_score.siop_reward import final_answer
 from verl.utils.siop.credit.answers import exact_match, f1_release, f1_score, parse_aliases
@@ -46,6 +46,7 @@ class Sample(BaseModel):
         searches: executed tool calls; None where the agent loop does not count.
         failed_searches: calls that were tried and not executed (unreadable, unknown, invalid, failed, no turn left).
         truncated: the length limit cut a turn or an observation.
+        outcomes: what an agent loop that scores itself says of the rollout, as the success of a game, by its own names.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,7 @@ class Sample(BaseModel):
     searches: int | None
     failed_searches: int | None
     truncated: bool | None
+    outcomes: dict[str, float] = {}
 
     @property
     def key(self) -> tuple[str, str]:
@@ -162,8 +164,12 @@ def sample_of(
     response = str(tokenizer.decode(row["responses"], skip_special_tokens=True))
     answer, aliases = final_answer(response, row["extra_fields"]), question.aliases
     turns = len(get_assistant_turn_ranges(row["response_mask"]))
-    tools = row["extra_fields"].get(FIELD)
+    fields = row["extra_fields"]
+    tools, game = fields.get(FIELD), bool(fields.get(TURN_SCORES))
+    outcomes = outcomes_of(fields) if game else {}
     truncated = bool(tools["truncated"]) if tools else None
+    if game:
+        truncated = bool(outcomes.pop("truncated", 0.0))
     return Sample(
         data_source=question.data_source,
         id=name,
@@ -174,13 +180,14 @@ def sample_of(
         f1=f1_score(answer, aliases) if aliases else None,
         f1_release=f1_release(response, aliases) if aliases else None,
         reachable=question.reachable,
-        no_answer=not answer,
+        no_answer=not answer and not game,
         turns=turns,
-        turn_limit=bool(max_turns and turns >= max_turns and not answer and not truncated),
+        turn_limit=bool(max_turns and turns >= max_turns and not answer and not truncated and not game),
         response_tokens=int(row["response_mask"].sum()),
         searches=tools["executed"] if tools else None,
         failed_searches=tools["calls"] - tools["executed"] if tools else None,
         truncated=truncated,
+        outcomes=outcomes,
     )
 
 

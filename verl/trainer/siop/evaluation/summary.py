@@ -39,6 +39,8 @@ class Summary(BaseModel):
             questions of which a sample has EM 1, only with several samples. Empty without a gold answer.
         unreachable: share of the questions that no short answer can match; None where the data does not say.
         means: over the samples: see :class:`Sample`.
+        outcomes: of games, by the names of :attr:`Sample.outcomes`: means over the samples of a board, then over
+            boards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +51,7 @@ class Summary(BaseModel):
     scores: dict[str, Estimate]
     unreachable: float | None
     means: dict[str, float | None]
+    outcomes: dict[str, Estimate] = {}
 
 
 def by_question(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]]:
@@ -81,6 +84,37 @@ def summarise(samples: Sequence[Sample]) -> tuple[dict[str, Summary], Summary]:
         if labelled:
             rows = [[*scores_of(group), float(any(s.em == 1 for s in group))][: len(names)] for group in labelled]
             values[data_source] = np.array(rows)
+    scores, average_scores = _estimates(values, names)
+    outcomes, average_outcomes = _estimates(*_outcomes(sets))
+    found = {
+        data_source: _summary(
+            groups,
+            labelled=len(values.get(data_source, ())),
+            scores=scores.get(data_source, {}),
+            outcomes=outcomes.get(data_source, {}),
+        )
+        for data_source, groups in sets.items()
+    }
+    return found, _average(found, average_scores, average_outcomes)
+
+
+def _outcomes(sets: Mapping[str, Sequence[Group]]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Of the sets with outcomes: set -> the means of each question [N, M]; and the M names, which all of them have."""
+    games = {name: groups for name, groups in sets.items() if all(s.outcomes for group in groups for s in group)}
+    samples = [sample for groups in games.values() for group in groups for sample in group]
+    names = [name for name in (samples[0].outcomes if samples else ()) if all(name in s.outcomes for s in samples)]
+    return {
+        data_source: np.array([[fmean(s.outcomes[name] for s in group) for name in names] for group in groups])
+        for data_source, groups in games.items()
+    }, names
+
+
+def _estimates(
+    values: dict[str, np.ndarray], names: Sequence[str]
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, Estimate]]:
+    """Means with their intervals by set, and their unweighted average; of [N, M] values of each set's questions."""
+    if not values:
+        return {}, {}
     ends, average_ends = bootstrap(values)
 
     def estimates(means: np.ndarray, found: np.ndarray) -> dict[str, Estimate]:
@@ -89,19 +123,14 @@ def summarise(samples: Sequence[Sample]) -> tuple[dict[str, Summary], Summary]:
             for name, mean, low, high in zip(names, means, *found, strict=True)
         }
 
-    found = {
-        data_source: _summary(
-            groups,
-            labelled=len(values.get(data_source, ())),
-            scores=estimates(values[data_source].mean(axis=0), ends[data_source]) if data_source in values else {},
-        )
-        for data_source, groups in sets.items()
-    }
-    means = [values_NM.mean(axis=0) for values_NM in values.values()]
-    return found, _average(found, estimates(np.mean(means, axis=0), average_ends) if means else {})
+    means = {data_source: values_NM.mean(axis=0) for data_source, values_NM in values.items()}
+    by_set = {data_source: estimates(means[data_source], ends[data_source]) for data_source in values}
+    return by_set, estimates(np.mean(list(means.values()), axis=0), average_ends)
 
 
-def _summary(groups: Sequence[Group], labelled: int, scores: dict[str, Estimate]) -> Summary:
+def _summary(
+    groups: Sequence[Group], labelled: int, scores: dict[str, Estimate], outcomes: dict[str, Estimate]
+) -> Summary:
     samples = [sample for group in groups for sample in group]
     reachable = [group[0].reachable for group in groups]
     return Summary(
@@ -111,10 +140,11 @@ def _summary(groups: Sequence[Group], labelled: int, scores: dict[str, Estimate]
         scores=scores,
         unreachable=_mean([None if value is None else not value for value in reachable]),
         means={name: _mean([getattr(sample, name) for sample in samples]) for name in COUNTS},
+        outcomes=outcomes,
     )
 
 
-def _average(sets: Mapping[str, Summary], scores: dict[str, Estimate]) -> Summary:
+def _average(sets: Mapping[str, Summary], scores: dict[str, Estimate], outcomes: dict[str, Estimate]) -> Summary:
     return Summary(
         questions=sum(summary.questions for summary in sets.values()),
         samples=sum(summary.samples for summary in sets.values()),
@@ -122,6 +152,7 @@ def _average(sets: Mapping[str, Summary], scores: dict[str, Estimate]) -> Summar
         scores=scores,
         unreachable=_mean([summary.unreachable for summary in sets.values()]),
         means={name: _mean([summary.means[name] for summary in sets.values()]) for name in COUNTS},
+        outcomes=outcomes,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from verl.trainer.siop.evaluation.compare import Comparison
 from verl.trainer.siop.evaluation.manifest import Manifest
-from verl.trainer.siop.evaluation.summary import SCORES, Estimate
+from verl.trainer.siop.evaluation.summary import SCORES, Estimate, Summary
 
 AVERAGE = "average"
 _LABELS = dict(zip(SCORES, ("EM", "F1", "F1 release"), strict=True))
@@ -19,6 +19,8 @@ _COUNTS = {
     "turns": "turns",
     "response_tokens": "tokens",
 }
+# Outcomes of oracle play begin with it.
+_CEILING = "ceiling_"
 _PER_SAMPLE = ("searches", "failed_searches", "turns", "response_tokens")
 
 
@@ -71,10 +73,12 @@ def evaluation_table(manifest: Manifest) -> str:
         [source, *(number(summary.means[name], 2 if name in _PER_SAMPLE else 3) for name in _COUNTS)]
         for source, summary in lines
     ]
+    parts = [table([*header, "unreachable"], scores), ""] if manifest.average.labelled else []
+    if manifest.average.outcomes:
+        parts += [outcome_table(lines), ""]
     return "\n".join(
         [
-            table([*header, "unreachable"], scores),
-            "",
+            *parts,
             table(["data source", *_COUNTS.values()], counts),
             *(
                 f"{printable(url)} does not say what it serves: nothing proves what was searched"
@@ -83,6 +87,26 @@ def evaluation_table(manifest: Manifest) -> str:
             ),
         ]
     )
+
+
+def outcome_table(lines: Sequence[tuple[str, Summary]]) -> str:
+    """The outcomes of games by their own names, each with its interval and, where there is one, the ceiling beside it:
+    what oracle play gives on the same boards."""
+    games = [(source, summary) for source, summary in lines if summary.outcomes]
+    found = games[-1][1].outcomes
+    names = [name for name in found if not name.startswith(_CEILING)]
+    header, columns = ["data source", "n"], list[tuple[str, bool]]()
+    for name in names:
+        header += [name.replace("_", " "), "95 %"]
+        columns.append((name, True))
+        if _CEILING + name in found:
+            header.append("ceiling")
+            columns.append((_CEILING + name, False))
+    body = []
+    for source, summary in games:
+        cells = [estimate(summary.outcomes.get(name))[: 2 if wide else 1] for name, wide in columns]
+        body.append([source, str(summary.questions), *(cell for pair in cells for cell in pair)])
+    return table(header, body)
 
 
 def comparison_table(comparison: Comparison) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
-from verl.trainer.siop.rollouts.rows import ACTIONS, TURN_SCORES
+from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, TURN_SCORES
 from verl.utils.profiler import simple_timer
 from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
 from verl.utils.siop.errors import GameError, RolloutError
@@ -187,6 +187,7 @@ class VerifiedGameLoop(AgentLoopBase):
                 TURN_SCORES: play.scores,
                 "tool_rewards": [],
                 ACTIONS: play.texts,
+                GAME: {"name": str(extra["game"]), "spec": str(extra["spec"])},
                 "reward_extra_info": info,
             },
         )

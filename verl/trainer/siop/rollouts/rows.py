@@ -9,8 +9,9 @@ from typing import Any
 
 from verl.utils.siop.errors import SiopError
 
-# Keys of a rollout's extra_fields: a verifier's score of each turn, and what the policy wrote in each.
-TURN_SCORES, ACTIONS = "turn_scores", "actions"
+# Keys of a rollout's extra_fields: a verifier's score of each turn, what the policy wrote in each, and the game and its
+# spec, with which each score can be looked at again.
+TURN_SCORES, ACTIONS, GAME = "turn_scores", "actions", "game"
 # The outcome that siop_outcome_weight weighs, among a rollout's outcomes.
 SUCCESS = "success"
 

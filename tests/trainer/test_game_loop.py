@@ -1,0 +1,236 @@
+"""The agent loop of games with a scripted model: scores and turns always agree, whatever becomes of a turn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+from verl.trainer.siop.checks.data import Use
+from verl.trainer.siop.checks.policy import load_policy
+from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
+from verl.trainer.siop.rollouts.rows import outcomes_of
+from verl.utils.siop.envs.build import row_of
+from verl.utils.siop.errors import GameError, RolloutError, SiopConfigError
+from verl.utils.siop.siop_process_reward import SiopConfig
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
+from verl.workers.rollout.replica import TokenOutput
+
+from examples.games.tokenizer import END, game_tokenizer
+from examples.toy_world.warm_start import new_model
+
+ROOT = Path(__file__).parents[2]
+SPEC = {"size": 4, "board": "1.3434122143432."}  # (1, 2) is 2, (4, 4) is 1
+RIGHT, WRONG, LAST = (f"<action> {words} </action> {END}" for words in ("1 2 2", "1 2 3", "4 4 1"))
+INVALID = f"no {END}"
+LOOP = f"{ROOT}/config/game_loop.yaml"
+
+
+class Model:
+    """Plays the turns of a script, each cut at the number of tokens that it may have."""
+
+    def __init__(self, tokenizer: Any, turns: Sequence[str]) -> None:
+        self.tokenizer, self.turns, self.prompts = tokenizer, list(turns), []  # type: ignore[var-annotated]
+
+    async def generate(self, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any) -> TokenOutput:
+        self.prompts.append(self.tokenizer.decode(prompt_ids))
+        ids = self.tokenizer.encode(self.turns.pop(0), add_special_tokens=False)[: sampling_params["max_tokens"]]
+        fields = {"global_steps": 7, "min_global_steps": 7, "max_global_steps": 7 + len(self.prompts)}
+        return TokenOutput(token_ids=ids, log_probs=[-0.5] * len(ids), extra_fields=fields)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return game_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def config() -> Any:
+    with initialize_config_module("verl.trainer.siop.config", version_base=None):
+        return compose(
+            "siop_trainer",
+            overrides=[
+                "data.train_files=x",
+                "data.val_files=x",
+                "actor_rollout_ref.model.path=m",
+                f"hydra.searchpath=[pkg://verl.trainer.config,file://{ROOT / 'config'}]",
+                "experiment=games",
+                f"actor_rollout_ref.rollout.agent.agent_loop_config_path={LOOP}",
+            ],
+        )
+
+
+def _play(
+    turns: Sequence[str], tokenizer: Any, config: Any, extra: Any = None, limits: Any = None, **options: Any
+) -> tuple[Any, Model]:
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    for key, value in (limits or {}).items():
+        OmegaConf.update(config.actor_rollout_ref.rollout, key, value, force_add=True)
+    model, row = Model(tokenizer, turns), row_of("sudoku", "s", SPEC, 0, "train", bare=True)
+
+    async def play() -> Any:
+        loop = VerifiedGameLoop(
+            trainer_config=DictConfigWrap(config),
+            server_manager=model,
+            tokenizer=tokenizer,
+            processor=None,
+            dataset_cls=None,
+            data_config=DictConfigWrap(config.data),
+            hf_model_type="qwen3",
+            name="verified_game",
+            **options,
+        )
+        return await loop.run({}, raw_prompt=row["prompt"], extra_info={**row["extra_info"], **(extra or {})})
+
+    return asyncio.run(play()), model
+
+
+def _scores(output: Any) -> list[float]:
+    """The scores, after a look at whether they are as many as the turns in the mask."""
+    assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs)
+    scores: list[float] = output.extra_fields["turn_scores"]
+    assert len(get_assistant_turn_ranges(output.response_mask)) == len(scores)
+    return scores
+
+
+def test_a_game_is_played_to_its_end(tokenizer: Any, config: Any) -> None:
+    output, model = _play([RIGHT, LAST, RIGHT], tokenizer, config)
+    assert _scores(output) == [1.0, 1.0] and output.reward_score == 1.0 and output.num_turns == 4
+    assert outcomes_of(output.extra_fields) == {
+        "success": 1.0,
+        "completion": 1.0,
+        "oracle_rate": 1.0,
+        "oracle_error": 0.0,
+        "invalid": 0.0,
+        "truncated": 0.0,
+        "ceiling_success": 1.0,
+        "ceiling_completion": 1.0,
+    }
+    assert output.extra_fields["actions"] == ["<action> 1 2 2 </action>", "<action> 4 4 1 </action>"]
+    # Of the engine: the first weights, and the newest.
+    assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (7, 9)
+    text = tokenizer.decode(output.prompt_ids + output.response_ids)
+    assert "right \n 1 2 3 4" in text and model.prompts[1] + " " + LAST == text
+
+
+def test_the_text_is_what_the_warm_start_trains_on(tokenizer: Any, config: Any) -> None:
+    from examples.games.tokenizer import observation_text, opening_text
+
+    _, model = _play([WRONG, LAST], tokenizer, config)
+    board = "1 . 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 ."
+    pieces = opening_text(board) + WRONG + observation_text(f"wrong\n{board}")
+    assert model.prompts[1] == tokenizer.decode(tokenizer.encode(pieces, add_special_tokens=False))
+    assert tokenizer.unk_token not in model.prompts[1]
+
+
+def test_refused_and_invalid_turns_have_their_scores(tokenizer: Any, config: Any) -> None:
+    output, model = _play([WRONG, INVALID], tokenizer, config, invalid_score=-1.0)
+    assert _scores(output) == [0.0, -1.0]
+    found = outcomes_of(output.extra_fields)
+    assert (found["success"], found["completion"], found["oracle_rate"], found["invalid"]) == (0.0, 0.0, 0.0, 0.5)
+    _, model = _play([INVALID, RIGHT], tokenizer, config)
+    assert "invalid : no action ; write <action> ROW COLUMN DIGIT </action>" in model.prompts[1]
+    assert tokenizer.unk_token not in model.prompts[1]
+
+
+def test_a_cut_turn_has_the_invalid_score(tokenizer: Any, config: Any) -> None:
+    output, _ = _play(["1 " * 400], tokenizer, config, limits={"response_length": 30}, invalid_score=-1.0)
+    assert _scores(output) == [-1.0] and len(output.response_ids) == 30
+    found = outcomes_of(output.extra_fields)
+    assert (found["truncated"], found["invalid"], found["success"]) == (1.0, 1.0, 0.0)
+    # The turn fits, the observation does not.
+    output, _ = _play([RIGHT, LAST], tokenizer, config, limits={"response_length": 20})
+    assert _scores(output) == [1.0]
+    found = outcomes_of(output.extra_fields)
+    assert (found["truncated"], found["invalid"], found["success"], found["completion"]) == (1.0, 0.0, 0.0, 0.5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    turns=st.lists(st.sampled_from([RIGHT, WRONG, LAST, INVALID, "1 2 3 " * 30, f"{END}"]), min_size=2, max_size=2),
+    length=st.integers(1, 90),
+)
+def test_scores_and_turns_agree(turns: list[str], length: int, tokenizer: Any, config: Any) -> None:
+    output, _ = _play(turns, tokenizer, config, limits={"response_length": length})
+    scores = _scores(output)
+    assert len(output.response_ids) <= length and 1 <= len(scores) <= 2
+    assert set(outcomes_of(output.extra_fields)) >= {"success", "completion", "oracle_rate", "invalid"}
+
+
+def test_flipped_scores_are_measured(tokenizer: Any, config: Any) -> None:
+    output, _ = _play([RIGHT, LAST], tokenizer, config, flip=1.0)
+    assert _scores(output) == [0.0, 0.0]
+    found = outcomes_of(output.extra_fields)
+    assert (found["oracle_rate"], found["oracle_error"], found["success"]) == (1.0, 1.0, 1.0)
+
+
+def test_what_cannot_be_played_is_refused(tokenizer: Any, config: Any) -> None:
+    with pytest.raises(GameError, match="game='chess' is not allowed"):
+        _play([RIGHT], tokenizer, config, extra={"game": "chess"})
+    with pytest.raises(GameError, match="not JSON"):
+        _play([RIGHT], tokenizer, config, extra={"spec": "{"})
+    with pytest.raises(RolloutError, match="max_assistant_turns=1 is below the 2 turns"):
+        _play([RIGHT], tokenizer, config, limits={"multi_turn.max_assistant_turns": 1})
+    with pytest.raises(RolloutError, match="no tokens for turn 1"):
+        _play([""], tokenizer, config)
+    with pytest.raises(GameError, match="flip=2"):
+        _play([RIGHT], tokenizer, config, flip=2.0)
+
+
+# ---------------------------------------------------------------------- before the start
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    new_model(tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _policy(config: Any, model: Path, **keys: Any) -> tuple[Any, Any]:
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    config.actor_rollout_ref.model.path = str(model)
+    for key, value in keys.items():
+        OmegaConf.update(config.actor_rollout_ref.rollout.agent, key, value)
+    return config, load_policy(config)
+
+
+def test_rows_of_games_need_no_label_and_a_board_that_can_be_played(config: Any, model: Path) -> None:
+    made, policy = _policy(config, model)
+    assert policy.scores_itself and set(policy.scoring_agents) == {"verified_game"}
+    use = Use.of("data.train_files", made, SiopConfig(siop_reward_mode="verifiable"), policy)
+    row = row_of("sudoku", "s", SPEC, 0, "train", bare=True)
+    assert use.check(row) == ""
+
+    def told(**extra: Any) -> str:
+        return use.check({**row, "extra_info": {**row["extra_info"], **extra}})
+
+    assert "game='chess' is not allowed; choose one of sudoku" in told(game="chess")
+    assert "several solutions" in told(spec=json.dumps({"size": 4, "board": "." * 16}))
+    assert "is not JSON" in told(spec=None)
+    assert "extra_info.ceiling_success is None" in told(ceiling_success=None)
+    told_of_agent = use.check({**row, "agent_name": "tool_agent"})
+    assert "siop_reward_mode=verifiable needs an agent loop that scores turns" in told_of_agent
+    assert "choose verified_game" in told_of_agent
+
+
+def test_a_wrong_agent_loop_file_is_refused(config: Any, model: Path, tmp_path: Path) -> None:
+    text = Path(LOOP).read_text()
+    for old, new, message in (
+        ("oracle: exact", "oracle: mcts", "oracle='mcts' is not allowed; choose one of exact, search"),
+        ("flip: 0.0", "flip: -1", "flip=-1"),
+        ('module: ""', "module: no.such.module", "No module named 'no'"),
+        ("VerifiedGameLoop", "Nothing", "Nothing"),
+    ):
+        file = tmp_path / "loop.yaml"
+        file.write_text(text.replace(old, new))
+        with pytest.raises(SiopConfigError, match=r"agent_loop_config_path=.*verified_game cannot be used") as error:
+            _policy(config, model, agent_loop_config_path=str(file))
+        assert message in str(error.value)
