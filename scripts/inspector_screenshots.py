@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from find_browser import open_browser
+from PIL import Image
 
+COLOURS = 96
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,35 +41,40 @@ def question(page: Any, base: str, search: str) -> None:
 
 def take(healthy: Path, collapsed: Path, out: Path, scratch: Path) -> None:
     """All screenshots."""
-    one = export([healthy], scratch / "healthy.html", "--recompute", "ablation=release")
-    other = export([collapsed], scratch / "collapsed.html")
     both = export([healthy, collapsed], scratch / "both.html")
-    plain = export([healthy], scratch / "plain.html")
+    other = export([healthy], scratch / "recomputed.html", "--recompute", "ablation=release")
+    contested = f"run={healthy.name}&step_from=5&clusters_from=4&clusters_to=4&outcome_from=0.25&outcome_to=0.5"
     with open_browser() as browser:
 
-        def new_page(theme: str = "light", width: int = 1280, height: int = 800) -> Any:
+        def new_page(theme: str = "light", width: int = 1280, height: int = 900) -> Any:
             return browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
 
         def shot(page: Any, name: str) -> None:
-            page.screenshot(path=out / f"inspector_{name}.png")
-            print(f"{out / f'inspector_{name}.png'}")
+            path = out / f"inspector_{name}.png"
+            page.screenshot(path=path)
+            # A third of the size.
+            Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+            print(path)
 
-        hard = f"run={healthy.name}&step_from=5&clusters_from=4&clusters_to=4&outcome_from=0.25&outcome_to=0.5"
-        page = new_page(height=900)
-        question(page, plain, hard)
+        page = new_page()
+        question(page, both, contested)
         page.locator(".piece.call").first.hover()
         shot(page, "question")
-        for name, address, theme in (("healthy", one, "light"), ("collapsed", other, "light"), ("both", both, "dark")):
-            page = new_page(theme, height=930)
-            page.goto(address)
+        for name, runs, theme in (
+            ("healthy", healthy.name, "light"),
+            ("collapsed", collapsed.name, "light"),
+            ("both", f"{healthy.name},{collapsed.name}", "dark"),
+        ):
+            page = new_page(theme)
+            page.goto(f"{both}#/curves?runs={runs}")
             page.wait_for_selector(".chart")
             shot(page, name)
-        page = new_page("dark", width=800)
-        page.goto(f"{plain}#/questions?run={healthy.name}&flags=right_negative&sort=advantage_min")
+        page = new_page("dark", width=800, height=800)
+        page.goto(f"{both}#/questions?run={healthy.name}&flags=right_negative&sort=advantage_min")
         page.wait_for_selector("tbody tr")
         shot(page, "questions")
         page = new_page(height=620)
-        question(page, one, hard)
+        question(page, other, contested)
         shot(page, "recomputed")
 
 

@@ -74,6 +74,24 @@ def estimate(rollouts: Sequence[Rollout], turn_rewards: Sequence[Sequence[float]
     return {"rewards": rewards_BL, "mask": mask, "advantages": advantages, "returns": returns}
 
 
+def fields(rollouts: Sequence[Rollout], seen: Mapping[str, Any]) -> Any:
+    """What the trainer's queue holds of the rollouts once the estimator has run."""
+
+    def rows(name: str) -> list[torch.Tensor]:
+        return [row[: len(one.response_ids)] for row, one in zip(seen[name], rollouts, strict=True)]
+
+    return {
+        "prompts": [torch.tensor(one.prompt_ids) for one in rollouts],
+        "responses": [torch.tensor(one.response_ids) for one in rollouts],
+        "rm_scores": rows("rewards"),
+        "reward_model": [{"ground_truth": {"target": ["Paris"]}}] * len(rollouts),
+        "raw_prompt": [[{"role": "user", "content": one.question}] for one in rollouts],
+        "extra_info": [{}] * len(rollouts),
+        "advantages": rows("advantages"),
+        "returns": rows("returns"),
+    }
+
+
 def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any) -> dict[str, Any]:
     """Dump one step; what the estimator saw and said of it."""
     config = algorithm(**keys)
@@ -81,11 +99,6 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
     tokenizer = byte_tokenizer()
     found = run(rollouts, Scorer(), tokenizer, **{k: v for k, v in keys.items() if k.startswith("siop_")})
     seen = estimate(rollouts, found.turn_rewards, config)
-    lengths = [len(one.response_ids) for one in rollouts]
-
-    def rows(name: str) -> list[torch.Tensor]:
-        return [row[:length] for row, length in zip(seen[name], lengths, strict=True)]
-
     sessions: dict[str, int] = {}
     numbers = []
     for one in rollouts:
@@ -108,16 +121,7 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
         }
         for i, one in enumerate(rollouts)
     ]
-    data: Any = {
-        "prompts": [torch.tensor(one.prompt_ids) for one in rollouts],
-        "responses": [torch.tensor(one.response_ids) for one in rollouts],
-        "rm_scores": rows("rewards"),
-        "reward_model": [{"ground_truth": {"target": ["Paris"]}}] * len(rollouts),
-        "raw_prompt": [[]] * len(rollouts),
-        "extra_info": [{}] * len(rollouts),
-        "advantages": rows("advantages"),
-        "returns": rows("returns"),
-    }
+    data = fields(rollouts, seen)
     turns = [get_assistant_turn_ranges(one.response_mask) for one in rollouts]
     dumped = [f"{one.uid}_{number}_0" for one, number in zip(rollouts, numbers, strict=True)]
     settings = dump.settings_of(config, siop)

@@ -1,4 +1,4 @@
-"""``python -m verl.utils.siop.inspector`` as its user starts it."""
+"""The inspector in a process of its own, as its user starts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments: str | Path) -> list[str]:
-    """The command line."""
-    return [sys.executable, "-m", "verl.utils.siop.inspector", *map(str, arguments)]
+def command(*arguments: str | Path, module: bool = False) -> list[str]:
+    """The command line; by its script, which the module becomes after seconds of ``import verl``, or by the module."""
+    script = str(ROOT / "verl" / "utils" / "siop" / "inspector" / "light.py")
+    return [sys.executable, *(["-m", "verl.utils.siop.inspector"] if module else [script]), *map(str, arguments)]
 
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -24,10 +25,12 @@ def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @contextmanager
-def serving(*arguments: str | Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+def serving(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, module: bool = False
+) -> Iterator[tuple[str, int]]:
     """Its address as it prints it, and the id of the process."""
     with subprocess.Popen(
-        command(*arguments, "--port", "0"),
+        command(*arguments, "--port", "0", module=module),
         cwd=ROOT,
         env=environment(env),
         stdout=subprocess.PIPE,

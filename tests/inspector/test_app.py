@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(run: Path) -> Iterator[tuple[str, int]]:
-    with serving(run) as found:
+    with serving(run, module=True) as found:
         yield found
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from dumped_run import HOSTILE, questions, write_run, write_step
+from dumped_run import HOSTILE, algorithm, estimate, fields, questions, write_run, write_step
 from method_helpers import byte_tokenizer
 from verl.trainer.siop.rollouts import dump as writer
 from verl.utils.siop.inspector.dump import Dump, Unfinished
 from verl.utils.siop.inspector.schema import DUMP_VERSION, DumpError, parse_rollout
 from verl.utils.siop.inspector.summary import question_summary
+from verl.utils.siop.inspector.views import question_view
+from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 OLD = {
@@ -70,6 +72,27 @@ def test_other_settings_have_another_hash_and_the_scorers_address_has_no_part_in
     assert digest(siop_scorer_url="http://elsewhere:1") == one
     assert digest(siop_lambda=0.25) != one
     assert len(list(tmp_path.glob("settings-*.json"))) == 2
+
+
+def test_another_estimator_dumps_what_it_has(tmp_path: Path) -> None:
+    rollouts = questions(1)
+    seen = estimate(rollouts, [[1.0]] * len(rollouts), algorithm())
+    turns = [get_assistant_turn_ranges(one.response_mask) for one in rollouts]
+    keys = [f"{one.uid}_{row}_0" for row, one in enumerate(rollouts)]
+    config = algorithm()
+    config.algorithm.adv_estimator = "grpo"
+    settings = writer.settings_of(config, SiopConfig())
+    records = [{"em": 1.0}] * len(rollouts)
+    found = writer.columns(keys, fields(rollouts, seen), turns, records, byte_tokenizer(), settings, None)
+    lines = [{name: found[name][row] for name in found} for row in range(len(rollouts))]
+    read = [parse_rollout(json.dumps({**line, "step": 1}), "here") for line in lines]
+    assert {rollout.method for rollout in read} == {"grpo"}
+    assert [rollout.question for rollout in read] == [one.question for one in rollouts]
+    assert {rollout.answer for rollout in read} == {"Paris", "paris", "Lyon", "Nice", ""}
+    assert all(len(rollout.turn_advantages or ()) == len(rollout.turns) for rollout in read)
+    view = question_view(read[:4])
+    assert view["clusters"] == [] and "reward" not in view["rollouts"][0]["turns"][0]
+    assert "advantage" in view["rollouts"][0]["turns"][0]
 
 
 def test_tokens_with_values_of_their_own_are_kept() -> None:
