@@ -63,7 +63,7 @@ class Method:
     loop: Mapping[str, Any] | None = None
 
 
-_ERRING = {
+_ERRING: Mapping[str, Mapping[str, Any]] = {
     "search30": {"oracle": "search", "simulations": 30},
     "search100": {"oracle": "search", "simulations": 100},
     "search1000": {"oracle": "search", "simulations": 1000},

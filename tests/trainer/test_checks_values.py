@@ -38,10 +38,11 @@ def _checked(*overrides: str) -> list[str]:
     return warnings
 
 
+GAMES = [f"experiment={path.stem}" for path in sorted((ROOT / "config" / "experiment").glob("games*.yaml"))]
 PRESETS = [f"ablation={path.stem}" for path in sorted((ROOT / "config" / "ablation").glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("preset", ["hardware=gpu", "experiment=toy", "experiment=toy_chains", *PRESETS])
+@pytest.mark.parametrize("preset", ["hardware=gpu", "experiment=toy", "experiment=toy_chains", *GAMES, *PRESETS])
 def test_what_we_ship_passes(preset: str) -> None:
     assert _checked(SEARCH, preset) == []
 

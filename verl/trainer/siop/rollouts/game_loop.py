@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, TURN_SCORES
 from verl.utils.profiler import simple_timer
 from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
@@ -181,7 +181,7 @@ class VerifiedGameLoop(AgentLoopBase):
             response_logprobs=play.logprobs[:length] if play.logprobs else None,
             reward_score=info["success"],
             num_turns=2 * len(play.scores),
-            metrics=play.metrics,
+            metrics=AgentLoopMetrics(**play.metrics),
             extra_fields={
                 **play.fields,
                 TURN_SCORES: play.scores,
