@@ -32,7 +32,7 @@ from benchmarks.toy_services import toy_services  # noqa: E402
 # What a phase ends with: a pattern in what is printed or logged.
 SERVICES = "services"
 PHASES = {
-    "launcher, imports": r"^\S+ model  ",
+    "launcher, imports": r"^model  ",
     "checks": r"the checks have passed",
     "Ray": r"Started a local Ray instance",
     "trainer, models, data": r"Training Progress",
