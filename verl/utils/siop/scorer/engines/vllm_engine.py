@@ -41,7 +41,6 @@ from verl.utils.siop.scorer.engines.vllm_waves import Branch, plan_branches, pla
 logger = logging.getLogger(__name__)
 
 DEFAULT_GPU_MEMORY = 0.15  # the rest is the trainer's, as in the first release
-CPU_BLOCK_SIZE = 16  # vLLM's default there, 128, would share too little
 CPU_KV_CACHE_BYTES = 2 << 30
 ENGINE_OPTIONS = {
     "enable_prefix_caching": True,
@@ -147,8 +146,8 @@ class VllmEngine:
             tensor_parallel_size: GPUs that share the model.
             gpu_memory: share of each GPU's memory for weights and KV cache; None for ``DEFAULT_GPU_MEMORY``.
             lora_path: LoRA adapter on top of the model; None: the engine takes no adapters, see :meth:`load_lora`.
-            block_size: tokens in a block of the KV cache, which is what can be shared; None: 16 on CPU, vLLM's choice
-                on GPU.
+            block_size: tokens in a block of the KV cache, which is what can be shared; None: on CPU the smallest that
+                vLLM computes there (its default, 128, would share too little), vLLM's choice on GPU.
             kv_cache_bytes: size of the KV cache; None: ``VLLM_CPU_KVCACHE_SPACE`` (GiB) or 2 GiB on CPU, what
                 ``gpu_memory`` leaves on GPU.
 
@@ -170,13 +169,13 @@ class VllmEngine:
         }
         if tensor_parallel_size > 1:
             options["distributed_executor_backend"] = "mp"  # in a Ray actor vLLM would ask Ray for more actors
-        if block_size or is_cpu(device):
-            options["block_size"] = block_size or CPU_BLOCK_SIZE
         if kv_cache_bytes or (is_cpu(device) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ):
             options["kv_cache_memory_bytes"] = kv_cache_bytes or CPU_KV_CACHE_BYTES
         if lora_path is not None:
             options |= _lora_options(read_vllm_adapter(lora_path))
         llm, sampling_params, lora_request = _import_vllm(device)
+        if block_size or is_cpu(device):
+            options["block_size"] = block_size or _least_cpu_block()
 
         def build(model: str) -> Any:
             with as_config_error(f"vLLM cannot load the scorer model {model}", Exception):
@@ -348,6 +347,15 @@ def _import_vllm(device: str) -> tuple[Any, Any, Any]:
         built = "CPU" if current_platform.is_cpu() else "GPU"
         raise SiopConfigError(f"the installed vLLM is a {built} build, which cannot run on device {device}")
     return LLM, SamplingParams, LoRARequest
+
+
+def _least_cpu_block() -> int:
+    """16 up to vLLM 0.28, 32 in 0.32."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    # Numbers, and vLLM's "multiple of".
+    sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    return min(int(getattr(size, "base", size)) for size in sizes)
 
 
 def _lora_options(adapter: Adapter) -> dict[str, Any]:
