@@ -120,7 +120,8 @@ class Run:
         """Of the training."""
         method = METHODS[self.method]
         found = [
-            *("experiment=games", *method.overrides),
+            # An outcome that nobody reaches teaches nothing: that is a result here.
+            *("experiment=games", *method.overrides, "algorithm.siop_on_nothing_learnt=warn"),
             *(f"trainer.total_training_steps={STEPS}", "trainer.save_freq=20", "trainer.max_actor_ckpt_to_keep=1"),
         ]
         if method.loop is not None:

@@ -216,3 +216,10 @@ def test_tool_metrics_are_shares_of_attempted_calls() -> None:
         "siop/tool_calls/neutralised",
     }
     assert tool_metrics([ToolRecord().as_dict()]) == {"siop/truncated": 0.0} and tool_metrics([]) == {}
+
+
+def test_games_are_missed_for_their_actions(caplog: pytest.LogCaptureFixture) -> None:
+    step = Step(1, [""] * 8, [], True, lambda row: "hm", wanted="action")
+    with caplog.at_level(logging.WARNING):
+        NothingLearntAlarm("warn", CONFIG).look(step)
+    assert "no action in 8 of 8 rollouts" in caplog.text and "<action>…</action>" in caplog.text
