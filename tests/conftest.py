@@ -29,6 +29,7 @@ LONG = (
     "test_load",
     "test_faults",
     "test_doctor",
+    "test_page",
     "test_api_fuzz",
     "test_scorer_service",
     "test_policy_scorer",
