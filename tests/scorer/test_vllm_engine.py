@@ -127,7 +127,8 @@ def test_a_request_larger_than_the_cache(models, model):
     result = engine.support(rollouts)
     assert_agrees(result, plain_support(model, rollouts))
     assert engine.last_call.waves > 2
-    assert result.computed_tokens < 1.5 * trie_nodes(rollouts)
+    # Larger blocks share less.
+    assert result.computed_tokens < (1.5 if _least_cpu_block() == 16 else 1.7) * trie_nodes(rollouts)
 
 
 def test_two_processes_share_a_model(models, model):
