@@ -94,7 +94,7 @@ class Quickstart:
         assert self.alive() == []
 
     def dumps(self) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in (self.out / "rollouts").iterdir()}
+        return {file.name: file.read_bytes() for file in (self.out / "rollouts").glob("[0-9]*.jsonl")}
 
     def dumped(self, step: int) -> list[dict]:
         return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
