@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from tiny_models import BYTE_TOKENIZER, tiny_causal_lm
+
+# Ignored in the background of a shell, and then in what the tests start, which may be sent one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +31,7 @@ LONG = (
     "test_data_to_table",
     "test_real_training",
     "test_gpu_check",
+    "test_game_training",
     "test_load",
     "test_faults",
     "test_doctor",

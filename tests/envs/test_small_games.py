@@ -42,7 +42,7 @@ def test_the_faulty_sudoku_agent_is_as_good_as_it_is_meant_to_be(tmp_path: Path)
     ((specs, _),) = build.boards.boards(build.boards.parse_args(words)).values()
     rng, right = random.Random(0), []
     for number in range(150):
-        _, env = played("sudoku", specs[number], rng, AGENTS["sudoku"][1])
+        _, env = played("sudoku", specs[number], rng, 1.0)
         right.append(env.rules.completion)
     assert 0.42 < sum(right) / len(right) < 0.53
     _, env = played("sudoku", specs[0], rng, 0.0)

@@ -80,7 +80,8 @@ def test_the_commands_of_the_release(release: Environment, tmp_path: Path) -> No
     # Two steps of a model that knows next to nothing may well teach nothing, which would be said.
     ok(bash("train_siop.sh", *words, "algorithm.siop_on_nothing_learnt=warn", env=train))
     assert (tmp_path / "siop" / "global_step_2" / "actor").is_dir()
-    assert sorted(path.name for path in (tmp_path / "siop" / "rollouts").iterdir()) == ["1.jsonl", "2.jsonl"]
+    dumps = (tmp_path / "siop" / "rollouts").glob("[0-9]*.jsonl")
+    assert sorted(path.name for path in dumps) == ["1.jsonl", "2.jsonl"]
     assert (logs / "siop_train.log").is_file()
 
     evaluate = {**release, "CHECKPOINT_PATH": tmp_path / "siop" / "global_step_2", "OUTPUT_DIR": tmp_path / "eval"}

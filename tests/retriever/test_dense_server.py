@@ -117,7 +117,10 @@ def test_each_device_has_its_thread() -> None:
     indexes = [Recorded(), Recorded()]
     batched = BatchedIndex(indexes)
     with ThreadPoolExecutor(2) as threads:
-        waiting = [threads.submit(batched.search, [query], 1) for query in ("a", "b")]
+        waiting = [threads.submit(batched.search, ["a"], 1)]
+        wait_for(lambda: any(index.batches for index in indexes))
+        # (Not before: one thread would take both as one batch.)
+        waiting.append(threads.submit(batched.search, ["b"], 1))
         wait_for(lambda: all(index.batches for index in indexes))
         for index in indexes:
             index.go_on.set()
