@@ -16,7 +16,7 @@ from verl.utils.siop.siop_process_reward import SiopConfig, compute_group_reward
 import benchmarks.game_controls  # noqa: F401  (registers the controls)
 from benchmarks import vpr_table
 from examples.games import build
-from examples.games.agent import AGENTS, action_of, played
+from examples.games.agent import action_of, played
 from examples.games.tokenizer import game_tokenizer
 
 
