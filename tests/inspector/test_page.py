@@ -155,7 +155,7 @@ def test_filters_are_in_the_address_and_walk_with_the_question(tab: Tab, site: S
     second = page.url
     page.keyboard.press("k")
     expect(page).not_to_have_url(second)
-    expect(page.locator("#after")).to_be_visible()
+    expect(page.locator("#before")).to_be_hidden()  # the first question is there
     page.keyboard.press("j")
     expect(page).to_have_url(second)
     expect(page.locator("#before")).to_be_visible()
