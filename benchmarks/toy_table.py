@@ -242,17 +242,22 @@ def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[i
     return sorted(runs, key=lambda run: (list(WORLDS).index(run.world), run.seed))
 
 
-def named(text: str) -> Run:
-    """The run with this name.
+def split_name(text: str, places: Iterable[str], methods: Iterable[str], form: str) -> tuple[str, str, int]:
+    """Place, method and seed of a run's name; ``form`` says what a name looks like.
 
     Raises:
         SystemExit: no such name.
     """
-    parts = re.fullmatch(r"(\w+)/([\w-]+)-seed(\d+)", text)
+    parts = re.fullmatch(r"([\w-]+)/([\w-]+)-seed(\d+)", text)
     if not parts:
-        sys.exit(f"error: --only {text}: WORLD/METHOD-seedN, for example two_hop/siop-seed1")
-    (world,), (method,) = chosen(parts[1], WORLDS, "--only"), chosen(parts[2], METHODS, "--only")
-    return Run(world, method, int(parts[3]))
+        sys.exit(f"error: --only {text}: {form}")
+    (place,), (method,) = chosen(parts[1], places, "--only"), chosen(parts[2], methods, "--only")
+    return place, method, int(parts[3])
+
+
+def named(text: str) -> Run:
+    """The run with this name."""
+    return Run(*split_name(text, WORLDS, METHODS, "WORLD/METHOD-seedN, for example two_hop/siop-seed1"))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

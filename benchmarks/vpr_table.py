@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from launch_variables import TABLE  # noqa: E402
 
-from benchmarks.toy_table import chosen, stop  # noqa: E402
+from benchmarks.toy_table import chosen, split_name, stop  # noqa: E402
 
 RUNS, GAMES = ROOT / "runs" / "vpr_table", ROOT / "runs" / "games"
 RESULTS = ROOT / "docs" / "results"
@@ -161,16 +161,8 @@ def plan(settings: Sequence[str], methods: Sequence[str] | None, seeds: Sequence
 
 
 def named(text: str) -> Run:
-    """The run with this name.
-
-    Raises:
-        SystemExit: no such name.
-    """
-    parts = re.fullmatch(r"([\w-]+)/([\w-]+)-seed(\d+)", text)
-    if not parts:
-        sys.exit(f"error: --only {text}: SETTING/METHOD-seedN, for example sudoku-8/vpr_loo-seed1")
-    (setting,), (method,) = chosen(parts[1], SETTINGS, "--only"), chosen(parts[2], METHODS, "--only")
-    return Run(setting, method, int(parts[3]))
+    """The run with this name."""
+    return Run(*split_name(text, SETTINGS, METHODS, "SETTING/METHOD-seedN, for example sudoku-8/vpr_loo-seed1"))
 
 
 def environment(run_folder: Path, data: Path, name: str, seed: int) -> dict[str, str]:

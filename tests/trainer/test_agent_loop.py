@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import ray
+from agent_loops import agent_loop
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.experimental.agent_loop.agent_loop import ToolListWrap
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 from verl.tools.base_tool import BaseTool
@@ -104,16 +105,7 @@ def _run(
     model = Model(tokenizer, turns)
 
     async def play() -> Any:
-        loop = cls(
-            trainer_config=DictConfigWrap(config),
-            server_manager=model,
-            tokenizer=tokenizer,
-            processor=None,
-            dataset_cls=None,
-            data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen3",
-            tools=ToolListWrap(TOOLS if tools is None else tools),
-        )
+        loop = agent_loop(cls, config, tokenizer, model, tools=ToolListWrap(TOOLS if tools is None else tools))
         return await loop.run({}, raw_prompt=[{"role": "user", "content": "who?"}])
 
     return asyncio.run(play()), model

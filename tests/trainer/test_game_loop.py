@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_loops import agent_loop
 from hydra import compose, initialize_config_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap
 from verl.trainer.siop.checks.data import Use
 from verl.trainer.siop.checks.policy import load_policy
 from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
@@ -77,17 +77,7 @@ def _play(
     model, row = Model(tokenizer, turns), row_of("sudoku", "s", SPEC, 0, "train", bare=True)
 
     async def play() -> Any:
-        loop = VerifiedGameLoop(
-            trainer_config=DictConfigWrap(config),
-            server_manager=model,
-            tokenizer=tokenizer,
-            processor=None,
-            dataset_cls=None,
-            data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen3",
-            name="verified_game",
-            **options,
-        )
+        loop = agent_loop(VerifiedGameLoop, config, tokenizer, model, name="verified_game", **options)
         return await loop.run({}, raw_prompt=row["prompt"], extra_info={**row["extra_info"], **(extra or {})})
 
     return asyncio.run(play()), model

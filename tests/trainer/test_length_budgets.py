@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_loops import agent_loop
 from hydra import compose, initialize_config_module
 from method_helpers import Scorer
 from method_helpers import run as rewards_of
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.experimental.agent_loop.agent_loop import ToolListWrap
 from verl.tools.function_tool import FunctionTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.trainer.siop.rollouts.agent_loop import SiopToolAgentLoop
@@ -104,16 +105,8 @@ def _play(turns: Sequence[str], tokenizer: Any, config: Any, context: int, **rol
         config.actor_rollout_ref.rollout[key] = value
 
     async def play() -> Any:
-        loop = SiopToolAgentLoop(
-            trainer_config=DictConfigWrap(config),
-            server_manager=Model(tokenizer, turns, context),
-            tokenizer=tokenizer,
-            processor=None,
-            dataset_cls=None,
-            data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen3",
-            tools=ToolListWrap([TOOL]),
-        )
+        model = Model(tokenizer, turns, context)
+        loop = agent_loop(SiopToolAgentLoop, config, tokenizer, model, tools=ToolListWrap([TOOL]))
         return await loop.run({}, raw_prompt=[{"role": "user", "content": "who?"}])
 
     return asyncio.run(play())

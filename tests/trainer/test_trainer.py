@@ -15,9 +15,9 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.siop import scoring
 from verl.trainer.siop import trainer as module
 from verl.trainer.siop.rollouts.alarms import NothingLearnt
-from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.rows import question_of, session_of
 from verl.trainer.siop.rollouts.tool_calls import ToolRecord
-from verl.trainer.siop.trainer import SiopTrainer, _jagged, _session
+from verl.trainer.siop.trainer import SiopTrainer, _jagged
 from verl.utils.siop.errors import ScorerError, SiopError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
 
@@ -195,4 +195,4 @@ def test_question_is_the_bare_one() -> None:
 
 def test_sessions_of_a_question_are_ordered_by_number() -> None:
     keys = ["u-1_10_0", "u-1_2_0", "a_b_0_0"]
-    assert sorted(keys, key=_session) == ["a_b_0_0", "u-1_2_0", "u-1_10_0"]
+    assert sorted(keys, key=session_of) == ["a_b_0_0", "u-1_2_0", "u-1_10_0"]

@@ -22,7 +22,7 @@ from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.trainer.siop.rollouts import dump
 from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
-from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, SUCCESS, TURN_SCORES, outcomes_of, question_of
+from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, SUCCESS, TURN_SCORES, outcomes_of, question_of, session_of
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.liveness import Liveness
@@ -98,7 +98,7 @@ class SiopTrainer(SupervisedTrainer):
         self._records = {}
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         # Rollout order within a question is the order of its sessions, whatever order verl's balancing left.
-        keys.sort(key=_session)
+        keys.sort(key=session_of)
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(_ROLLOUT_FIELDS))
         masks = column(data, "response_mask")
         self._turns = {key: get_assistant_turn_ranges(mask) for key, mask in zip(keys, masks, strict=True)}
@@ -214,7 +214,7 @@ class SiopTrainer(SupervisedTrainer):
         """A question's last rollout has ended."""
         if self._stream is None:
             self._stream = RewardStream(self.siop, self.tokenizer)
-        keys = sorted(keys, key=_session)
+        keys = sorted(keys, key=session_of)
         data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=list(_ROLLOUT_FIELDS))
         self._stream.add(self._rollouts(keys, data))
 
@@ -225,7 +225,7 @@ class SiopTrainer(SupervisedTrainer):
         return stream.collect(rollouts)
 
     def _rollouts(self, keys: list[str], data: TensorDict) -> list[Rollout]:
-        several = [key for key in keys if _session(key)[2] > 0]
+        several = [key for key in keys if session_of(key)[2] > 0]
         if several:
             raise SiopError(
                 f"the agent loop returned several trajectories for one session (for example {several[0]}); SIOP needs "
@@ -285,7 +285,7 @@ class SiopTrainer(SupervisedTrainer):
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """One JSON line per rollout: texts, and what each stage of the method and the estimator made of it."""
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
-            keys = sorted(self._records, key=_session)
+            keys = sorted(self._records, key=session_of)
             fields = [*dump.FIELDS, *([dump.KL_FIELD] if self.config.algorithm.use_kl_in_reward else [])]
             data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
             settings = dump.settings_of(self.config, self.siop)
@@ -323,12 +323,6 @@ class SiopTrainer(SupervisedTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / METRICS_FILE, json.dumps(values, indent=1, sort_keys=True).encode())
         return metrics
-
-
-def _session(key: str) -> tuple[str, int, int]:
-    """(uid, session, trajectory) of a TransferQueue key ``{uid}_{session}_{trajectory}``."""
-    uid, session, trajectory = key.rsplit("_", 2)
-    return uid, int(session), int(trajectory)
 
 
 def _jagged(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from verl.trainer.siop.replay_buffer import column
-from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.rows import question_of, session_of
 from verl.utils.siop.credit.batch import gains
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.files import write_whole
@@ -115,12 +115,12 @@ def columns(
     fields = {name: column(data, name) for name in (*FIELDS, KL_FIELD) if name in data.keys()}  # noqa: SIM118
     rows = [_row(i, fields, turns[i], records[i], tokenizer, siop) for i in range(len(keys))]
     found.update({name: [row[name] for row in rows] for name in rows[0]})
-    sessions = [key.rsplit("_", 2) for key in keys]
+    sessions = [session_of(key) for key in keys]
     found.update(
         dump_version=[DUMP_VERSION] * len(keys),
         uid=list(keys),
         group=[group for group, _, _ in sessions],
-        session=[int(session) for _, session, _ in sessions],
+        session=[session for _, session, _ in sessions],
         method=[settings.method] * len(keys),
         settings=[settings.hash] * len(keys),
         seed=[settings.seed] * len(keys),

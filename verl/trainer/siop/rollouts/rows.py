@@ -16,6 +16,12 @@ TURN_SCORES, ACTIONS, GAME = "turn_scores", "actions", "game"
 SUCCESS = "success"
 
 
+def session_of(key: str) -> tuple[str, int, int]:
+    """(uid, session, trajectory) of a TransferQueue key ``{uid}_{session}_{trajectory}``."""
+    uid, session, trajectory = key.rsplit("_", 2)
+    return uid, int(session), int(trajectory)
+
+
 def question_of(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, Any] | None) -> str:
     """The bare question: ``extra_info.question`` where the data has it, else the text of the last user message.
 
