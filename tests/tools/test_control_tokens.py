@@ -172,7 +172,7 @@ def test_only_what_can_be_shown_is_looked_at() -> None:
     started = time.monotonic()
     assert neutralise(text, 20) == ("ab‹|im_end|›ab‹|im_e", 2)
     assert format_hits([text] * 10, 24) == "[1] ab‹|im_end|›ab‹|im_e"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def tokenizer_with(normalized: bool) -> Any:

@@ -177,12 +177,12 @@ def test_the_time_until_its_turn_is_no_failure(scripted_service: Any, monkeypatc
         async def fetch(self, client: httpx.AsyncClient, query: str) -> list[str]:
             running.append(query)
             assert len(running) == 1
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.0)
             running.pop()
             return await super().fetch(client, query)
 
     answers += [(200, {"result": [[]]})] * 4
-    tool = SlowTool({"retrieval_service_url": url, "timeout_s": 1, "max_retries": 0})
+    tool = SlowTool({"retrieval_service_url": url, "timeout_s": 3, "max_retries": 0})
     results = search_all(tool, *({"query": f"{i}"} for i in range(4)))
     assert [text for text, _ in results] == ["nothing found"] * 4 and len(asked) == 4
 

@@ -75,7 +75,7 @@ def test_seconds_and_tokens() -> None:
 
 class SlowScorer(FailingScorer):
     async def cluster(self, question: str, answers: list[str]) -> list[int]:
-        await asyncio.sleep(0.3 if question != "Q c" else 0.0)
+        await asyncio.sleep(1.5 if question != "Q c" else 0.0)
         return await super().cluster(question, answers)
 
 
@@ -84,10 +84,10 @@ def test_what_is_scored_before_the_end_is_not_waited_for(monkeypatch: pytest.Mon
     stream = RewardStream(SiopConfig(), byte_tokenizer())
     for uid in ("a", "b"):
         stream.add(_groups(ROLLOUTS)[uid])
-    time.sleep(0.6)
+    time.sleep(2.5)
     cost = stream.collect(ROLLOUTS).cost
     # Both were waited for at the same time.
-    assert 0.3 <= cost["siop/seconds/busy"] < 0.6 and cost["siop/seconds/exposed"] < 0.2
+    assert 1.5 <= cost["siop/seconds/busy"] < 3.0 and cost["siop/seconds/exposed"] < 1.5
 
 
 def test_seconds_of_calls_at_the_same_time_count_once() -> None:
@@ -96,7 +96,7 @@ def test_seconds_of_calls_at_the_same_time_count_once() -> None:
         start = time.perf_counter()
         await asyncio.gather(*(scorer.cluster("Q", ["x"]) for _ in range(20)))
         await scorer.cluster("Q", ["x"])
-        assert 0.6 <= scorer.seconds["cluster"] <= time.perf_counter() - start
+        assert 3.0 <= scorer.seconds["cluster"] <= time.perf_counter() - start
         return scorer.seconds["entailment"]
 
     assert asyncio.run(many()) == 0
@@ -172,9 +172,10 @@ def test_a_failure_ends_the_step_before_all_have_generated(monkeypatch: pytest.M
     monkeypatch.setattr(FailingScorer, "bad", ("Q a",))
     stream, groups = RewardStream(SiopConfig(), byte_tokenizer()), _groups(ROLLOUTS)
     stream.add(groups["a"])
-    time.sleep(0.2)
     with pytest.raises(ScorerError, match="cannot score Q a"):
-        stream.add(groups["b"])
+        while True:
+            stream.add(groups["b"])
+            time.sleep(0.01)
     stream.close()
     stream.close()
 

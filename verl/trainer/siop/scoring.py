@@ -165,13 +165,13 @@ class RewardStream:
             ScorerError, ScorerUnavailable: an earlier question failed, and ``siop_on_scorer_error=raise``: the step
                 need not go on.
         """
-        group = list(rollouts)
-        self._groups[group[0].uid] = group, self._submit(self._scorer.timed("busy", self._score(group)))
         if self._siop.siop_on_scorer_error == "raise":
             for _, future in self._groups.values():
                 if future.done() and (error := future.exception()) is not None:
                     self.close()
                     raise error
+        group = list(rollouts)
+        self._groups[group[0].uid] = group, self._submit(self._scorer.timed("busy", self._score(group)))
 
     def collect(self, rollouts: Sequence[Rollout]) -> Scores:
         """Wait for the rewards of these rollouts, which are whole questions; those not added, or changed since, are

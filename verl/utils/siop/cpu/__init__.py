@@ -47,6 +47,10 @@ def activate() -> None:
         return
 
     def initialize_global_process_group_ray(timeout_second: int | None = None, backend: str | None = None) -> None:
+        # Upstream chooses a free port, closes it and binds it seconds later, when another process of this machine may
+        # have it. A worker alone in its group needs to tell nobody: the system gives it one as it binds.
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            os.environ["MASTER_PORT"] = "0"
         # Upstream's default, "cpu:gloo,<device>:<backend>", names the cpu twice here, which torch refuses.
         upstream_init(timeout_second, backend or "cpu:gloo")
 
