@@ -269,7 +269,7 @@ trainer_args() {
     if [[ $gpus -eq 0 ]]; then
         use_cpu
         DEVICE=CPU
-        TRAINER_ARGS+=(hardware=cpu)
+        if [[ ${RAY_ADDRESS:-local} == local ]]; then TRAINER_ARGS+=(hardware=cpu); else TRAINER_ARGS+=(hardware=cpu_cluster); fi
     else
         DEVICE="$gpus GPU(s)"
         check_torch "$gpus" N_GPUS_PER_NODE

@@ -135,7 +135,7 @@ TABLE = (
     # --- machine
     Variable("N_GPUS_PER_NODE", "train eval", GPUS, "GPUs of each node, 0 = CPU", check=whole(0, 1024), why="release 8: counted"),
     Variable("NNODES", "train", "1", "nodes; see [several nodes](#several-nodes)", "trainer.nnodes", whole(1, 65536)),
-    Variable("RAY_ADDRESS", "train eval scorer", "none: a private Ray", "Ray cluster to join; on a CPU train and eval do not"),
+    Variable("RAY_ADDRESS", "train eval scorer", "none: a private Ray", "Ray cluster to join; see [several nodes](#several-nodes)"),
     Variable("OMP_NUM_THREADS", "train eval quickstart", "1", "threads of each process on a CPU", check=whole(1, 4096)),
     Variable("CONDA_ENV", "train eval scorer retriever quickstart", "none: the activated environment, else `.venv`", "conda environment to run in", why="release siop: what is activated wins"),
     # --- training

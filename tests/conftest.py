@@ -26,6 +26,7 @@ LONG = (
     "test_end_to_end",
     "test_signals",
     "test_liveness",
+    "test_several_nodes",
     "test_console",
     "test_release_commands",
     "test_data_to_table",

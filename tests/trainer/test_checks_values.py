@@ -178,7 +178,7 @@ UNKNOWN = [
     (["trainer.logger=[consol]"], r"did you mean console\?"),
     (["trainer.logger=[console,swanlab]"], "swanlab is not installed; pip install swanlab"),
     (["trainer.v1.trainer_mode=typo"], "siop, sync"),
-    (["trainer.nnodes=2"], "of one node"),
+    (["trainer.nnodes=2"], "start Ray on all and set RAY_ADDRESS .* hardware=cpu_cluster"),
     (["trainer.nnodes=2", "trainer.device=cuda"], "start Ray on all and set RAY_ADDRESS"),
     (["trainer.resume_from_path=x/global_step_1"], "set that to resume_path"),
     (["trainer.resume_from_path=null", "trainer.resume_mode=resume_path"], "needs the path of a folder global_step_N"),
@@ -219,6 +219,7 @@ def test_names_that_exist_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     _checked("trainer.v1.trainer_mode=sync", "algorithm.adv_estimator=grpo", manager, *nothing)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     _checked("hardware=gpu", "trainer.nnodes=2", f"{ROLLOUT}.name=vllm")
+    _checked("hardware=cpu_cluster", "trainer.nnodes=2")
 
 
 def test_a_name_that_a_module_of_the_users_registers_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def _introduce(config: DictConfig, console: Console, grace: float) -> None:
     """What runs, where, and how to stop it."""
     trainer, evaluation = config.trainer, config.trainer.get("val_only", False)
     nodes = f" on each of {trainer.nnodes} nodes" if trainer.nnodes > 1 else ""
-    device = "CPU" if trainer.device == "cpu" else f"{trainer.n_gpus_per_node} GPU(s){nodes}"
+    device = ("CPU" if trainer.device == "cpu" else f"{trainer.n_gpus_per_node} GPU(s)") + nodes
     saved = f"; a step that ends within {grace:g} s is saved" if not evaluation and trainer.save_freq > 0 else ""
     console.line(f"model    {config.actor_rollout_ref.model.path}")
     if evaluation:

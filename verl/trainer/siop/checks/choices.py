@@ -177,9 +177,9 @@ def _check_cluster(config: DictConfig) -> None:
     nodes, address = config.trainer.nnodes, OmegaConf.select(config, "ray_kwargs.ray_init.address")
     private = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
     if nodes > 1 and private:
-        where = "a CPU run has a Ray of its own, of one node: set it to 1"
-        if config.trainer.device != "cpu":
-            where = "the run's own Ray has one node: start Ray on all and set RAY_ADDRESS to that of the head node"
+        where = "the run's own Ray has one node: start Ray on all and set RAY_ADDRESS to that of the head node"
+        if config.trainer.device == "cpu":
+            where += ", with hardware=cpu_cluster"
         raise SiopConfigError(f"trainer.nnodes={nodes} (NNODES) is not allowed: {where}")
 
 

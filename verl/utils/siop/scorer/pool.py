@@ -112,8 +112,9 @@ class WorkerPool:
             SiopConfigError: the cluster cannot be joined or has too few GPUs.
         """
         address = os.environ.get("RAY_ADDRESS")
-        if address and address != "local":
-            _join_cluster(address)
+        joined = bool(address and address != "local")
+        if joined:
+            _join_cluster(str(address))
         else:
             self._ray_dir = RayDir()
             _start_private_ray(self._ray_dir.path, int(self.num_workers * self._gpus))
@@ -125,7 +126,7 @@ class WorkerPool:
         nli_settings = self._settings if nli_share else replace(self._settings, device="cpu")
         # The scoring workers first: each takes the most of a GPU, and the NLI workers then fit beside them only.
         self._workers = [
-            _Worker(_create(ScoringWorker, self._settings, self._gpus - nli_share), index)
+            _Worker(_create(ScoringWorker, self._settings, self._gpus - nli_share, spread=joined), index)
             for index in range(self.num_workers)
         ]
         self._nli_workers = [
@@ -303,9 +304,11 @@ def _start_private_ray(directory: Path, num_gpus: int) -> None:
             ray.shutdown()
 
 
-def _create(kind: type, settings: WorkerSettings, num_gpus: float) -> Any:
+def _create(kind: type, settings: WorkerSettings, num_gpus: float, spread: bool = False) -> Any:
+    """A worker of a private Ray, or, with ``spread``, of a cluster, where the loss of one node leaves the others'."""
     options: dict[str, Any] = {
-        "num_cpus": 0,
+        "scheduling_strategy": "SPREAD" if spread else "DEFAULT",
+        "num_cpus": 0.001 if spread and not num_gpus else 0,  # Ray spreads what takes something
         "num_gpus": num_gpus,
         "max_restarts": MAX_RESTARTS,
         "concurrency_groups": {"health": 1},
