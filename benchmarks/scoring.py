@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -280,8 +281,12 @@ def print_times(threads: int, found: dict[str, Any]) -> None:
 def print_bytes(batch: Sequence[Any]) -> None:
     """Request bodies: /support against /score with one item per (boundary, reference)."""
     from verl.utils.siop.http.content import compress
+    from verl.utils.siop.http.json_body import parse_body, parse_packed
+    from verl.utils.siop.http.packed import pack, pack_ids
+    from verl.utils.siop.scorer.wire import MAX_ITEM_TOKENS, MAX_ITEMS, SupportBody
 
-    rollouts, items = [], []
+    rollouts: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
     for rollout in batch:
         references = [
             {"token_ids": probe.token_ids.tolist(), "start": probe.start, "end": probe.end} for probe in rollout.probes
@@ -306,13 +311,25 @@ def print_bytes(batch: Sequence[Any]) -> None:
             for reference in references
         ]
     theirs = json.dumps({"items": items}).encode()
-    ours = json.dumps({"rollouts": rollouts}, separators=(",", ":")).encode()
-    sent = compress(ours)
-    print(
-        f"request bytes: {len(theirs):,} as one item per (boundary, reference); {len(ours):,} as /support, "
-        f"{len(theirs) / len(ours):.1f} times fewer; {len(sent):,} as the client sends it (gzip), "
-        f"{len(theirs) / len(sent):.1f} times fewer"
-    )
+    plain = json.dumps({"rollouts": rollouts}, separators=(",", ":")).encode()
+    for rollout in rollouts:
+        rollout.update({name: pack_ids(rollout[name]) for name in ("prompt_ids", "response_ids")})
+        for reference in rollout["references"]:
+            reference["token_ids"] = pack_ids(reference["token_ids"])
+    packed = pack({"rollouts": rollouts})
+    limits = SupportBody, MAX_ITEMS, MAX_ITEM_TOKENS
+    read = {
+        "plain JSON": (plain, lambda: parse_body(plain, *limits)),
+        "MessagePack": (packed, lambda: parse_packed(packed, *limits)),
+    }
+    print(f"request bytes, {len(theirs):,} as one /score item per (boundary, reference), against /support:")
+    for name, (content, parse) in read.items():
+        seconds = min(timeit.repeat(parse, number=1, repeat=7))
+        sent = compress(content)
+        print(
+            f"    {name:<12} {len(content):>9,}  {len(theirs) / len(content):5.1f} times fewer   with gzip {len(sent):>9,}  "
+            f"{len(theirs) / len(sent):5.1f} times fewer   read in {1e3 * seconds:.1f} ms"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -25,6 +25,7 @@ from tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, save_causal_lm, save_classifi
 from verl.trainer.siop.trainer import SiopTrainer
 from verl.utils.siop import scoring_client
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+from verl.utils.siop.http.packed import MEDIA_TYPE, PackedIds, offers_packed, pack, pack_ids
 from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 from verl.utils.siop.scorer.engines.nli import AnswerGroup
@@ -116,6 +117,37 @@ def test_support(scorer, engine):
         answer["computed_tokens"] == expected.computed_tokens < expected.requested_tokens == answer["requested_tokens"]
     )
     assert answer["elapsed_ms"] > 0
+
+
+def test_a_packed_body_is_answered_as_the_json_one(scorer):
+    form = {"rollouts": [scoring_client._rollout_body(item, pack_ids) for item in request()]}
+    headers = {**HEADERS, "Content-Type": MEDIA_TYPE}
+    answer = post(scorer, "/support", content=pack(form), headers=headers)
+    assert answer.json()["support"] == post(scorer, "/support", body(request())).json()["support"]
+    assert offers_packed(answer.headers)
+    form["rollouts"][1]["response_ids"] = PackedIds(2, b"odd")
+    refused = post(scorer, "/support", content=pack(form), headers=headers)
+    assert refused.status_code == 422
+    assert [error["loc"] for error in refused.json()["detail"]] == [["body", "rollouts", 1, "response_ids"]]
+
+
+def test_the_client_packs_once_it_is_offered(scorer, engine, monkeypatch):
+    kinds = []
+    attempt = ScoringClient._attempt
+
+    def noted(self, http, path, content, headers, *more):
+        kinds.append(headers["Content-Type"])
+        return attempt(self, http, path, content, headers, *more)
+
+    monkeypatch.setattr(ScoringClient, "_attempt", noted)
+
+    async def ask():
+        async with client(scorer) as scoring:
+            return [await scoring.support(request()) for _ in range(2)]
+
+    for support in asyncio.run(ask()):
+        np.testing.assert_allclose(support, local(engine, request()).support, atol=1e-4)
+    assert kinds == ["application/json", MEDIA_TYPE]
 
 
 def test_score_takes_the_first_release_payload(scorer, engine):

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 from verl.utils.siop.errors import ScorerError, ScorerUnavailable
 from verl.utils.siop.http.content import MIN_COMPRESSED_BYTES, compress, content_digest, is_intact, offers_gzip
+from verl.utils.siop.http.packed import MEDIA_TYPE as PACKED
+from verl.utils.siop.http.packed import offers_packed, pack, pack_ids
 
 if TYPE_CHECKING:
     from verl.utils.siop.credit.rollouts import SupportRequest
@@ -109,7 +111,7 @@ class ScoringClient:
         self._headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
         self.computed_tokens = self.requested_tokens = 0
         self.nli: str | None = None
-        self._gzip = False  # until an answer offers it
+        self._gzip = self._packed = False  # until an answer offers it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -146,7 +148,7 @@ class ScoringClient:
         return self._http, self._slots
 
     async def _note_offer(self, response: httpx.Response) -> None:
-        self._gzip = offers_gzip(response.headers)
+        self._gzip, self._packed = offers_gzip(response.headers), offers_packed(response.headers)
 
     async def wait_ready(self, timeout_s: float = 300.0) -> dict[str, Any]:
         """Wait until every worker of the service is ready, with a progress line at once and then every 10 s.
@@ -255,7 +257,10 @@ class ScoringClient:
                 self.requested_tokens += int(requested)
                 return support
 
-            return await self._post("/support", {"rollouts": [_rollout_json(rollout) for rollout in part]}, read)
+            body = {"rollouts": [_rollout_body(rollout, pack_ids if packed else list) for rollout in part]}
+            return await self._post("/support", body, read, packed)
+
+        packed = self._packed
 
         parts: list[list[SupportRequest]] = []
         starts: list[int] = []
@@ -271,12 +276,13 @@ class ScoringClient:
             size += tokens
         return [scores for support in await asyncio.gather(*map(chunk, starts, parts)) for scores in support]
 
-    async def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+    async def _post(self, path: str, body: dict[str, Any], read: Callable[[Any], T], packed: bool = False) -> T:
         """POST until it is answered; ``read`` checks the JSON and picks the result."""
         # By hand, not by tenacity: the deadline leaves out the waits for a slot, which no pause holds.
         http, slots = self._connection()
-        content = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-        headers = {"Content-Type": "application/json", "X-Request-Id": uuid.uuid4().hex[:12]}
+        content = pack(body) if packed else json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        kind = PACKED if packed else "application/json"
+        headers = {"Content-Type": kind, "X-Request-Id": uuid.uuid4().hex[:12]}
         if self._gzip and len(content) >= MIN_COMPRESSED_BYTES:
             content = compress(content)
             headers["Content-Encoding"] = "gzip"
@@ -338,14 +344,14 @@ class ScoringClient:
             ) from error
 
 
-def _rollout_json(rollout: SupportRequest) -> dict[str, Any]:
+def _rollout_body(rollout: SupportRequest, ids: Callable[[Sequence[int]], Any]) -> dict[str, Any]:
     return {
-        "prompt_ids": rollout.prompt_ids,
-        "response_ids": rollout.response_ids,
+        "prompt_ids": ids(rollout.prompt_ids),
+        "response_ids": ids(rollout.response_ids),
         "boundaries": rollout.boundaries,
-        **({"openings": rollout.openings} if rollout.openings else {}),
+        **({"openings": [ids(opening) for opening in rollout.openings]} if rollout.openings else {}),
         "references": [
-            {"token_ids": reference.token_ids, "start": reference.start, "end": reference.end}
+            {"token_ids": ids(reference.token_ids), "start": reference.start, "end": reference.end}
             for reference in rollout.references
         ],
     }

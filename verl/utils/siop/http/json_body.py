@@ -1,4 +1,4 @@
-"""JSON request bodies, checked in a thread and in small steps, so that the event loop goes on meanwhile.
+"""JSON and MessagePack bodies, checked in a thread and in small steps, so that the event loop goes on meanwhile.
 
 Python's JSON and pydantic parsers do not let other threads run while they work: a body of 30 MB would stop the event
 loop for a second, in a thread as well. All bodies of the scorer are an object with one list of objects, so they are cut
@@ -8,9 +8,10 @@ into the elements of this list, and each is parsed by itself.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request, Response
@@ -18,12 +19,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from verl.utils.siop.errors import SequenceTooLong
+from verl.utils.siop.http import packed
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_ERRORS = 20
 MAX_NESTING = 16  # no valid body is nested as deep
-SPARE_COMMAS = 4096  # no valid element has as many beside those between its tokens
+SPARE_NUMBERS = 4096  # no valid element has as many beside its tokens
 
 _BETWEEN_ELEMENTS, _IN_ELEMENT = re.compile(rb'["\[\]{},]'), re.compile(rb'["\[\]{}]')
 _BACKSLASH = ord("\\")
@@ -44,7 +46,12 @@ class JsonRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             limits = request.app.state.max_items, request.app.state.max_item_tokens
-            request._json = await asyncio.to_thread(parse_body, await request.body(), model, *limits)
+            body = await request.body()
+            if packed.is_packed(request.headers.get("content-type")):
+                # What FastAPI takes where the content is not JSON.
+                request._body = await asyncio.to_thread(parse_packed, body, model, *limits)
+            else:
+                request._json = await asyncio.to_thread(parse_body, body, model, *limits)
             return await handler(request)
 
         return handle
@@ -70,19 +77,68 @@ def parse_body(body: bytes, model: type[Model], max_items: int, max_item_tokens:
     found = _elements(body, start.end(), max_items) if start else None
     if start is None or found is None:
         # Not the expected JSON: what is wrong with it is for the parser to say.
-        _parse(model, body)
+        _checked(lambda: model.model_validate_json(body))
         raise _invalid(f'must begin with {{"{field}": [', "unexpected_layout")
 
     spans, end = found
     if len(spans) > max_items:
         raise _invalid(f"more than {max_items} items (--max-items)", "too_long", field)
+
+    def is_long(first: int, last: int) -> bool:
+        return body.count(b",", first, last) > max_item_tokens + SPARE_NUMBERS
+
+    def read(first: int, last: int) -> Any:
+        return element.model_validate_json(body[first:last])
+
+    values = _values(element, field, spans, max_item_tokens, is_long, read)
+    # What is around the elements must be an empty request.
+    rest = _checked(lambda: model.model_validate_json(body[: start.end()] + body[end:]))
+    if getattr(rest, field):
+        raise _invalid("is there twice", "repeated_key", field)
+    setattr(rest, field, values)
+    return rest
+
+
+def parse_packed(body: bytes, model: type[Model], max_items: int, max_item_tokens: int) -> Model:
+    """As :func:`parse_body`, of MessagePack."""
+    ((field, info),) = model.model_fields.items()
+    element: type[BaseModel] = get_args(info.annotation)[0]
+    try:
+        spans = packed.spans(body, field, max_items)
+    except ValueError as error:
+        raise _invalid(str(error), "unexpected_layout") from error
+    if spans is None:
+        raise _invalid(f"more than {max_items} items (--max-items)", "too_long", field)
+
+    def is_long(first: int, last: int) -> bool:
+        return last - first > packed.most_bytes(max_item_tokens, SPARE_NUMBERS)
+
+    def read(first: int, last: int) -> Any:
+        try:
+            value = packed.element(body[first:last])
+        except ValueError as error:
+            raise _invalid(str(error), "unexpected_layout", field) from error
+        return element.model_validate(value)
+
+    return model.model_construct(None, **{field: _values(element, field, spans, max_item_tokens, is_long, read)})
+
+
+def _values(
+    element: type[BaseModel],
+    field: str,
+    spans: Iterable[tuple[int, int]],
+    max_item_tokens: int,
+    is_long: Callable[[int, int], bool],
+    read: Callable[[int, int], BaseModel],
+) -> list[BaseModel]:
+    """What ``read`` makes of each span, unless it ``is_long``."""
     values: list[BaseModel] = []
     errors: list[Any] = []
-    for index, (first, last) in enumerate(spans):
-        if hasattr(element, "num_tokens") and body.count(b",", first, last) > max_item_tokens + SPARE_COMMAS:
+    for index, span in enumerate(spans):
+        if hasattr(element, "num_tokens") and is_long(*span):
             raise SequenceTooLong(f"{field}[{index}] has more than {max_item_tokens} tokens (--max-item-tokens)")
         try:
-            values.append(_parse(element, body[first:last], field, index))
+            values.append(_checked(functools.partial(read, *span), field, index))
         except RequestValidationError as error:
             errors += error.errors()
             if len(errors) >= MAX_ERRORS:
@@ -94,12 +150,7 @@ def parse_body(body: bytes, model: type[Model], max_items: int, max_item_tokens:
             )
     if errors:
         raise RequestValidationError(errors)
-    # What is around the elements must be an empty request.
-    rest = _parse(model, body[: start.end()] + body[end:])
-    if getattr(rest, field):
-        raise _invalid("is there twice", "repeated_key", field)
-    setattr(rest, field, values)
-    return rest
+    return values
 
 
 def _elements(body: bytes, at: int, max_items: int) -> tuple[list[tuple[int, int]], int] | None:
@@ -142,9 +193,9 @@ def _string_end(body: bytes, at: int) -> int:
     return -1
 
 
-def _parse(model: type[Model], data: bytes, *loc: str | int) -> Model:
+def _checked(read: Callable[[], Model], *loc: str | int) -> Model:
     try:
-        return model.model_validate_json(data)
+        return read()
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**one, "loc": ("body", *loc, *one["loc"])} for one in found]) from error

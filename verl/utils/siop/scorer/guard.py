@@ -14,11 +14,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from verl.utils.siop.http.content import content_digest, decompress, is_intact
 from verl.utils.siop.http.limits import Limits, Refused, too_large
+from verl.utils.siop.http.packed import MEDIA_TYPE
 from verl.utils.siop.scorer.metrics import Metrics
 
 logger = logging.getLogger("siop.scorer")
 
 PATHS = ("/health", "/support", "/score", "/cluster", "/nli_score", "/metrics")  # that are counted by themselves
+OFFER = f"application/json, {MEDIA_TYPE}".encode()
 UNAUTHORIZED = JSONResponse({"detail": "missing or wrong bearer token"}, 401, {"WWW-Authenticate": "Bearer"})
 
 
@@ -26,7 +28,7 @@ class Guard:
     """Request ids, digests, access log, metrics, bearer token, body limit and concurrency limit.
 
     A body that does not match its ``Content-Digest`` (RFC 9530) gets 400; answers carry one. Bodies may come with
-    ``Content-Encoding: gzip``, which every answer offers (RFC 7694).
+    ``Content-Encoding: gzip`` (RFC 7694) or as MessagePack (RFC 9110 section 12.5.1): every answer offers both.
 
     Args:
         app: the application.
@@ -65,8 +67,8 @@ class Guard:
             nonlocal status, start
             if message["type"] == "http.response.start":
                 status = message["status"]
-                ours = [(b"x-request-id", request_id.encode()), (b"accept-encoding", b"gzip")]
-                start = {**message, "headers": [*message["headers"], *ours]}
+                ours = {b"x-request-id": request_id.encode(), b"accept-encoding": b"gzip", b"accept": OFFER}
+                start = {**message, "headers": [*message["headers"], *ours.items()]}
                 return
             if start is not None:  # held until the body is here, for its digest
                 if not message.get("more_body"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, WrapValidator
+from verl.utils.siop.http.packed import MAX_ID, PackedIds, unpack_ids
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
 
 if TYPE_CHECKING:
@@ -14,9 +15,11 @@ else:
     # An array at once: a list of Python integers takes ten times the memory, and time to throw away. The first wrong id
     # is enough of an error.
     TokenIds = Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**31)]],
+        list[Annotated[int, Field(ge=0, le=MAX_ID)]],
         FailFast(),
-        AfterValidator(lambda token_ids: np.array(token_ids, dtype=np.int64)),
+        WrapValidator(
+            lambda ids, check: unpack_ids(ids) if isinstance(ids, PackedIds) else np.array(check(ids), dtype=np.int64)
+        ),
     ]
 
 MAX_TEXT = 200_000  # characters
