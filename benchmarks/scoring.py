@@ -327,8 +327,8 @@ def print_bytes(batch: Sequence[Any]) -> None:
         seconds = min(timeit.repeat(parse, number=1, repeat=7))
         sent = compress(content)
         print(
-            f"    {name:<12} {len(content):>9,}  {len(theirs) / len(content):5.1f} times fewer   with gzip {len(sent):>9,}  "
-            f"{len(theirs) / len(sent):5.1f} times fewer   read in {1e3 * seconds:.1f} ms"
+            f"    {name:<12} {len(content):>9,}  {len(theirs) / len(content):5.1f} times fewer   "
+            f"with gzip {len(sent):>9,}  {len(theirs) / len(sent):5.1f} times fewer   read in {1e3 * seconds:.1f} ms"
         )
 
 
