@@ -9,7 +9,13 @@ import pytest
 import torch
 from tiny_models import pair_tokenizer, save_classifier, teach_self_test, tiny_classifier
 from verl.utils.siop.errors import InvalidRequest, SequenceTooLong, SiopConfigError
-from verl.utils.siop.nli_clustering import greedy_clusters, normalize_answer
+from verl.utils.siop.nli_clustering import (
+    greedy_clusters,
+    label_indices,
+    loose_equivalent,
+    normalize_answer,
+    strict_equivalent,
+)
 from verl.utils.siop.scorer.engines.nli import AnswerGroup, LexicalNli, cluster_in_rounds
 from verl.utils.siop.scorer.engines.nli_model import TransformersNli, _answers_input, _evidence_input
 from verl.utils.siop.scorer.settings import parser, worker_settings
@@ -215,6 +221,39 @@ def fresh(nli, **options):
     return TransformersNli(nli._model, pair_tokenizer(), self_test=False, **options)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_other_direction_is_asked_only_where_it_decides(nli, monkeypatch, strict):
+    nli = fresh(nli)
+    labels = label_indices(nli._id2label)
+    entailment, neutral, contradiction = labels
+    table: dict = {}
+    asked: list = []
+
+    def rows(texts, as_input):
+        asked.extend(texts)
+        return [
+            [float(label == table[premise, hypothesis]) for label in nli._id2label] for _, premise, hypothesis in texts
+        ]
+
+    monkeypatch.setattr(nli, "_rows", rows)
+    words = "abcdef"
+    for seed in range(300):
+        rng = random.Random(seed)
+        table.update({(a, b): rng.choice(labels) for a in words for b in words})
+        answers = rng.choices(words, k=6)
+        asked.clear()
+
+        def same(i: int, j: int, answers: list = answers) -> bool:
+            both = table[answers[i], answers[j]], table[answers[j], answers[i]]
+            return strict_equivalent(*both, entailment) if strict else loose_equivalent(*both, labels)
+
+        assert nli.cluster([AnswerGroup("q", answers, strict=strict)]) == [greedy_clusters(answers, same)]
+        forward = [pair for _, *pair in asked if answers.index(pair[0]) < answers.index(pair[1])]
+        backward = [pair for _, *pair in asked if answers.index(pair[0]) > answers.index(pair[1])]
+        hopeless = {neutral, contradiction} if strict else {contradiction}
+        assert sorted(backward) == sorted([b, a] for a, b in forward if table[a, b] not in hopeless)
+
+
 def test_pairs_are_computed_once(nli):
     nli = fresh(nli)
     pairs = [("p", "h"), ("p", "g"), ("p", "h"), ("h", "p")]
@@ -224,8 +263,8 @@ def test_pairs_are_computed_once(nli):
 
     groups = [AnswerGroup("q1", ["x", "y", "X.", "y"]), AnswerGroup("q2", ["x", "y"]), AnswerGroup("q1", ["y", "x"])]
     ids, asked, first_time = computed(nli, lambda nli: nli.cluster(groups))
-    # Both directions of (x, y), once for each question; answers identical once normalised are not asked about.
-    assert (asked, first_time) == (8, 4)
+    # The pair (x, y) twice for q1 and once for q2, in one direction or both; identical answers are not asked about.
+    assert 4 <= asked <= 8 and 3 <= first_time <= 4
     assert computed(nli, lambda nli: nli.cluster(groups)) == (ids, asked, 0)
     assert ids == [fresh(nli, cache_entries=0).cluster([group])[0] for group in groups]
     # The same texts in another role are another pair.
@@ -274,7 +313,8 @@ def test_the_self_test_refuses_a_model_that_is_not_trained_for_nli(tmp_path):
             assert worker.load() == str(tmp_path)
     result = worker.entailment([("a", "b"), ("a", "b"), ("c", "d")])
     assert (len(result.values), result.asked, result.computed) == (3, 3, 2)
-    assert (worker.cluster([AnswerGroup("q", ["x", "y"])]).asked, worker.entailment([("a", "b")]).computed) == (2, 0)
+    assert worker.cluster([AnswerGroup("q", ["x", "y"])]).asked in (1, 2)
+    assert worker.entailment([("a", "b")]).computed == 0
 
 
 def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):

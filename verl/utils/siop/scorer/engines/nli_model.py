@@ -151,16 +151,20 @@ class TransformersNli:
             except SiopConfigError as error:
                 raise InvalidRequest(f"strict = false cannot be used with NLI model {self.name}: {error}") from error
 
+        def labels(directions: list[Question]) -> list[int]:
+            texts = [(groups[g].question, groups[g].answers[i], groups[g].answers[j]) for g, i, j in directions]
+            return [row.index(max(row)) for row in self._rows(texts, _answers_input)]
+
         def equivalent(questions: list[Question]) -> list[bool]:
-            texts: list[tuple[str, ...]] = []
-            for g, i, j in questions:
-                question, answers = groups[g].question, groups[g].answers
-                texts += [(question, answers[i], answers[j]), (question, answers[j], answers[i])]
-            labels = [row.index(max(row)) for row in self._rows(texts, _answers_input)]
-            return [
-                rules[groups[g].strict](forward, backward)
-                for (g, _, _), forward, backward in zip(questions, labels[::2], labels[1::2], strict=True)
-            ]
+            rule = [rules[groups[g].strict] for g, _, _ in questions]
+            forward = labels(questions)
+            same = [any(rule[n](forward[n], backward) for backward in self._id2label) for n in range(len(questions))]
+            # The other direction is asked for only where it decides.
+            open_ones = [n for n, maybe in enumerate(same) if maybe]
+            reverse = [(g, j, i) for g, i, j in (questions[n] for n in open_ones)]
+            for n, backward in zip(open_ones, labels(reverse), strict=True):
+                same[n] = rule[n](forward[n], backward)
+            return same
 
         return cluster_in_rounds([group.answers for group in groups], equivalent)
 
