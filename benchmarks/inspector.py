@@ -83,7 +83,7 @@ def baseline(folder: Path, step: int, group: str) -> Iterator[float]:
     """Seconds for a search through all files, and for a question out of its step's file, by JSON alone."""
     start = time.perf_counter()
     found = 0
-    for path in (folder / "rollouts").glob("*.jsonl"):
+    for path in (folder / "rollouts").glob("[0-9]*.jsonl"):
         with path.open() as file:
             found += sum(json.loads(line)["em"] == 0.0 for line in file)
     yield time.perf_counter() - start

@@ -204,7 +204,7 @@ def training(folder: Path, algorithm: DictConfig) -> dict[str, Any]:
         ``search_advantage``, the mean advantage of turns that answer and of the others; ``right_advantage`` and
         ``stale_advantage``, that of turns that answer rightly and with the stale answer, None if there are none.
     """
-    files = sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem))
+    files = sorted(folder.glob("[0-9]*.jsonl"), key=lambda file: int(file.stem))
     em, mean_turns = [], []
     answering: list[float] = []
     searching: list[float] = []

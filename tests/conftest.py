@@ -27,6 +27,7 @@ LONG = (
     "test_signals",
     "test_liveness",
     "test_several_nodes",
+    "test_disk_full",
     "test_console",
     "test_release_commands",
     "test_data_to_table",

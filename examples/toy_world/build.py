@@ -251,10 +251,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the warm start (default: 2)")
     parser.add_argument("--data-only", action="store_true", help="no model: corpus, questions and tool config")
-    parser.add_argument("--train-questions", type=int, default=_TRAIN_QUESTIONS, help=f"(default: {_TRAIN_QUESTIONS})")
-    parser.add_argument(
-        "--eval-questions", type=int, default=_EVAL_QUESTIONS, help=f"held-out questions (default: {_EVAL_QUESTIONS})"
-    )
+    for name, most in (("train", _TRAIN_QUESTIONS), ("eval", _EVAL_QUESTIONS)):
+        described = f"{'held-out ' * (name == 'eval')}questions (default: {most}, or all that the world has)"
+        parser.add_argument(f"--{name}-questions", type=int, help=described)
     parser.add_argument("--init", type=Path, metavar="MODEL", help="toy model to go on from, without the first phase")
     parser.add_argument("--copying-steps", type=int, help="warm start, first phase (default: 800; 0 with --init)")
     parser.add_argument("--imperfect-steps", type=int, default=Schedule.imperfect_steps, help="second phase")
@@ -265,8 +264,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.copying_steps is None:
         args.copying_steps = 0 if args.init else Schedule.copying_steps
     templates = len(KINDS[args.world].templates)
-    for key, companies in (("train_questions", TRAIN_SIZES["company"]), ("eval_questions", HELD_OUT_SIZES["company"])):
+    for key, default, companies in (
+        ("train_questions", _TRAIN_QUESTIONS, TRAIN_SIZES["company"]),
+        ("eval_questions", _EVAL_QUESTIONS, HELD_OUT_SIZES["company"]),
+    ):
         most = templates * companies
+        if getattr(args, key) is None:
+            setattr(args, key, min(default, most))
         if not 0 < getattr(args, key) <= most:
             parser.error(f"--{key.replace('_', '-')} must be between 1 and {most}, got {getattr(args, key)}")
     for key, least in (("threads", 1), ("copying_steps", 0), ("imperfect_steps", 1)):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -35,11 +35,19 @@ class ToyTraining:
         folder: takes the output folder ``out`` and the log ``log``.
         overrides: added to those of the toy world.
         env: added to the environment.
+        within: a command that runs it.
     """
 
-    def __init__(self, world: Path, folder: Path, *overrides: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        world: Path,
+        folder: Path,
+        *overrides: str,
+        env: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
+    ) -> None:
         self.out, self.log, self._mark = folder / "out", folder / "log", uuid.uuid4().hex
-        command = [sys.executable, "-u", "-m", "verl.trainer.siop.main", "--config-dir", str(ROOT / "config")]
+        command = [*within, sys.executable, "-u", "-m", "verl.trainer.siop.main", "--config-dir", str(ROOT / "config")]
         command += [
             "experiment=toy",
             "hardware=cpu",

@@ -237,6 +237,7 @@ def _fake_run(run: Path, kind: Kind, em: int) -> None:
     ]
     _write(run / "rollouts" / "1.jsonl", dumped)
     _write(run / "rollouts" / "11.jsonl", dumped[:1])
+    _write(run / "rollouts" / "steps.jsonl", [{"step": 1}, {"step": 11}])
 
 
 def test_evaluation_of_a_run(tmp_path: Path) -> None:
@@ -309,6 +310,12 @@ def test_turns_are_counted_by_their_rewards(tmp_path: Path) -> None:
     _write(tmp_path / "1.jsonl", rows)
     algorithm = toy_results.config_of(["algorithm.norm_adv_by_std_in_grpo=false"]).algorithm
     assert toy_results.training(tmp_path, algorithm)["right_advantage"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", toy_table.WORLDS)
+def test_the_world_of_every_row_can_be_built(name: str) -> None:
+    args = build.parse_args(["--out", "x", *toy_table.WORLDS[name].options])
+    assert args.train_questions >= 1200 and args.eval_questions >= 400
 
 
 def test_standard_error_and_mean_over_seeds() -> None:

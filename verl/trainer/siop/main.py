@@ -20,6 +20,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.siop.checks.machine import full_disk
 from verl.trainer.siop.plugin import require_registered
 from verl.trainer.siop.run.console import Console
 from verl.trainer.siop.run.lock import output_lock
@@ -167,6 +168,9 @@ def _supervise(config: DictConfig, console: Console) -> None:
             console.error(f"Ray's {dead} has ended, and with it the run; {progress.last_checkpoint()}")
             _exit(1)
         if run.error is not None:
+            # What a library says of it may be no more than that a file is shorter than it should be.
+            if full := full_disk(Path(config.trainer.default_local_dir)):
+                console.error(f"{full}; {progress.last_checkpoint()}")
             raise run.error
     console.follow_log(to_its_end=True)
     took = tqdm.format_interval(time.monotonic() - start)

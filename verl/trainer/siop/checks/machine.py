@@ -21,6 +21,7 @@ GIB = 2**30
 PROJECT = "siop-verl"
 # The trainer writes the weights with their optimizer in float32, and a copy: so many times a file of bfloat16 weights.
 CHECKPOINT_SIZE = 7
+FULL_BYTES = 32 * 2**20
 # Packages of verl's rollout engines.
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt-llm"}
 
@@ -181,6 +182,16 @@ def check_ray(config: DictConfig, warn: Callable[[str], None]) -> str:
     return f"Ray {ray.__version__}, private; /dev/shm {free / GIB:.1f} GiB free"
 
 
+def full_disk(folder: Path) -> str | None:
+    """That the disk of this folder has next to nothing free; None if it has."""
+    free = shutil.disk_usage(_existing(folder)).free
+    return f"the disk of {folder} is full ({free / 2**20:.0f} MiB free)" if free < FULL_BYTES else None
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
 def check_disk(config: DictConfig, warn: Callable[[str], None]) -> str:
     """Check that the folder of the checkpoints can be written, and that one fits.
 
@@ -188,7 +199,7 @@ def check_disk(config: DictConfig, warn: Callable[[str], None]) -> str:
         MachineError: it cannot, or it does not.
     """
     folder = Path(config.trainer.default_local_dir).expanduser().absolute()
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    place = _existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise MachineError(f"trainer.default_local_dir={folder} (OUTPUT_DIR): {place} cannot be written")
     free = shutil.disk_usage(place).free
