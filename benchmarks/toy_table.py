@@ -13,7 +13,6 @@ started. A run takes about five minutes on two cores; its folder is runs/toy_tab
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -41,6 +40,7 @@ from benchmarks.toy_results import (  # noqa: E402
     training,
 )
 from benchmarks.toy_services import toy_services  # noqa: E402
+from benchmarks.training_table import chosen, split_name, start_run, stop, with_known  # noqa: E402
 
 RUNS = ROOT / "runs" / "toy_table"
 RESULTS = ROOT / "docs" / "results"
@@ -158,7 +158,6 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 _EVERYWHERE = tuple(name for name in METHODS if name != "siop-noise")
 _THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
-_STOP_SECONDS = 10.0
 
 
 @dataclass
@@ -214,20 +213,6 @@ class Run:
         return int(found[-1]) if found else 0
 
 
-def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
-    """Names from a comma-separated option.
-
-    Raises:
-        SystemExit: an unknown name.
-    """
-    allowed = list(known)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [name for name in names if name not in allowed]
-    if wrong or not names:
-        sys.exit(f"error: {option} {text}: choose from {', '.join(allowed)}")
-    return names
-
-
 def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
     """The runs asked for, or the plan: three seeds of the main methods where answers differ most, one of the others."""
     runs = []
@@ -242,37 +227,9 @@ def plan(worlds: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[i
     return sorted(runs, key=lambda run: (list(WORLDS).index(run.world), run.seed))
 
 
-def split_name(text: str, places: Iterable[str], methods: Iterable[str], form: str) -> tuple[str, str, int]:
-    """Place, method and seed of a run's name; ``form`` says what a name looks like.
-
-    Raises:
-        SystemExit: no such name.
-    """
-    parts = re.fullmatch(r"([\w-]+)/([\w-]+)-seed(\d+)", text)
-    if not parts:
-        sys.exit(f"error: --only {text}: {form}")
-    (place,), (method,) = chosen(parts[1], places, "--only"), chosen(parts[2], methods, "--only")
-    return place, method, int(parts[3])
-
-
 def named(text: str) -> Run:
     """The run with this name."""
     return Run(*split_name(text, WORLDS, METHODS, "WORLD/METHOD-seedN, for example two_hop/siop-seed1"))
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a run with all that it started: SIGTERM to its process group, SIGKILL after ten seconds."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_SECONDS)
-    deadline = time.monotonic() + _STOP_SECONDS
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def build_world(world: str) -> None:
@@ -308,7 +265,6 @@ def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
                     run.started = time.time()
                     run_env = {
                         **env,
@@ -319,15 +275,7 @@ def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
                         "LOG_DIR": str(run.folder / "logs"),
                         "TENSORBOARD_DIR": str(run.folder / "tensorboard"),
                     }
-                    with (run.folder / "logs" / "run.log").open("wb") as output:
-                        run.process = subprocess.Popen(
-                            run.command(),
-                            cwd=ROOT,
-                            env=run_env,
-                            stdout=output,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                        )
+                    run.process = start_run(run.command(), run_env, run.folder / "logs", ROOT)
                     running.append(run)
                 time.sleep(1)
                 for run in list(running):
@@ -351,8 +299,8 @@ def run_world(world: str, runs: list[Run], jobs: int, bar: Any) -> list[str]:
 
 
 def collect(worlds: Iterable[str]) -> dict[str, Any]:
-    """``results.json``: what every finished run in :data:`RUNS` shows, whichever call made it."""
-    results: dict[str, Any] = {"worlds": {}}
+    """World -> ``runs``, ``start`` and ``auc``: what is in :data:`RUNS`, whichever call made it."""
+    results: dict[str, Any] = {}
     for world in worlds:
         folder, toy = RUNS / world, WORLDS[world].toy
         entry: dict[str, Any] = {"runs": []}
@@ -377,28 +325,15 @@ def collect(worlds: Iterable[str]) -> dict[str, Any]:
         if auc_file.is_file():
             entry["auc"] = json.loads(auc_file.read_text())
         if entry["runs"] or "auc" in entry:
-            results["worlds"][world] = entry
-    return results
-
-
-def with_known(results: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with those that are known from runs whose folders are gone; a run that is there counts."""
-    for world, old in known.get("worlds", {}).items():
-        entry = results["worlds"].setdefault(world, {"runs": []})
-        there = {(run["method"], run["seed"]) for run in entry["runs"]}
-        runs = entry["runs"] + [run for run in old["runs"] if (run["method"], run["seed"]) not in there]
-        order = list(METHODS)
-        entry["runs"] = sorted(runs, key=lambda run: (order.index(run["method"]), run["seed"]))
-        for part in ("start", "auc"):
-            if part in old:
-                entry.setdefault(part, old[part])
+            results[world] = entry
     return results
 
 
 def report() -> None:
     """Writes docs/results from the finished runs, and from what it holds of others."""
     file = RESULTS / "results.json"
-    results = with_known(collect(WORLDS), json.loads(file.read_text()) if file.is_file() else {})
+    known = json.loads(file.read_text())["worlds"] if file.is_file() else {}
+    results = {"worlds": with_known(collect(WORLDS), known, list(METHODS))}
     if not results["worlds"]:
         sys.exit(f"error: no finished run in {RUNS}")
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ from benchmarks.toy_results import (  # noqa: E402
     turns_of,
 )
 from benchmarks.toy_services import toy_services  # noqa: E402
-from benchmarks.toy_table import METHODS, RUNS, WORLDS, build_world, chosen  # noqa: E402
+from benchmarks.toy_table import METHODS, RUNS, WORLDS, build_world  # noqa: E402
+from benchmarks.training_table import chosen  # noqa: E402
 from examples.toy_world.tokenizer import observation_text, prompt_text  # noqa: E402
 from examples.toy_world.warm_start import search_in  # noqa: E402
 from examples.toy_world.world import STALE_ANSWERS  # noqa: E402

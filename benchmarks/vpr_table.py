@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from launch_variables import TABLE  # noqa: E402
 
-from benchmarks.toy_table import chosen, split_name, stop  # noqa: E402
+from benchmarks.training_table import chosen, split_name, start_run, stop, with_known  # noqa: E402
 
 RUNS, GAMES = ROOT / "runs" / "vpr_table", ROOT / "runs" / "games"
 RESULTS = ROOT / "docs" / "results"
@@ -201,20 +201,13 @@ def prepare(setting: str) -> None:
 
 def train(run: Run) -> bool:
     """Trains and evaluates; whether it has come to its end."""
-    (run.folder / "logs").mkdir(parents=True, exist_ok=True)
-    with (run.folder / "logs" / "run.log").open("wb") as output:
-        process = subprocess.Popen(
-            run.command(),
-            cwd=ROOT,
-            env=environment(run.folder, run.data, run.method, run.seed),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait()
-        finally:
-            stop(process)
+    logs = run.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    process = start_run(run.command(), environment(run.folder, run.data, run.method, run.seed), logs, ROOT)
+    try:
+        process.wait()
+    finally:
+        stop(process)
     return run.state == "finished"
 
 
@@ -252,16 +245,6 @@ def collect() -> dict[str, Any]:
                     runs.append({"method": method, "seed": run.seed, "boards": manifest.average.questions, **found})
         if start is not None:
             results[setting] = {"start": outcomes(start), "runs": runs}
-    return results
-
-
-def with_known(results: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with those of runs whose folders are gone; a run that is there counts."""
-    for setting, old in known.items():
-        entry = results.setdefault(setting, {"start": old["start"], "runs": []})
-        there = {(run["method"], run["seed"]) for run in entry["runs"]}
-        entry["runs"] += [run for run in old["runs"] if (run["method"], run["seed"]) not in there]
-        entry["runs"].sort(key=lambda run: (list(METHODS).index(run["method"]), run["seed"]))
     return results
 
 
@@ -313,7 +296,7 @@ def render(results: Mapping[str, Any]) -> str:
 def report() -> None:
     """Writes docs/results/vpr.json and vpr.md from the finished runs, and from what is known of others."""
     file = RESULTS / "vpr.json"
-    results = with_known(collect(), json.loads(file.read_text()) if file.is_file() else {})
+    results = with_known(collect(), json.loads(file.read_text()) if file.is_file() else {}, list(METHODS))
     if not any(entry["runs"] for entry in results.values()):
         sys.exit(f"error: no finished run in {RUNS}")
     file.write_text(json.dumps(results, indent=1) + "\n")
