@@ -118,12 +118,14 @@ def test_it_follows_and_says_what_it_could_not_read(tmp_path: Path) -> None:
     index.refresh()
     state = index.state()
     assert state["steps"] == 2 and state["revision"] > revision
-    assert len(state["problems"]) == 1 and "3.jsonl, line 1: step" in state["problems"][0]
+    assert len(state["problems"]) == 2 and "3.jsonl, line 1: step" in state["problems"][0]
+    assert "4.jsonl: line 1 is not whole: it is being written, or cut" in state["problems"][1]
     # A run that was resumed writes a step again.
     write_step(folder, 2, questions(2, number=1))
     later = time.time_ns() + 10**9
     os.utime(folder / "2.jsonl", ns=(later, later))
     (folder / "3.jsonl").unlink()
+    (folder / "4.jsonl").unlink()
     index.refresh()
     assert index.state()["problems"] == []
     assert index.search(Search(step_from=2))["total"] == 1

@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import sqlite3
 from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -22,10 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.http.json_body import answer_invalid
 from verl.utils.siop.inspector.index import Search
-from verl.utils.siop.inspector.page import PAGE, html, import_map
+from verl.utils.siop.inspector.page import STYLE, html, import_map, modules
 from verl.utils.siop.inspector.runs import Runs
 
 COOKIE = "siop_inspector"
+MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
 # What a browser on this machine, or at the other end of an ssh tunnel, calls it.
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
@@ -48,7 +48,14 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
     app.exception_handler(KeyError)(_not_found)
     app.exception_handler(SiopError)(_failed)
     app.exception_handler(OSError)(_failed)
-    app.mount("/page", StaticFiles(directory=Path(PAGE)))
+    app.exception_handler(sqlite3.Error)(_failed)
+    files = {path.name: path for path in [*modules(), STYLE]}
+
+    @app.get("/page/{name}")
+    def file(name: str) -> Response:
+        if name not in files:
+            raise KeyError(f"the page has no file {name}")
+        return Response(files[name].read_bytes(), media_type=MEDIA_TYPES[files[name].suffix])
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -26,7 +26,7 @@ logger = logging.getLogger("siop.inspector")
 
 INDEX_FILE = ".inspector.sqlite"
 # Of the tables; an index of another one is made anew.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MAX_PAGE = 500
 
 _COLUMNS = {
@@ -129,7 +129,13 @@ class RunIndex:
         self.dump, self._lock = dump, threading.RLock()
         self._refreshing = threading.Lock()
         self._connection = _open(path) if path else _open_anywhere(dump.rollouts)
-        self._metrics_at, self._metrics_problem = 0, ""
+        # The byte of steps.jsonl up to which it is read; None before the first time.
+        self._metrics_at: int | None = None
+        self._metrics_problems: list[str] = []
+        # Files that end within a line: their size and time, and what is wrong with them.
+        self._unfinished: dict[int, tuple[tuple[int, int], str]] = {}
+        # Why nothing more is taken in.
+        self.trouble = ""
         # Goes up with every change.
         self.revision = 0
 
@@ -144,29 +150,48 @@ class RunIndex:
 
         Args:
             progress: called with the files done and all that are new.
+
+        Raises:
+            DumpError, OSError: the folder is gone, or the index cannot be written; what was taken in is still there.
         """
+        try:
+            self._refresh(progress)
+        except sqlite3.Error as error:
+            raise DumpError(f"the index of {self.dump.rollouts} cannot be written: {error}") from error
+
+    def _refresh(self, progress: Callable[[int, int], None] | None) -> None:
         with self._refreshing:
             known = {row[0]: row[1:] for row in self._rows("SELECT step, size, changed FROM files")}
             found = {}
-            for step, path in self.dump.steps().items():
+            for step in self.dump.steps():
                 with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    found[step] = (status.st_size, status.st_mtime_ns)
+                    found[step] = self._state_of(step)
+            self._unfinished = {step: one for step, one in self._unfinished.items() if step in found}
             for step in known.keys() - found.keys():
                 self._replace(step, None)
-            new = [step for step, state in found.items() if known.get(step) != state]
+            tried = {step: state for step, (state, _) in self._unfinished.items()}
+            new = [step for step, state in found.items() if state not in (known.get(step), tried.get(step))]
             for done, step in enumerate(new):
                 if progress:
                     progress(done, len(new))
                 self._take(step, found[step])
             self._take_metrics()
 
+    def _state_of(self, step: int) -> tuple[int, int]:
+        status = self.dump.file(step).stat()
+        return status.st_size, status.st_mtime_ns
+
     def _take(self, step: int, state: tuple[int, int]) -> None:
         try:
             lines = self.dump.read(step)
-        except (Unfinished, FileNotFoundError):
-            return  # the next time
+            self._unfinished.pop(step, None)
+        except FileNotFoundError:
+            return
+        except Unfinished as error:  # when it has grown
+            self._unfinished[step] = state, str(error)
+            return
         except (DumpError, OSError) as error:
+            self._unfinished.pop(step, None)
             logger.warning("step %d is left out: %s", step, error)
             self._replace(step, (*state, 0, str(error)))
             return
@@ -197,15 +222,19 @@ class RunIndex:
             self.revision += 1
 
     def _take_metrics(self) -> None:
-        try:
-            for end, step in self.dump.metrics(self._metrics_at):
+        if self._metrics_at is None or self.dump.metrics_size() < self._metrics_at:  # another file than before
+            with self._lock, self._connection as connection:
+                connection.execute("DELETE FROM metrics")
+            self._metrics_at, self._metrics_problems = 0, []
+        for end, step in self.dump.metrics(self._metrics_at):
+            if isinstance(step, DumpError):
+                self._metrics_problems.append(str(step))
+            else:
                 with self._lock, self._connection as connection:
                     row = (step.step, json.dumps(step.metrics))
                     connection.execute("INSERT OR REPLACE INTO metrics VALUES (?, ?)", row)
-                self._metrics_at = end
-                self.revision += 1
-        except (DumpError, OSError) as error:
-            self._metrics_problem = str(error)
+            self._metrics_at = end
+            self.revision += 1
 
     # ------------------------------------------------------------------ answers
     def _rows(self, query: str, values: Any = ()) -> list[tuple[Any, ...]]:
@@ -235,12 +264,22 @@ class RunIndex:
 
         Raises:
             KeyError: there is no such question.
-            DumpError, OSError: the file has changed, or is gone.
+            DumpError, OSError: the file cannot be read, or is gone.
         """
+        try:
+            return self._read(step, group)
+        except DumpError:  # written anew since it was read
+            self._take(step, self._state_of(step))
+        return self._read(step, group)
+
+    def _read(self, step: int, group: str) -> list[DumpedRollout]:
         found = self._rows('SELECT places FROM questions WHERE step = ? AND "group" = ?', (step, group))
         if not found:
             raise KeyError(f"no question {group} in step {step}")
-        return self.dump.read_places(step, json.loads(found[0][0]))
+        rollouts = self.dump.read_places(step, json.loads(found[0][0]))
+        if any((rollout.step, rollout.group) != (step, group) for rollout in rollouts):
+            raise DumpError(f"{self.dump.file(step)} has changed since it was read")
+        return rollouts
 
     def same_question(self, question: str) -> list[dict[str, Any]]:
         """Every time that the question was asked, in the order of steps."""
@@ -253,7 +292,10 @@ class RunIndex:
         found = {step: json.loads(text) for step, text in self._rows("SELECT step, summary FROM steps ORDER BY step")}
         for step, text in self._rows("SELECT step, metrics FROM metrics"):
             if step in found:
+                answers = "siop/no_answer" in found[step]  # a game asks for none, whatever the logs count
                 found[step].update(json.loads(text))
+                if not answers:
+                    found[step].pop("siop/no_answer", None)
         return found
 
     def state(self) -> dict[str, Any]:
@@ -262,7 +304,7 @@ class RunIndex:
             "SELECT count(DISTINCT step), min(step), max(step), count(*), coalesce(sum(rollouts), 0) FROM questions"
         )
         ((version,),) = self._rows("SELECT min(version) FROM files WHERE problem IS NULL")
-        problems = [text for (text,) in self._rows("SELECT problem FROM files WHERE problem IS NOT NULL ORDER BY step")]
+        unread = [text for (text,) in self._rows("SELECT problem FROM files WHERE problem IS NOT NULL ORDER BY step")]
         return {
             "revision": self.revision,
             "steps": steps,
@@ -271,7 +313,12 @@ class RunIndex:
             "questions": questions,
             "rollouts": rollouts,
             "version": version,
-            "problems": [*problems, *([self._metrics_problem] if self._metrics_problem else [])],
+            "problems": [
+                *([self.trouble] if self.trouble else []),
+                *unread,
+                *(f"{text}: it is being written, or cut" for _, text in self._unfinished.values()),
+                *self._metrics_problems,
+            ],
         }
 
 

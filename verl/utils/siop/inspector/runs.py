@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -13,7 +14,8 @@ from verl.utils.siop.errors import SiopError
 from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.index import RunIndex
-from verl.utils.siop.inspector.recompute import Recipe, recompute
+from verl.utils.siop.inspector.recompute import Recipe, check_recipe, recompute
+from verl.utils.siop.inspector.schema import DumpError
 from verl.utils.siop.inspector.summary import FLAGS
 from verl.utils.siop.inspector.views import Other, question_view
 
@@ -41,7 +43,8 @@ class Runs:
         indexes: by the name of the run.
 
     Raises:
-        DumpError: a folder is none of a run.
+        DumpError: a folder is none of a run, or no run can be recomputed.
+        SiopConfigError: the keys of the recipe are not allowed.
     """
 
     def __init__(self, folders: Sequence[Path], recipe: Recipe | None = None) -> None:
@@ -53,6 +56,8 @@ class Runs:
                 name, number = f"{dump.name}-{number}", number + 1
             self.indexes[name] = RunIndex(dump)
         self.recipe = recipe
+        if recipe:
+            check_recipe([index.dump.all_settings() for index in self.indexes.values()], recipe)
         self._progress: dict[str, tuple[int, int]] = {}
         self._recomputed: OrderedDict[tuple[str, int, int], Other | str] = OrderedDict()
         self._lock = threading.Lock()
@@ -68,17 +73,25 @@ class Runs:
                 if show:
                     show(name, done, total)
 
-            index.refresh(progress)
+            try:
+                index.refresh(progress)
+                index.trouble = ""
+            except (SiopError, OSError) as error:
+                if index.trouble != str(error):
+                    logger.error("%s is not read any further: %s", name, error)
+                index.trouble = str(error)
             self._progress.pop(name, None)
 
     def follow(self, every_s: float) -> None:
         """Refresh again and again, until :meth:`close`."""
-        while not self._stop.is_set():
-            try:
+        try:
+            while not self._stop.is_set():
                 self.refresh()
-            except (SiopError, OSError) as error:
-                logger.error("the runs could not be read: %s", error)
-            self._stop.wait(every_s)
+                self._stop.wait(every_s)
+        finally:
+            if not self._stop.is_set():  # by an error of this program, which the log has
+                for index in self.indexes.values():
+                    index.trouble = "nothing more is read: see the log of the service"
 
     def close(self) -> None:
         """End :meth:`follow`."""
@@ -133,10 +146,10 @@ class Runs:
         return view
 
     def lines(self, run: str, step: int, group: str) -> dict[str, Any]:
-        """The lines of a question as they are in the dump, and the settings."""
+        """The lines of a question as they are in the dump, and the settings, None where they are not there."""
         rollouts = self.index(run).rollouts(step, group)
         settings = None
-        if rollouts[0].settings:
+        with contextlib.suppress(DumpError):
             settings = self.index(run).dump.settings(rollouts[0].settings).model_dump()
         return {"rollouts": [rollout.model_dump(exclude_none=True) for rollout in rollouts], "settings": settings}
 

@@ -5,8 +5,9 @@ import { el } from "inspector/dom";
 import { go } from "inspector/route";
 import { source } from "inspector/source";
 
+const DASHES = 4;
 const OUTCOME = "siop/outcome/";
-const COLOURS = 6;
+const COLOURS = 8;
 
 // [title, names of metrics or a pattern of them, what the label of a match is]
 const CHARTS = [
@@ -43,7 +44,7 @@ function seriesOf(which, runs) {
       steps: curves.steps,
       values: curves.metrics[metric],
       colour: `c${(runs.length > 1 ? run : place) % COLOURS}`,
-      dash: runs.length > 1 && place ? `d${place % 4}` : "",
+      dash: runs.length > 1 && place ? `d${place % DASHES}` : "",
     })));
 }
 

@@ -38,6 +38,11 @@ const SEARCH = [
   ...Object.keys(RANGES).flatMap((name) => [`${name}_from`, `${name}_to`]),
 ];
 
+// Where a question is: in which list, and the how manieth of it.
+export function questionPlace(values, { step, group }, at) {
+  return { run: values.run, step, group, at, ...searchOf(values) };
+}
+
 // The part of the address that says what is listed.
 export function searchOf(values) {
   return Object.fromEntries(SEARCH.filter((name) => values[name]).map((name) => [name, values[name]]));

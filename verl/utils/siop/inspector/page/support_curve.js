@@ -18,8 +18,9 @@ export function supportCurve(support, boundaries) {
     { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },
     [0, 1].map((value) => svg("line", { class: "grid", x1: PAD.left, x2: WIDTH - PAD.right, y1: y(value), y2: y(value) })),
     support.map((_, place) => svg("line", { class: "grid", x1: x(place), x2: x(place), y1: y(1), y2: y(0) })),
-    svg("path", { class: "line", d: support.map((value, place) => `${place ? "L" : "M"}${x(place)} ${y(value)}`).join("") }),
-    support.map((value, place) =>
+    svg("path", { class: "line", d: support.map((value, place) =>
+      value === null ? "" : `${place && support[place - 1] !== null ? "L" : "M"}${x(place)} ${y(value)}`).join("") }),
+    support.map((value, place) => value !== null &&
       svg("circle", { class: "dot", cx: x(place), cy: y(value), r: 2.6 },
         svg("title", {}, `p${place} = ${number(value)} at ${where(place)}`))),
     support.map((value, place) =>
