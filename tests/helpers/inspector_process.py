@@ -46,8 +46,9 @@ def serving(
             process.wait(10)
 
 
-def once(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def once(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
+    env = environment({"PYTHONPATH": str(ROOT)})
     return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command(*arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
     )

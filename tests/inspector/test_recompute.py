@@ -9,7 +9,7 @@ import pytest
 from dumped_run import questions, write_step
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.inspector.dump import Dump
-from verl.utils.siop.inspector.recompute import Recipe, read_recipe, recompute
+from verl.utils.siop.inspector.recompute import Recipe, check_recipe, read_recipe, recompute
 from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
 
 ABLATIONS = Path(__file__).parents[2] / "config" / "ablation"
@@ -85,6 +85,37 @@ def test_a_preset_keeps_what_would_take_new_scores() -> None:
 def test_what_cannot_be_recomputed_is_refused(text: str, message: str) -> None:
     with pytest.raises(SiopConfigError, match=message):
         read_recipe([text], ABLATIONS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"gamma": "abc"}, "gamma='abc' is not allowed; choose a number from 0 to 1"),
+        ({"gamma": 2}, "gamma=2 is not allowed"),
+        ({"norm_adv_by_std_in_grpo": "x"}, "norm_adv_by_std_in_grpo='x' is not allowed"),
+        ({"siop_gain": "no"}, "siop_gain='no' is not allowed"),
+        ({"siop_lambda": "x"}, "siop_lambda='x' is not allowed"),
+    ],
+)
+def test_a_recipe_is_refused_before_anybody_waits_for_it(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    _, settings = dumped(tmp_path)
+    with pytest.raises(SiopConfigError, match=message):
+        check_recipe([[settings]], Recipe("", keys))
+    check_recipe([[settings]], Recipe("", {"gamma": 0.5}))
+
+
+def test_a_recipe_is_allowed_if_one_run_can_be_recomputed(tmp_path: Path) -> None:
+    _, settings = dumped(tmp_path)
+    grpo = settings.model_copy(update={"algorithm": {"adv_estimator": "grpo"}})
+    check_recipe([[grpo], [settings]], Recipe("", {"gamma": 0.5}))
+    check_recipe([[]], Recipe("", {"gamma": 0.5}))  # no step has been dumped
+    with pytest.raises(DumpError, match="adv_estimator=grpo"):
+        check_recipe([[grpo]], Recipe("", {"gamma": 0.5}))
+
+
+def test_presets_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(SiopConfigError, match=f"there is no folder {tmp_path / 'none'}"):
+        read_recipe(["ablation=release"], tmp_path / "none")
 
 
 def test_a_dump_without_what_is_needed_is_refused_by_name(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, token: str | None, policy: str) -> None:
         self._app, self._token = app, token
+        # What a cookie may hold, whatever the characters of the token.
+        self._cookie = hashlib.sha256(f"{COOKIE} {token}".encode()).hexdigest()
         self._headers = [
             (b"content-security-policy", policy.encode()),
             (b"x-content-type-options", b"nosniff"),
@@ -144,16 +146,16 @@ class _Guard:
         if scope["path"] == "/" and given and self._is(given):
             # Out of the address, so that it is in no history and no link.
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            answer.set_cookie(COOKIE, self._cookie, httponly=True, samesite="strict")
             return answer
-        bearer = headers.get("authorization", "")
+        bearer = headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
         if self._is(bearer.removeprefix("Bearer ")) and bearer.startswith("Bearer "):
             return self._app
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
-        if cookie is not None and self._is(cookie.value):
+        if cookie is not None and hmac.compare_digest(cookie.value.encode("utf-8", "replace"), self._cookie.encode()):
             return self._app
         detail = "missing or wrong bearer token; a browser opens the page with /?token=…"
         return JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})

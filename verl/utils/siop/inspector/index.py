@@ -128,7 +128,8 @@ class RunIndex:
     def __init__(self, dump: Dump, path: Path | None = None) -> None:
         self.dump, self._lock = dump, threading.RLock()
         self._refreshing = threading.Lock()
-        self._connection = _open(path) if path else _open_anywhere(dump.rollouts)
+        self._path = path
+        self._connection = self._opened()
         # The byte of steps.jsonl up to which it is read; None before the first time.
         self._metrics_at: int | None = None
         self._metrics_problems: list[str] = []
@@ -155,9 +156,18 @@ class RunIndex:
             DumpError, OSError: the folder is gone, or the index cannot be written; what was taken in is still there.
         """
         try:
-            self._refresh(progress)
+            try:
+                self._refresh(progress)
+            except sqlite3.Error:  # its file is another one, as of a run that was moved away and begun anew
+                with self._lock:
+                    self._connection.close()
+                    self._connection, self._metrics_at = self._opened(), None
+                self._refresh(progress)
         except sqlite3.Error as error:
             raise DumpError(f"the index of {self.dump.rollouts} cannot be written: {error}") from error
+
+    def _opened(self) -> sqlite3.Connection:
+        return _open(self._path) if self._path else _open_anywhere(self.dump.rollouts)
 
     def _refresh(self, progress: Callable[[int, int], None] | None) -> None:
         with self._refreshing:

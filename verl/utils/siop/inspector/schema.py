@@ -237,8 +237,10 @@ def _check(rollout: DumpedRollout, where: str) -> None:
     """What the page takes for granted of version 2.
 
     Raises:
-        DumpError: a span outside of the text, or values that are not those of the turns.
+        DumpError: no group, a span outside of the text, or values that are not those of the turns.
     """
+    if not rollout.group:
+        raise DumpError(f"{where}: group: it is missing")
     for span in rollout.spans or ():
         start, end = span.chars
         if not 0 <= start <= end <= len(rollout.output):

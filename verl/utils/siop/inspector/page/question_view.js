@@ -1,7 +1,7 @@
 // The question view: the clusters, and all rollouts side by side.
 
 import { announce, el } from "inspector/dom";
-import { CLUSTER_COLOURS, clusterName, number } from "inspector/format";
+import { CLUSTER_COLOURS, clusterName, counted, number } from "inspector/format";
 import { rolloutColumn } from "inspector/rollout_view";
 import { link, questionPlace, searchOf } from "inspector/route";
 import { source } from "inspector/source";
@@ -16,7 +16,7 @@ function clusterList(clusters) {
       el("span", { class: "badge" }, clusterName(place)), cluster.references.join(" / ") || "–",
       el("div", { class: "numbers", title: ABOUT_CLUSTERS },
         `q ${number(cluster.target, 3)} · mass ${number(cluster.mass, 3)} · evidence ${number(cluster.evidence, 3)} · ` +
-        `${cluster.size} rollout${cluster.size === 1 ? "" : "s"}`))));
+        counted(cluster.size, "rollout")))));
 }
 
 // The same query or passage, wherever it stands.
@@ -84,7 +84,7 @@ function tools(values, question, before, after) {
     el("a", { id: "back", href: link("questions", { run: values.run, at: values.at, ...searchOf(values) }) }, "← list"),
     before ? el("a", { id: "before", href: before }, "previous (k)") : null,
     after ? el("a", { id: "after", href: after }, "next (j)") : null,
-    el("span", {}, `step ${question.step} · ${question.method || "dump version 1"} · ${question.rollouts.length} rollouts (h, l)`),
+    el("span", {}, `step ${question.step} · ${question.method || "dump version 1"} · ${counted(question.rollouts.length, "rollout")} (h, l)`),
     gold, shown);
 }
 
@@ -128,7 +128,7 @@ export async function questionView(values, overview) {
     rolloutColumn(one, column + 1, places, largest, keyed, copying)));
   return [
     tools(values, question, before, after),
-    el("h1", { class: "question", tabindex: question.question.length > 500 ? 0 : null }, question.question || "(no question)"),
+    el("h1", { class: `question${question.question.includes("\n") ? " board" : ""}`, tabindex: question.question.length > 500 ? 0 : null }, question.question || "(no question)"),
     ...notes(question, overview),
     clusterList(question.clusters),
     columns,

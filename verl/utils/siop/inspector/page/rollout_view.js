@@ -60,7 +60,8 @@ function card(turn, place, column, rollout, largest, keyed) {
 }
 
 function facts(rollout) {
-  const found = Object.entries(rollout.outcomes).map(([name, value]) => `${name} ${number(value, 2)}`);
+  const found = rollout.answer === null ? [] : [`rollout ${rollout.session}`];
+  for (const [name, value] of Object.entries(rollout.outcomes)) found.push(`${name} ${number(value, 2)}`);
   if (rollout.score !== null) found.push(`reward ${signed(rollout.score)}`);
   for (const [name, count] of Object.entries(rollout.calls)) found.push(`${name.replaceAll("_", " ")} ${count}`);
   return found.join(" · ");
@@ -77,7 +78,7 @@ export function rolloutColumn(rollout, column, places, largest, keyed, copy) {
       el("button", { type: "button", onclick: () => action(rollout), title: `copy the rollout as ${what}`,
         "aria-label": `Copy rollout ${rollout.session} as ${name}` }, name))),
     el("h2", {}, place === undefined ? null : el("span", { class: "badge" }, clusterName(place)), title),
-    el("div", { class: "numbers" }, `rollout ${rollout.session} · ${facts(rollout)}`),
+    el("div", { class: "numbers" }, facts(rollout)),
     rollout.support.length ? el("div", { class: "support" }, supportCurve(rollout.support, rollout.boundaries)) : null);
   let turn = 0;
   const cards = rollout.turns.map((one) => card(one, one.before ? 0 : turn++, column, rollout, largest, keyed));
