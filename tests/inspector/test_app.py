@@ -80,7 +80,11 @@ def test_what_is_asked_wrongly_is_told(service: tuple[str, int]) -> None:
 
     assert answer("curves?run=other") == (404, '{"detail":"no run other; there are run"}')
     assert answer("question?run=run&step=1&group=x")[0] == 404
-    for path, name in (("limit=501", "limit"), ("odd=1", "odd"), ("sort=uid", "sort"), ("flags=odd", "flags")):
+    huge = "9" * 30
+    assert answer(f"question?run=run&step={huge}&group=x")[0] == answer(f"lines?run=run&step={huge}&group=x")[0] == 422
+    wrong = [("limit=501", "limit"), ("odd=1", "odd"), ("sort=uid", "sort"), ("flags=odd", "flags")]
+    wrong += [(f"{name}={huge}", name) for name in ("offset", "step_from", "clusters_to", "turns_from")]
+    for path, name in wrong:
         status, text = answer(f"questions?run=run&{path}")
         assert status == 422 and name in text
     policy = httpx.get(url).headers["content-security-policy"]

@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.http.json_body import answer_invalid
-from verl.utils.siop.inspector.index import Search
+from verl.utils.siop.inspector.index import Search, Whole
 from verl.utils.siop.inspector.page import STYLE, html, import_map, modules
 from verl.utils.siop.inspector.runs import Runs
 
@@ -81,11 +81,11 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
             return JSONResponse({"detail": str(error)}, 422)
 
     @app.get("/api/question")
-    def question(run: str, step: int, group: str) -> dict[str, Any]:
+    def question(run: str, step: Whole, group: str) -> dict[str, Any]:
         return runs.question(run, step, group)
 
     @app.get("/api/lines")
-    def lines(run: str, step: int, group: str) -> dict[str, Any]:
+    def lines(run: str, step: Whole, group: str) -> dict[str, Any]:
         return runs.lines(run, step, group)
 
     return app

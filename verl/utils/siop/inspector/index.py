@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from verl.utils.siop.inspector.dump import Dump, Unfinished
@@ -62,6 +62,10 @@ Sort = Literal[
 ]  # fmt: skip
 
 
+MAX_INT = 2**63 - 1  # SQLite's
+Whole = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+
+
 class Search(BaseModel):
     """What to list. A range holds for some rollout of the question where rollouts differ (turns, reward, advantage).
 
@@ -79,20 +83,20 @@ class Search(BaseModel):
     flags: list[str] = Field(default_factory=list, max_length=len(FLAGS))
     sort: Sort = "step"
     descending: bool = False
-    offset: int = Field(default=0, ge=0)
+    offset: int = Field(default=0, ge=0, le=MAX_INT)
     limit: int = Field(default=100, ge=1, le=MAX_PAGE)
-    step_from: int | None = None
-    step_to: int | None = None
-    clusters_from: int | None = None
-    clusters_to: int | None = None
+    step_from: Whole | None = None
+    step_to: Whole | None = None
+    clusters_from: Whole | None = None
+    clusters_to: Whole | None = None
     outcome_from: float | None = None
     outcome_to: float | None = None
     reward_from: float | None = None
     reward_to: float | None = None
     advantage_from: float | None = None
     advantage_to: float | None = None
-    turns_from: int | None = None
-    turns_to: int | None = None
+    turns_from: Whole | None = None
+    turns_to: Whole | None = None
 
     def where(self) -> tuple[str, dict[str, Any]]:
         """The condition in SQL, and its values.
