@@ -1,8 +1,8 @@
 """The page over rollouts: ``python -m siop_inspector RUN``, see :mod:`verl.utils.siop.inspector`.
 
-Outside of the package ``verl``, whose import brings torch, Ray and transformers: five seconds and 500 MB that a page does
-not need. ``verl`` and ``verl.utils`` become packages of the same folders as always, but of which no ``__init__`` is
-executed.
+Outside of the package ``verl``, whose import brings torch, Ray and transformers: five seconds and 500 MB that a page
+does not need. ``verl`` and ``verl.utils`` become packages of the same folders as always, but of which no ``__init__``
+is executed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prints the Chromium that tests and screenshots use: Playwright's own, else one on PATH. Exit status 1 if none starts."""
+"""Prints the Chromium of tests and screenshots: Playwright's own, else one on PATH. Exit status 1 if none starts."""
 
 from __future__ import annotations
 

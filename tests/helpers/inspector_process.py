@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: str | Path, module: bool = False) -> list[str]:
-    """The command line; or that of the package's own module, which becomes the same after seconds of ``import verl``."""
+    """The command line; or that of the package's own module, which becomes the same after ``import verl``."""
     name = "verl.utils.siop.inspector" if module else "siop_inspector"
     return [sys.executable, "-m", name, *map(str, arguments)]
 

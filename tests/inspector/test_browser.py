@@ -44,13 +44,13 @@ def run(*command: str, bare: Path, host: str = "http://127.0.0.1:1") -> subproce
 @pytest.fixture
 def mirror() -> Iterator[str]:
     """A host that gives a Chromium, which is the one of this machine, for every archive."""
-    there = subprocess.run([sys.executable, "scripts/find_browser.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    there = subprocess.check_output([sys.executable, "scripts/find_browser.py"], cwd=ROOT, text=True).strip()
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name in BINARIES:
             entry = zipfile.ZipInfo(name)
             entry.external_attr, entry.create_system = 0o755 << 16, 3
-            archive.writestr(entry, f'#!/bin/sh\nexec {there.stdout.strip()} "$@"\n')
+            archive.writestr(entry, f'#!/bin/sh\nexec {there} "$@"\n')
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

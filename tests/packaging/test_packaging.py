@@ -112,6 +112,13 @@ def test_every_module_of_the_wheel_can_be_imported(wheel: Path, wheel_python: Pa
     assert all(file.startswith(str(wheel_python.parent.parent)) for file in files)
 
 
+@pytest.mark.parametrize("module", ["siop_inspector", "verl.utils.siop.inspector"])
+def test_the_page_over_rollouts_starts_from_any_folder(wheel_python: Path, module: str, tmp_path: Path) -> None:
+    command = [str(wheel_python), "-m", module, "none"]
+    done = subprocess.run(command, cwd=tmp_path, env=_env(), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and "error: none is no folder of a run" in done.stderr
+
+
 @pytest.mark.parametrize("place", ["root", "elsewhere"])
 def test_wheel(wheel_python: Path, place: str, tmp_path: Path) -> None:
     for seen in _look(wheel_python, ROOT if place == "root" else tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m verl.utils.siop.inspector``: replaces itself by ``siop_inspector.py``, a process without verl's own package."""
+"""``python -m verl.utils.siop.inspector``: becomes ``siop_inspector.py``, a process without verl's own package."""
 
 import os
 import sys

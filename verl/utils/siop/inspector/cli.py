@@ -7,8 +7,8 @@
 
 python -m verl.utils.siop.inspector is the same, after the seconds of importing verl.
 
-It follows a training that goes on; Ctrl-C ends it. Environment: SIOP_API_TOKEN, if set, is the bearer token of every request; the
-address that is printed has it for the browser.
+It follows a training that goes on; Ctrl-C ends it. Environment: SIOP_API_TOKEN, if set, is the bearer token of every
+request; the address that is printed has it for the browser.
 """
 
 from __future__ import annotations

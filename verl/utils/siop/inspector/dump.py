@@ -159,7 +159,6 @@ class Dump:
             raise DumpError(f"{path} holds no settings: {error}") from error
         return found
 
-
     def all_settings(self) -> list[DumpedSettings]:
         """All settings that are there; of a run that was resumed under other keys several.
 

@@ -92,8 +92,8 @@ def _preset(name: str, ablations: Path) -> dict[str, Any]:
     path = ablations / f"{name}.yaml"
     if not ablations.is_dir():
         raise SiopConfigError(
-            f"--recompute ablation={name} is not allowed: there is no folder {ablations}, where presets lie; give their "
-            "keys as KEY=VALUE"
+            f"--recompute ablation={name} is not allowed: there is no folder {ablations}, where presets lie; give "
+            "their keys as KEY=VALUE"
         )
     if "/" in name or not path.is_file():
         there = sorted(path.stem for path in ablations.glob("*.yaml"))
