@@ -19,7 +19,7 @@ from typing import Any
 from find_browser import open_browser
 from PIL import Image
 
-COLOURS = 96
+COLOURS = 256
 ROOT = Path(__file__).resolve().parent.parent
 
 

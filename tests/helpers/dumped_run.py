@@ -119,6 +119,7 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
             "evidence": found.evidence[i],
             "target": found.target_mass[i],
             "support": found.support[i],
+            **({} if one.turn_scores is None else {"turn_scores": one.turn_scores, "success": one.outcome}),
             "turn_rewards": torch.tensor(found.turn_rewards[i], dtype=torch.float32).tolist(),
             "siop_tools": {"executed": 1, "failed": i % 2, "executed_calls": one.executed_calls},
         }

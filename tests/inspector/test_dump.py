@@ -149,6 +149,7 @@ def test_what_cannot_be_read_is_refused_by_name(line: str, message: str) -> None
     ("fields", "message"),
     [
         ({"group": ""}, "group: it is missing"),
+        ({"spans": None}, "spans: it is missing"),
         ({"turn_rewards": [0.5] * 9}, "turn_rewards: 9 values for [1-4] turns"),
         ({"turn_advantages": [0.5] * 9}, "turn_advantages: 9 values for"),
         ({"turn_returns": [[]] * 9}, "turn_returns: 9 values for"),

@@ -248,6 +248,21 @@ def test_a_game_asks_for_no_answer(tmp_path: Path) -> None:
     assert alarms(curves) == []
 
 
+def test_an_index_that_cannot_lie_beside_the_dump_lies_in_the_cache_or_is_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_step(tmp_path, 1, questions(1))
+    (tmp_path / INDEX_FILE).mkdir()
+    (tmp_path / "file").touch()
+    for cache, files in (("cache", 1), ("file", 0)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        index = RunIndex(Dump(tmp_path))
+        index.refresh()
+        assert index.search(Search())["total"] == 3
+        assert len(list((tmp_path / cache).glob("siop-inspector/*.sqlite"))) == files
+    assert "the index lasts for this time only" in caplog.text
+
+
 def test_an_index_is_used_again_and_a_damaged_one_made_anew(run: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=2)
     first = RunIndex(Dump(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.recompute import Recipe, check_recipe, read_recipe, recompute
 from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 ABLATIONS = Path(__file__).parents[2] / "config" / "ablation"
 
@@ -49,6 +51,32 @@ def test_under_other_keys_it_is_what_a_training_with_them_dumps(tmp_path: Path, 
         assert credit["advantages"] == pytest.approx(rollout.turn_advantages, abs=tolerance, rel=0)
         assert credit["returns"] == pytest.approx(rollout.turn_returns, abs=tolerance, rel=0)
     assert found != recompute(rollouts, settings)
+
+
+@pytest.mark.parametrize("keys", [{}, {"siop_baseline": "turn_index", "gamma": 0.0}, {"siop_outcome_weight": 0.5}])
+def test_a_game_is_recomputed_from_the_scores_of_its_turns(tmp_path: Path, keys: dict[str, Any]) -> None:
+    scored = [
+        replace(one, turn_scores=[((row + turn) % 3) / 2 for turn in range(len(turns))], outcome=float(row % 2))
+        for row, one in enumerate(questions(1))
+        for turns in [get_assistant_turn_ranges(one.response_mask)]
+    ]
+    for name, own in (("one", {}), ("other", keys)):
+        write_step(tmp_path / name, 1, scored, siop_reward_mode="verifiable", **own)
+    there = [rollout for _, rollout in Dump(tmp_path / "other").read(1)]
+    rollouts = [rollout for _, rollout in Dump(tmp_path / "one").read(1)]
+    settings = Dump(tmp_path / "one").settings(rollouts[0].settings)
+    found = recompute(rollouts, settings, Recipe("other", keys))
+    assert any(any(credit["rewards"]) for credit in found.values())
+    for rollout in there:
+        assert found[rollout.uid]["rewards"] == rollout.turn_rewards
+        assert found[rollout.uid]["advantages"] == rollout.turn_advantages
+
+
+def test_calls_that_are_none_are_told(tmp_path: Path) -> None:
+    rollouts, settings = dumped(tmp_path)
+    rollouts[0].siop_tools = {"executed_calls": "odd"}
+    with pytest.raises(DumpError, match="executed_calls are no names and arguments"):
+        recompute(rollouts, settings, Recipe("", {"siop_reward_mode": "query_consensus"}))
 
 
 def test_a_question_that_was_left_out_counts_nowhere(tmp_path: Path) -> None:

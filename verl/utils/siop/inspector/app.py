@@ -23,6 +23,7 @@ from verl.utils.siop.http.json_body import answer_invalid
 from verl.utils.siop.inspector.index import Search, Whole
 from verl.utils.siop.inspector.page import STYLE, html, import_map, modules
 from verl.utils.siop.inspector.runs import Runs
+from verl.utils.siop.inspector.schema import NotThere
 
 COOKIE = "siop_inspector"
 MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -45,7 +46,7 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
     app.add_middleware(_Guard, token=token, policy=_policy())
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.exception_handler(RequestValidationError)(answer_invalid)
-    app.exception_handler(KeyError)(_not_found)
+    app.exception_handler(NotThere)(_not_found)
     app.exception_handler(SiopError)(_failed)
     app.exception_handler(OSError)(_failed)
     app.exception_handler(sqlite3.Error)(_failed)
@@ -54,7 +55,7 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
     @app.get("/page/{name}")
     def file(name: str) -> Response:
         if name not in files:
-            raise KeyError(f"the page has no file {name}")
+            raise NotThere(f"the page has no file {name}")
         return Response(files[name].read_bytes(), media_type=MEDIA_TYPES[files[name].suffix])
 
     @app.get("/health")
@@ -96,7 +97,7 @@ class _RunSearch(Search):
 
 
 async def _not_found(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": str(error.args[0])}, 404)
+    return JSONResponse({"detail": str(error)}, 404)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from verl.utils.siop.inspector.dump import Dump, Unfinished
-from verl.utils.siop.inspector.schema import DumpedRollout, DumpError
+from verl.utils.siop.inspector.schema import DumpedRollout, DumpError, NotThere
 from verl.utils.siop.inspector.summary import FLAGS, by_question, question_summary, step_summary
 
 logger = logging.getLogger("siop.inspector")
@@ -126,7 +125,8 @@ class RunIndex:
 
     Args:
         dump: the run.
-        path: the file; by default beside the dump, or where that cannot be written in the user's cache.
+        path: the file; by default beside the dump, or where that cannot be written in the user's cache, or where that
+            cannot either in a temporary file.
     """
 
     def __init__(self, dump: Dump, path: Path | None = None) -> None:
@@ -277,7 +277,7 @@ class RunIndex:
         """The rollouts of a question, from the dump.
 
         Raises:
-            KeyError: there is no such question.
+            NotThere: there is no such question.
             DumpError, OSError: the file cannot be read, or is gone.
         """
         try:
@@ -289,7 +289,7 @@ class RunIndex:
     def _read(self, step: int, group: str) -> list[DumpedRollout]:
         found = self._rows('SELECT places FROM questions WHERE step = ? AND "group" = ?', (step, group))
         if not found:
-            raise KeyError(f"no question {group} in step {step}")
+            raise NotThere(f"no question {group} in step {step}")
         rollouts = self.dump.read_places(step, json.loads(found[0][0]))
         if any((rollout.step, rollout.group) != (step, group) for rollout in rollouts):
             raise DumpError(f"{self.dump.file(step)} has changed since it was read")
@@ -341,7 +341,7 @@ def _named(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[dict
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
     try:
         ((version,),) = connection.execute("PRAGMA user_version").fetchall()
@@ -380,4 +380,4 @@ def _open_anywhere(folder: Path) -> sqlite3.Connection:
         return _open(cache / name)
     except (OSError, sqlite3.Error) as error:
         logger.warning("%s cannot be written (%s): the index lasts for this time only", cache, error)
-        return _open(Path(tempfile.mkdtemp(prefix="siop-inspector-")) / name)
+        return _open("")  # SQLite's own temporary file

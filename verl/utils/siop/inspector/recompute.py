@@ -203,16 +203,31 @@ class DumpedBatch(CreditBatch):
 
 
 def _parsed(rollout: DumpedRollout) -> ParsedRollout:
-    calls = (rollout.siop_tools or {}).get("executed_calls")
     turns = [span.tokens for span in rollout.turns if span.tokens is not None]
     if rollout.dump_version < 2:
         raise DumpError(
             f"rollout {rollout.uid} is of dump version 1, which holds neither token ranges nor settings: nothing can "
             "be recomputed"
         )
-    executed = None if calls is None else [[(name, arguments) for name, arguments in turn] for turn in calls]
-    token_free = Rollout(rollout.group, rollout.question or "", [], [], [], executed_calls=executed)
+    token_free = Rollout(
+        uid=rollout.group,
+        question=rollout.question or "",
+        prompt_ids=[],
+        response_ids=[],
+        response_mask=[],
+        executed_calls=_executed(rollout),
+        turn_scores=rollout.turn_scores or None,
+        outcome=rollout.success,
+    )
     return ParsedRollout(token_free, turns, rollout.answer or "")
+
+
+def _executed(rollout: DumpedRollout) -> list[list[tuple[str, str]]] | None:
+    calls = (rollout.siop_tools or {}).get("executed_calls")
+    try:
+        return None if calls is None else [[(str(name), str(text)) for name, text in turn] for turn in calls]
+    except (TypeError, ValueError) as error:
+        raise DumpError(f"rollout {rollout.uid}: siop_tools.executed_calls are no names and arguments") from error
 
 
 def recompute(

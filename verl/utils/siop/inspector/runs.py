@@ -15,7 +15,7 @@ from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.index import RunIndex
 from verl.utils.siop.inspector.recompute import Recipe, check_recipe, recompute
-from verl.utils.siop.inspector.schema import DumpError
+from verl.utils.siop.inspector.schema import DumpError, NotThere
 from verl.utils.siop.inspector.summary import FLAGS
 from verl.utils.siop.inspector.views import Other, question_view
 
@@ -102,10 +102,10 @@ class Runs:
         """The index of a run.
 
         Raises:
-            KeyError: it is not one of these.
+            NotThere: it is not one of these.
         """
         if run not in self.indexes:
-            raise KeyError(f"no run {run}; there are {', '.join(self.indexes)}")
+            raise NotThere(f"no run {run}; there are {', '.join(self.indexes)}")
         return self.indexes[run]
 
     def overview(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Runs:
         """A question with its rollouts, and where else it was asked.
 
         Raises:
-            KeyError: there is no such question.
+            NotThere: there is no such run or question.
             DumpError, OSError: the dump cannot be read.
         """
         rollouts = self.index(run).rollouts(step, group)

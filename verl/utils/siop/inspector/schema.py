@@ -186,6 +186,13 @@ class DumpedSettings(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class NotThere(SiopError, KeyError):
+    """No such run or question."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def parse_rollout(line: str | bytes, where: str) -> DumpedRollout:
     """One line of a dump, of this version or of version 1, whose missing fields are filled in as far as they are known.
 
@@ -237,10 +244,11 @@ def _check(rollout: DumpedRollout, where: str) -> None:
     """What the page takes for granted of version 2.
 
     Raises:
-        DumpError: no group, a span outside of the text, or values that are not those of the turns.
+        DumpError: no group, no spans, a span outside of the text, or values that are not those of the turns.
     """
-    if not rollout.group:
-        raise DumpError(f"{where}: group: it is missing")
+    for name in ("group", "spans"):
+        if getattr(rollout, name) in ("", None):
+            raise DumpError(f"{where}: {name}: it is missing")
     for span in rollout.spans or ():
         start, end = span.chars
         if not 0 <= start <= end <= len(rollout.output):
@@ -248,7 +256,7 @@ def _check(rollout: DumpedRollout, where: str) -> None:
     count = len(rollout.turns)
     for name in _BY_TURN:
         values = getattr(rollout, name)
-        if rollout.spans is not None and values and len(values) != count:
+        if values and len(values) != count:
             raise DumpError(f"{where}: {name}: {len(values)} values for {count} turns")
         if any(value == [] for value in values or ()):
             raise DumpError(f"{where}: {name}: a turn without values")

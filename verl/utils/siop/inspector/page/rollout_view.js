@@ -43,7 +43,7 @@ function head(turn, number_, other, largest) {
           "advantage ", el("b", {}, signed(turn.advantage, 2)))),
     values,
     other && el("span", { class: "value other", title: "reward and advantage under the other keys" },
-      "other keys: ", `${signed(other.reward)}, `, el("b", {}, signed(other.advantage, 2))));
+      `other keys: reward ${signed(other.reward)}, advantage `, el("b", {}, signed(other.advantage, 2))));
 }
 
 function card(turn, place, column, rollout, largest, keyed) {
