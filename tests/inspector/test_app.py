@@ -114,7 +114,7 @@ def test_a_token_is_asked_of_everybody(run: Path) -> None:
     [
         (["none"], "none is no folder of a run: it does not exist"),
         (["RUN/rollouts/1.jsonl"], "1.jsonl is no folder of a run: it is a file"),
-        (["RUN/../nothing"], "nothing holds no dump: there is neither rollouts/, which a training makes after"),
+        (["RUN/../nothing"], "nothing holds no dump: there is neither rollouts/ nor a STEP.jsonl in it"),
         (["RUN", "--recompute", "gamma=abc"], "gamma='abc' is not allowed"),
         (["RUN", "--recompute", "siop_gain=odd", "--export", "OUT"], "siop_gain='odd' is not allowed"),
         (["RUN", "--export", "OUT", "--port", "1"], "--port 1 has no effect with --export"),

@@ -211,6 +211,19 @@ def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         index.refresh()
 
 
+def test_a_training_that_begins_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    runs = Runs([tmp_path])
+    runs.refresh()
+    (state,) = runs.overview()["runs"]
+    assert (state["name"], state["steps"], state["problems"]) == (tmp_path.name, 0, [])
+    write_step(tmp_path / "rollouts", 1, questions(1))
+    runs.refresh()
+    (state,) = runs.overview()["runs"]
+    assert (state["steps"], state["problems"]) == (1, [])
+    assert (tmp_path / "rollouts" / INDEX_FILE).is_file()
+
+
 def test_one_run_that_cannot_be_read_keeps_no_other_away(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name, steps=1) for name in ("one", "two"))
     runs = Runs([one, two])

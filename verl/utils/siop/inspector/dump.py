@@ -43,28 +43,34 @@ class Dump:
 
     def __init__(self, folder: Path) -> None:
         inner = folder / "rollouts"
-        self.rollouts = inner if inner.is_dir() else folder
-        if not self.rollouts.is_dir():
+        # A training that has not dumped a step: this is its configuration, which it writes first.
+        self._awaited = not inner.is_dir() and (folder / "config.yaml").is_file()
+        self.rollouts = inner if inner.is_dir() or self._awaited else folder
+        if not self._awaited and not self.rollouts.is_dir():
             raise DumpError(
                 f"{folder} is no folder of a run: it {'is a file' if folder.exists() else 'does not exist'}"
             )
         if self.rollouts == folder and not any(_steps(folder)):
             raise DumpError(
-                f"{folder} holds no dump: there is neither rollouts/, which a training makes after its first step, nor "
-                "a STEP.jsonl in it"
+                f"{folder} holds no dump: there is neither rollouts/ nor a STEP.jsonl in it, nor the config.yaml of a "
+                "training that begins"
             )
         run = folder.resolve()
         self.name = run.parent.name if self.rollouts == folder and run.name == "rollouts" else run.name
 
     def steps(self) -> dict[int, Path]:
-        """The files of the steps that are there, by step.
+        """The files of the steps that are there, by step; none before a training makes the folder.
 
         Raises:
             DumpError: the folder is gone.
         """
         try:
-            return dict(sorted(_steps(self.rollouts)))
+            found = dict(sorted(_steps(self.rollouts)))
+            self._awaited = False
+            return found
         except FileNotFoundError as error:
+            if self._awaited:
+                return {}
             raise DumpError(f"{self.rollouts} is gone") from error
 
     def file(self, step: int) -> Path:

@@ -126,7 +126,7 @@ class RunIndex:
     Args:
         dump: the run.
         path: the file; by default beside the dump, or where that cannot be written in the user's cache, or where that
-            cannot either in a temporary file.
+            cannot either, and before there is a dump, in a temporary file.
     """
 
     def __init__(self, dump: Dump, path: Path | None = None) -> None:
@@ -163,18 +163,26 @@ class RunIndex:
             try:
                 self._refresh(progress)
             except sqlite3.Error:  # its file is another one, as of a run that was moved away and begun anew
-                with self._lock:
-                    self._connection.close()
-                    self._connection, self._metrics_at = self._opened(), None
+                self._reopen()
                 self._refresh(progress)
         except sqlite3.Error as error:
             raise DumpError(f"the index of {self.dump.rollouts} cannot be written: {error}") from error
 
     def _opened(self) -> sqlite3.Connection:
+        self._early = not self.dump.rollouts.is_dir()
+        if self._early:
+            return _open("")
         return _open(self._path) if self._path else _open_anywhere(self.dump.rollouts)
+
+    def _reopen(self) -> None:
+        with self._lock:
+            self._connection.close()
+            self._connection, self._metrics_at = self._opened(), None
 
     def _refresh(self, progress: Callable[[int, int], None] | None) -> None:
         with self._refreshing:
+            if self._early and self.dump.rollouts.is_dir():
+                self._reopen()
             known = {row[0]: row[1:] for row in self._rows("SELECT step, size, changed FROM files")}
             found = {}
             for step in self.dump.steps():
