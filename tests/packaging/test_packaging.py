@@ -31,7 +31,7 @@ def look():
         "ours": [m.__file__ for m in (verl.tools.local_search_tool, verl.utils.siop.turn_utils)],
     }
 
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, logging_level="error")
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, logging_level="error")
 print(json.dumps([look(), ray.get(ray.remote(look).remote())]))
 ray.shutdown()
 """

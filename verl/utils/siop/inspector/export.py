@@ -127,13 +127,17 @@ def _fill(
     by_step: dict[int, list[dict[str, Any]]] = {}
     for question in target["questions"]:
         by_step.setdefault(question["step"], []).append(question)
+    smallest = 0
     for done, step in enumerate(listed):
         if show:
             show(name, done, len(listed))
         for question in by_step[step]:
+            if left < smallest:  # no other fits, very probably
+                break
             detail = runs.question(name, step, question["group"])
             lines = _packed(runs.lines(name, step, question["group"])["rollouts"])
             size = _size(detail) + len(lines) + 60
+            smallest = min(smallest or size, size)
             if size > left:
                 continue
             left -= size
