@@ -224,6 +224,14 @@ def test_a_training_that_begins_is_waited_for(tmp_path: Path) -> None:
     assert (tmp_path / "rollouts" / INDEX_FILE).is_file()
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place / "run", steps=1) for place in ("x/one", "y/one", "two")]
+    assert list(Runs(folders).indexes) == ["run", "one/run", "two/run"]
+    assert list(Runs([folders[2], folders[0], folders[1] / "rollouts"]).indexes) == ["run", "one/run", "y/one/run"]
+    with pytest.raises(DumpError, match="is given twice"):
+        Runs([folders[0], folders[0] / "rollouts"])
+
+
 def test_one_run_that_cannot_be_read_keeps_no_other_away(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name, steps=1) for name in ("one", "two"))
     runs = Runs([one, two])

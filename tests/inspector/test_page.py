@@ -125,6 +125,27 @@ def test_one_run_is_always_shown(tab: Tab, site: Site) -> None:
     assert not page.get_by_label("one").is_checked() and "runs=two" in page.url
 
 
+def test_runs_may_have_any_name(tab: Tab, tmp_path: Path) -> None:
+    names = ["a,b", "100%2C", "<i>&=#?", "é ü"]
+    runs = aside(lambda: [write_run(tmp_path / name, steps=2) for name in names])
+    with serving(*runs) as (url, _):
+        page = tab.open(url, ".chart")
+        for count, name in enumerate(names[:3], start=1):
+            page.get_by_label(name, exact=True).uncheck()
+            expect(page.locator(".summary")).to_have_count(len(names) - count)
+        page.reload()
+        expect(page.locator(".summary b")).to_have_text([names[3]])
+        page.get_by_label(names[0], exact=True).check()
+        expect(page.locator(".summary b")).to_have_text([names[0], names[3]])
+        for name in names:
+            page.goto(url)
+            page.locator("#to-questions").click()
+            page.get_by_label(name, exact=True).check()
+            page.locator("a.open").first.click()
+            page.wait_for_selector(".turn")
+        page.goto("about:blank")
+
+
 def test_a_running_training_is_followed_until_the_service_ends(tab: Tab, site: Site) -> None:
     folder = aside(lambda: write_run(site.folder / "live", steps=2))
     with serving(folder) as (url, _):

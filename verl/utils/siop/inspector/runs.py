@@ -43,7 +43,7 @@ class Runs:
         indexes: by the name of the run.
 
     Raises:
-        DumpError: a folder is none of a run, or no run can be recomputed.
+        DumpError: a folder is none of a run or given twice, or no run can be recomputed.
         SiopConfigError: the keys of the recipe are not allowed.
     """
 
@@ -51,10 +51,7 @@ class Runs:
         self.indexes: dict[str, RunIndex] = {}
         for folder in folders:
             dump = Dump(folder)
-            name, number = dump.name, 2
-            while name in self.indexes:
-                name, number = f"{dump.name}-{number}", number + 1
-            self.indexes[name] = RunIndex(dump)
+            self.indexes[self._new_name(dump)] = RunIndex(dump)
         self.recipe = recipe
         if recipe:
             check_recipe([index.dump.all_settings() for index in self.indexes.values()], recipe)
@@ -62,6 +59,16 @@ class Runs:
         self._recomputed: OrderedDict[tuple[str, int, int], Other | str] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
+
+    def _new_name(self, dump: Dump) -> str:
+        """The run's name, with as many of the folders that it lies in as tell it from those before."""
+        place = dump.rollouts.resolve()
+        if any(index.dump.rollouts.resolve() == place for index in self.indexes.values()):
+            raise DumpError(f"{dump.rollouts} is given twice")
+        name, outer = dump.name, (place.parent if place.name == "rollouts" else place).parent
+        while name in self.indexes:
+            name, outer = f"{outer.name}/{name}", outer.parent
+        return name
 
     # ------------------------------------------------------------------ following
     def refresh(self, show: Callable[[str, int, int], None] | None = None) -> None:

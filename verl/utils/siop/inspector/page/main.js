@@ -6,7 +6,7 @@ import { el, show } from "inspector/dom";
 import { help, listen } from "inspector/keys";
 import { listView } from "inspector/list_view";
 import { questionView } from "inspector/question_view";
-import { go, link, parse, searchOf } from "inspector/route";
+import { go, link, listOf, namesOf, parse, searchOf } from "inspector/route";
 import { source } from "inspector/source";
 
 const EVERY_MS = 2000;
@@ -21,7 +21,7 @@ let lost = "";
 
 function chosen(values) {
   const names = overview.runs.map((run) => run.name);
-  const wanted = (values.runs || values.run || "").split(",").filter((name) => names.includes(name));
+  const wanted = (values.runs ? namesOf(values.runs) : [values.run]).filter((name) => names.includes(name));
   return wanted.length ? wanted : names;
 }
 
@@ -66,7 +66,7 @@ function runSwitch(view, values) {
           if (!several) return go("questions", { run: name, ...searchOf(values) });
           const next = names.filter((one) => (one === name ? event.target.checked : now.includes(one)));
           if (!next.length) event.target.checked = true; // one is always shown
-          return go("curves", { runs: (next.length ? next : now).join(",") });
+          return go("curves", { runs: listOf(next.length ? next : now) });
         },
       }),
       several && key(`c${place % 8}`), name)));

@@ -25,6 +25,10 @@ export function put(view, values) {
   history.replaceState(null, "", link(view, values));
 }
 
+// Several names as one value, whatever characters they have.
+export const listOf = (names) => names.map((name) => name.replace(/[%,]/g, encodeURIComponent)).join(",");
+export const namesOf = (list) => list.split(",").map((name) => name.replace(/%(25|2C)/g, decodeURIComponent));
+
 export const RANGES = {
   step: "step",
   clusters: "clusters",
