@@ -205,7 +205,7 @@ echo
 "$PYTHON" -m "${report[@]}" --title "$method, seed $seed, $steps steps" \
     --before "$out/before/validation" --after "$out/after/validation" | tee "$out/table.txt"
 page=$out/rollouts.html
-run "$PYTHON" -m verl.utils.siop.inspector "$out" --export "$page" 2>"$LOG_DIR/inspector.log" || {
+run "$PYTHON" -m siop_inspector "$out" --export "$page" 2>"$LOG_DIR/inspector.log" || {
     tail -n 5 "$LOG_DIR/inspector.log" >&2
     die "the page over the rollouts could not be written; the whole log is $LOG_DIR/inspector.log"
 }
@@ -214,4 +214,4 @@ echo "checkpoint:       $checkpoint"
 echo "logs:             $LOG_DIR"
 echo "TensorBoard:      $PYTHON -m tensorboard.main --logdir $out/tensorboard"
 echo "dumped rollouts:  $out/rollouts"
-echo "turn credit:      $page, in a browser; or serve it: $PYTHON -m verl.utils.siop.inspector $out"
+echo "turn credit:      $page, in a browser; or serve it: $PYTHON -m siop_inspector $out"

@@ -1,4 +1,4 @@
-"""Prints the Chromium that tests and screenshots use: Playwright's own, else one on PATH. Exit status 1 without any."""
+"""Prints the Chromium of tests and screenshots: Playwright's own, else one on PATH. Exit status 1 if none starts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 NO_BROWSER = "no Chromium found: run bash scripts/install_browser.sh"
 
 
-def find_browser(playwright: Any) -> str | None:
-    """The path of a Chromium, or None."""
-    own = playwright.chromium.executable_path
+def find_browser(chromium: Any) -> str | None:
+    """The path of a Chromium, Playwright's own or one on PATH, or None."""
+    own = chromium.executable_path
     return own if Path(own).is_file() else next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -25,17 +25,22 @@ def open_browser() -> Iterator[Any]:
     """A headless Chromium, driven by Playwright.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is none, or it does not start.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     with sync_playwright() as playwright:
-        path = find_browser(playwright)
+        path = find_browser(playwright.chromium)
         if path is None:
             raise RuntimeError(NO_BROWSER)
         # Chromium's sandbox does not work for root.
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        except Error as error:
+            lines = [line.split("[err]")[-1].strip() for line in str(error).splitlines() if line.strip()]
+            why = next((line for line in lines if "shared libraries" in line), lines[0])
+            raise RuntimeError(f"{path} does not start: {why}") from error
         try:
             yield browser
         finally:
@@ -44,12 +49,13 @@ def open_browser() -> Iterator[Any]:
 
 def main() -> int:
     """The command; its exit status."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = find_browser(playwright)
-    print(path or NO_BROWSER, file=sys.stdout if path else sys.stderr)
-    return 0 if path else 1
+    try:
+        with open_browser() as browser:
+            print(find_browser(browser.browser_type))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from typing import Any
 from find_browser import open_browser
 from PIL import Image
 
-COLOURS = 96
+COLOURS = 256
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def export(runs: list[Path], out: Path, *arguments: str) -> str:
     """An exported page of these runs; its address."""
-    command = [sys.executable, "-m", "verl.utils.siop.inspector", *map(str, runs), "--export", str(out), *arguments]
+    command = [sys.executable, "-m", "siop_inspector", *map(str, runs), "--export", str(out), *arguments]
     subprocess.run(command, cwd=ROOT, check=True)
     return out.as_uri()
 

@@ -19,7 +19,10 @@ from verl.utils.siop.credit.answers import exact_match, f1_score
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
-HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+HOSTILE = (
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></script><!-- @MAIN@ "
+    "\u2028\u202e \x00"
+)
 ANSWERS = ("Paris", "paris", "Lyon", "Paris", None, "Nice", "Paris", "Lyon")
 
 
@@ -116,6 +119,7 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
             "evidence": found.evidence[i],
             "target": found.target_mass[i],
             "support": found.support[i],
+            **({} if one.turn_scores is None else {"turn_scores": one.turn_scores, "success": one.outcome}),
             "turn_rewards": torch.tensor(found.turn_rewards[i], dtype=torch.float32).tolist(),
             "siop_tools": {"executed": 1, "failed": i % 2, "executed_calls": one.executed_calls},
         }
@@ -131,6 +135,31 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
     PPOTrainer._write_generations(inputs, outputs, gts, scores, columns, str(folder), step)
     dump.append_step(folder, step, {"timing_s/step": 3.0 + step, "timing_s/gen": 2.0, "siop/tokens/computed": 100.0})
     return seen
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file, each with its end; the texts of a dump hold other line ends than this one, too."""
+    return [f"{line}\n" for line in path.read_text().split("\n") if line]
+
+
+def rewrite(path: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Give all rollouts of a step these fields; their lines."""
+    lines = [{**json.loads(line), **fields} for line in lines_of(path)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return lines
+
+
+def write_game(folder: Path, steps: int = 2) -> Path:
+    """A run of a method without clusters, labels and answers, whose turns the environment scores."""
+    write_run(folder, steps)
+    own = ("cluster", "references", "mass", "evidence", "target", "support", "gains", "boundaries", "em", "f1", "gts")
+    for step in range(1, steps + 1):
+        path = folder / "rollouts" / f"{step}.jsonl"
+        lines = rewrite(path, **dict.fromkeys(own), answer="", outcome={"solved": 0.25})
+        scored = [{**line, "turn_scores": [0.125] * len(line["turn_advantages"])} for line in lines]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in scored))
+        dump.append_step(folder / "rollouts", step, {"siop/no_answer": 1.0})
+    return folder
 
 
 def write_run(folder: Path, steps: int = 6, number: int = 3, **keys: Any) -> Path:

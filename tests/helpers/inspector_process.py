@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: str | Path, module: bool = False) -> list[str]:
-    """The command line; by its script, which the module becomes after seconds of ``import verl``, or by the module."""
-    script = str(ROOT / "verl" / "utils" / "siop" / "inspector" / "light.py")
-    return [sys.executable, *(["-m", "verl.utils.siop.inspector"] if module else [script]), *map(str, arguments)]
+    """The command line; or that of the package's own module, which becomes the same after ``import verl``."""
+    name = "verl.utils.siop.inspector" if module else "siop_inspector"
+    return [sys.executable, "-m", name, *map(str, arguments)]
 
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -46,8 +46,9 @@ def serving(
             process.wait(10)
 
 
-def once(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def once(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
+    env = environment({"PYTHONPATH": str(ROOT)})
     return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command(*arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
     )

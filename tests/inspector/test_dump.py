@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from dumped_run import HOSTILE, algorithm, estimate, fields, questions, write_run, write_step
+from dumped_run import HOSTILE, algorithm, estimate, fields, questions, rewrite, write_run, write_step
 from method_helpers import byte_tokenizer
 from verl.trainer.siop.rollouts import dump as writer
 from verl.utils.siop.inspector.dump import Dump, Unfinished
-from verl.utils.siop.inspector.schema import DUMP_VERSION, DumpError, parse_rollout
+from verl.utils.siop.inspector.schema import DUMP_VERSION, DumpError, Span, parse_rollout
 from verl.utils.siop.inspector.summary import question_summary
 from verl.utils.siop.inspector.views import question_view
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -145,6 +145,62 @@ def test_what_cannot_be_read_is_refused_by_name(line: str, message: str) -> None
         parse_rollout(line, "file, line 3")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"group": ""}, "group: it is missing"),
+        ({"spans": None}, "spans: it is missing"),
+        ({"turn_rewards": [0.5] * 9}, "turn_rewards: 9 values for [1-4] turns"),
+        ({"turn_advantages": [0.5] * 9}, "turn_advantages: 9 values for"),
+        ({"turn_returns": [[]] * 9}, "turn_returns: 9 values for"),
+        ({"support": [0.5] * 9, "boundaries": [0]}, "support: 9 values at 1 boundaries"),
+        ({"spans": [{"role": "tool", "tokens": [0, 1], "chars": [-3, -1]}]}, "spans: -3 to -1 of a text of"),
+        ({"spans": [{"role": "tool", "tokens": [0, 1], "chars": [0, 10**9]}]}, "spans: 0 to 1000000000 of a text of"),
+        ({"spans": [{"role": "assistant", "tokens": [0, 1], "chars": [0, 1]}], "gains": None, "turn_rewards": [],
+          "turn_returns": None, "turn_advantages": [[]]}, "turn_advantages: a turn without values"),
+    ],
+)  # fmt: skip
+def test_values_that_are_not_those_of_the_turns_are_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    write_step(tmp_path, 1, questions(1))
+    rewrite(tmp_path / "1.jsonl", **fields)
+    with pytest.raises(DumpError, match=f"line 1: {message}"):
+        Dump(tmp_path).read(1)
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize("text", [HALF, f"a{HALF}b", f"{HALF}{HALF}c", "\udfff", "\U0001f600", "\u2028"])
+def test_half_a_character_is_no_reason_to_lose_a_step(tmp_path: Path, text: str) -> None:
+    write_step(tmp_path, 1, questions(1))
+    before = rewrite(tmp_path / "1.jsonl", question=text, answer=text)
+    read = [rollout for _, rollout in Dump(tmp_path).read(1)]
+    assert {len(rollout.question or "") for rollout in read} == {len(text)}
+    assert [rollout.output for rollout in read] == [line["output"] for line in before]
+    # A call's arguments are JSON in JSON.
+    call = json.dumps({"name": "search", "arguments": {"query": text}})
+    read[0].output = f"<tool_call>{call}</tool_call>"
+    read[0].spans = [Span(role="assistant", tokens=(0, 1), chars=(0, len(read[0].output)))]
+    json.dumps(question_view(read[:1]), ensure_ascii=False).encode()
+
+
+def test_what_is_no_number_is_named(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    rewrite(tmp_path / "1.jsonl", score=float("nan"), evidence=float("inf"))
+    read = [rollout for _, rollout in Dump(tmp_path).read(1)]
+    assert question_view(read[:4])["not_finite"] == ["evidence", "score"]
+
+
+@pytest.mark.parametrize("digest", ["../settings", "a/b", "none there"])
+def test_settings_lie_beside_the_dump(tmp_path: Path, digest: str) -> None:
+    write_step(tmp_path, 1, questions(1))
+    with pytest.raises(DumpError, match="which is no name of a file"):
+        Dump(tmp_path).settings(digest)
+    assert [one.seed for one in Dump(tmp_path).all_settings()] == [1]
+
+
 def test_a_file_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
     write_step(tmp_path, 1, questions(1))
     path = tmp_path / "1.jsonl"
@@ -165,4 +221,6 @@ def test_a_folder_without_a_dump_is_refused(tmp_path: Path) -> None:
         Dump(tmp_path)
     run = write_run(tmp_path / "run", steps=1)
     assert Dump(run).name == Dump(run / "rollouts").name == "run"
-    assert HOSTILE in json.dumps(Dump(run).read(1)[1][1].output).replace('\\"', '"')
+    assert HOSTILE in Dump(run).read(1)[1][1].output
+    with pytest.raises(DumpError, match="it is a file"):
+        Dump(run / "rollouts" / "1.jsonl")

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dumped_run import questions, write_run, write_step
+from dumped_run import lines_of, questions, write_game, write_run, write_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.index import INDEX_FILE, RunIndex, Search
+from verl.utils.siop.inspector.runs import Runs
+from verl.utils.siop.inspector.schema import DumpError
 from verl.utils.siop.inspector.summary import FLAGS
 
 
@@ -118,16 +121,167 @@ def test_it_follows_and_says_what_it_could_not_read(tmp_path: Path) -> None:
     index.refresh()
     state = index.state()
     assert state["steps"] == 2 and state["revision"] > revision
-    assert len(state["problems"]) == 1 and "3.jsonl, line 1: step" in state["problems"][0]
+    assert len(state["problems"]) == 2 and "3.jsonl, line 1: step" in state["problems"][0]
+    assert "4.jsonl: line 1 is not whole: it is being written, or cut" in state["problems"][1]
     # A run that was resumed writes a step again.
     write_step(folder, 2, questions(2, number=1))
     later = time.time_ns() + 10**9
     os.utime(folder / "2.jsonl", ns=(later, later))
     (folder / "3.jsonl").unlink()
+    (folder / "4.jsonl").unlink()
     index.refresh()
     assert index.state()["problems"] == []
     assert index.search(Search(step_from=2))["total"] == 1
     assert index.curves()[2]["timing_s/step"] == 5.0
+
+
+def test_a_file_that_is_cut_is_read_once_and_again_when_it_has_grown(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    write_step(tmp_path, 2, questions(2))
+    path = tmp_path / "2.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    index = RunIndex(Dump(tmp_path))
+    index.refresh()
+    assert index.state()["steps"] == 1 and len(index.state()["problems"]) == 1
+    read: list[int] = []
+    index.refresh(lambda done, total: read.append(total))
+    assert read == []
+    path.write_bytes(whole)
+    index.refresh()
+    assert index.state()["steps"] == 2 and index.state()["problems"] == []
+
+
+def test_a_step_that_is_written_anew_is_never_mixed_with_the_one_before(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    path = tmp_path / "1.jsonl"
+    index = RunIndex(Dump(tmp_path))
+    index.refresh()
+    lines = lines_of(path)
+    # Other rollouts at the same places, and at other places.
+    path.write_text("".join(lines).replace("u-1-0", "u-1-9"))
+    with pytest.raises(KeyError, match="no question u-1-0 in step 1"):
+        index.rollouts(1, "u-1-0")
+    path.write_text("".join(reversed(lines)))
+    assert {rollout.group for rollout in index.rollouts(1, "u-1-1")} == {"u-1-1"}
+    path.write_text("".join(lines)[:-5])
+    with pytest.raises(DumpError):
+        index.rollouts(1, "u-1-2")
+
+
+def test_only_files_of_steps_are_read(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    (tmp_path / "2.jsonl").mkdir()
+    os.mkfifo(tmp_path / "3.jsonl")
+    for name in ("05.jsonl", "9" * 30 + ".jsonl", "\u0663.jsonl", "6.jsonl.partial", "-7.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "8.jsonl").symlink_to(tmp_path / "nowhere")
+    index = RunIndex(Dump(tmp_path))
+    index.refresh()
+    problems = index.state()["problems"]
+    assert index.state()["steps"] == 1
+    assert [problem.split("/")[-1] for problem in problems] == ["2.jsonl is no file", "3.jsonl is no file"]
+
+
+def test_metrics_are_read_past_a_line_that_cannot_be_and_anew_in_another_file(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=2)
+    path = tmp_path / "rollouts" / "steps.jsonl"
+    lines = lines_of(path)
+    path.write_text(lines[0] + '{"dump_version": 9, "step": 1, "metrics": {}}\n{"odd": 1}\n' + lines[1])
+    index = RunIndex(Dump(tmp_path))
+    index.refresh()
+    assert [index.curves()[step]["timing_s/step"] for step in (1, 2)] == [4.0, 5.0]
+    assert ["dump_version is 9" in index.state()["problems"][0], len(index.state()["problems"])] == [True, 2]
+    path.write_text(lines[1])
+    index.refresh()
+    assert "timing_s/step" not in index.curves()[1] and index.state()["problems"] == []
+
+
+def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write_step(tmp_path, 1, questions(1))
+    path = tmp_path / "elsewhere.sqlite"
+    index = RunIndex(Dump(tmp_path), path)
+    path.unlink()
+    index.refresh()  # made anew
+    assert index.state()["steps"] == 1 and path.is_file()
+    write_step(tmp_path, 2, questions(2))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DumpError, match="cannot be written: unable to open"):
+        index.refresh()
+
+
+def test_a_training_that_begins_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    runs = Runs([tmp_path])
+    runs.refresh()
+    (state,) = runs.overview()["runs"]
+    assert (state["name"], state["steps"], state["problems"]) == (tmp_path.name, 0, [])
+    write_step(tmp_path / "rollouts", 1, questions(1))
+    runs.refresh()
+    (state,) = runs.overview()["runs"]
+    assert (state["steps"], state["problems"]) == (1, [])
+    assert (tmp_path / "rollouts" / INDEX_FILE).is_file()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place / "run", steps=1) for place in ("x/one", "y/one", "two")]
+    assert list(Runs(folders).indexes) == ["run", "one/run", "two/run"]
+    assert list(Runs([folders[2], folders[0], folders[1] / "rollouts"]).indexes) == ["run", "one/run", "y/one/run"]
+    with pytest.raises(DumpError, match="is given twice"):
+        Runs([folders[0], folders[0] / "rollouts"])
+
+
+def test_one_run_that_cannot_be_read_keeps_no_other_away(tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path / name, steps=1) for name in ("one", "two"))
+    runs = Runs([one, two])
+    runs.refresh()
+    one.rename(tmp_path / "away")
+    write_step(two / "rollouts", 2, questions(2))
+    runs.refresh()
+    states = {state["name"]: state for state in runs.overview()["runs"]}
+    assert states["one"]["problems"] == [f"{one / 'rollouts'} is gone"] and states["one"]["steps"] == 1
+    assert states["two"]["problems"] == [] and states["two"]["steps"] == 2
+    (tmp_path / "away").rename(one)
+    runs.refresh()
+    assert not any(state["problems"] for state in runs.overview()["runs"])
+
+
+def test_a_follower_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs([write_run(tmp_path / "run", steps=1)])
+
+    def broken(show: Any = None) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs, "refresh", broken)
+    with pytest.raises(ZeroDivisionError):
+        runs.follow(0.01)
+    assert runs.overview()["runs"][0]["problems"] == ["nothing more is read: see the log of the service"]
+
+
+def test_a_game_asks_for_no_answer(tmp_path: Path) -> None:
+    index = RunIndex(Dump(write_game(tmp_path / "game", steps=6)))
+    index.refresh()
+    found = index.search(Search(limit=500))["questions"]
+    assert {(question["no_answer"], question["clusters"]) for question in found} == {(0, None)}
+    curves = index.curves()
+    assert all("siop/no_answer" not in values for values in curves.values())
+    assert alarms(curves) == []
+
+
+def test_an_index_that_cannot_lie_beside_the_dump_lies_in_the_cache_or_is_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_step(tmp_path, 1, questions(1))
+    (tmp_path / INDEX_FILE).mkdir()
+    (tmp_path / "file").touch()
+    for cache, files in (("cache", 1), ("file", 0)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        index = RunIndex(Dump(tmp_path))
+        index.refresh()
+        assert index.search(Search())["total"] == 3
+        assert len(list((tmp_path / cache).glob("siop-inspector/*.sqlite"))) == files
+    assert "the index lasts for this time only" in caplog.text
 
 
 def test_an_index_is_used_again_and_a_damaged_one_made_anew(run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from dumped_run import questions, write_run, write_step
+from dumped_run import questions, rewrite, write_game, write_run, write_step
 from find_browser import open_browser
 from inspector_process import once, serving
 from playwright.sync_api import expect
@@ -118,14 +118,49 @@ def test_curves_can_be_read_with_mouse_and_keys_and_runs_switched(tab: Tab, site
     assert page.locator("tbody tr").count() == 3 and "step_from=6" in page.url
 
 
-def test_a_running_training_is_followed(tab: Tab, site: Site) -> None:
+def test_one_run_is_always_shown(tab: Tab, site: Site) -> None:
+    page = tab.open(f"{site.url}#/curves?runs=two", ".chart")
+    page.get_by_label("two").click()
+    expect(page.get_by_label("two")).to_be_checked()
+    assert not page.get_by_label("one").is_checked() and "runs=two" in page.url
+
+
+def test_runs_may_have_any_name(tab: Tab, tmp_path: Path) -> None:
+    names = ["a,b", "100%2C", "<i>&=#?", "é ü"]
+    runs = aside(lambda: [write_run(tmp_path / name, steps=2) for name in names])
+    with serving(*runs) as (url, _):
+        page = tab.open(url, ".chart")
+        for count, name in enumerate(names[:3], start=1):
+            page.get_by_label(name, exact=True).uncheck()
+            expect(page.locator(".summary")).to_have_count(len(names) - count)
+        page.reload()
+        expect(page.locator(".summary b")).to_have_text([names[3]])
+        page.get_by_label(names[0], exact=True).check()
+        expect(page.locator(".summary b")).to_have_text([names[0], names[3]])
+        for name in names:
+            page.goto(url)
+            page.locator("#to-questions").click()
+            page.get_by_label(name, exact=True).check()
+            page.locator("a.open").first.click()
+            page.wait_for_selector(".turn")
+        page.goto("about:blank")
+
+
+def test_a_running_training_is_followed_until_the_service_ends(tab: Tab, site: Site) -> None:
     folder = aside(lambda: write_run(site.folder / "live", steps=2))
     with serving(folder) as (url, _):
         page = tab.open(url, ".chart")
         assert "2 steps" in page.locator(".summary").inner_text()
         aside(lambda: write_step(folder / "rollouts", 3, questions(3)))
         expect(page.locator(".summary")).to_contain_text("3 steps")
-        page.goto("about:blank")
+        page.goto(f"{url}#/questions?run=live")
+        expect(page.locator("tbody tr")).to_have_count(9)
+        aside(lambda: write_step(folder / "rollouts", 4, questions(4)))
+        expect(page.locator("tbody tr")).to_have_count(12)
+    expect(page.locator("#bar [role=alert]")).to_contain_text("this is what was there before")
+    assert page.locator("tbody tr").count() == 12
+    page.goto("about:blank")
+    tab.errors = [error for error in tab.errors if "net::ERR" not in error]
 
 
 # ---------------------------------------------------------------------- finding
@@ -162,6 +197,67 @@ def test_filters_are_in_the_address_and_walk_with_the_question(tab: Tab, site: S
     page.keyboard.press("u")
     page.wait_for_selector("tbody tr")
     assert rows(page) == before
+
+
+def test_the_list_keeps_its_filter_in_another_run_and_its_place_after_a_question(tab: Tab, site: Site) -> None:
+    page = tab.open(f"{site.url}#/questions?run=one&text=where&step_from=3", "tbody tr")
+    page.get_by_label("two").check()
+    expect(page.locator("tbody tr")).to_have_count(12)
+    assert "run=two" in page.url and "step_from=3" in page.url and page.get_by_label("step from").input_value() == "3"
+    page.locator("a.open").nth(4).click()
+    page.wait_for_selector(".turn")
+    page.keyboard.press("u")
+    expect(page.locator("a.open").nth(4)).to_be_focused()
+    page.keyboard.press("j")
+    expect(page.locator("a.open").nth(5)).to_be_focused()
+
+
+def slowly(page: Any) -> None:
+    """Every question takes longer than a hand from key to key."""
+    page.evaluate(
+        "() => { const now = window.fetch; window.fetch = async (where, ...rest) => {"
+        " if (String(where).startsWith('/api/question?')) await new Promise((done) => setTimeout(done, 400));"
+        " return now(where, ...rest); }; }"
+    )
+
+
+def place(page: Any) -> int:
+    return int(re.search(r"[?&]at=(\d+)", page.url)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("keys", "ends"),
+    [("kj", 5), ("jk", 5), ("jjj", 8), ("kkkkkkkkkkkk", 0), ("jjjjjjjjjjjjjjjjjjjjjjjj", 17), ("jjkjk", 6)],
+)
+def test_keys_act_on_where_the_reader_is_however_fast(tab: Tab, site: Site, keys: str, ends: int) -> None:
+    page = tab.open(f"{site.url}#/questions?run=one", "tbody tr")
+    groups = page.locator("a.open").evaluate_all("(all) => all.map((one) => one.textContent)")
+    page.locator("a.open").nth(5).click()
+    page.wait_for_selector(".turn")
+    slowly(page)
+    for key in keys:
+        page.keyboard.press(key)
+    expect(page).to_have_url(re.compile(f"[?&]at={ends}(&|$)"))
+    expect(page.locator("h1")).to_have_text(groups[ends])
+    page.keyboard.press("g")  # after all of them
+    expect(page.locator("#gold-text")).to_have_text("Paris")
+    assert place(page) == ends
+
+
+def test_a_key_waits_for_the_page_that_the_one_before_leads_to(tab: Tab, site: Site) -> None:
+    page = tab.open(f"{site.url}#/questions?run=one", "tbody tr")
+    groups = page.locator("a.open").evaluate_all("(all) => all.map((one) => one.textContent)")
+    page.locator("a.open").nth(5).click()
+    page.wait_for_selector(".turn")
+    slowly(page)
+    for key in "jgl":
+        page.keyboard.press(key)
+    expect(page.locator("#gold-text")).to_have_text("Paris")
+    expect(page.locator("h1")).to_have_text(groups[6])
+    expect(page.locator(".rollout.chosen")).to_have_count(1)
+    for key in "ju":
+        page.keyboard.press(key)
+    expect(page.locator("a.open").nth(7)).to_be_focused()
 
 
 def test_what_is_wrong_is_told(tab: Tab, site: Site) -> None:
@@ -229,39 +325,60 @@ def test_text_of_models_and_of_the_web_is_shown_and_not_run(tab: Tab, site: Site
         assert "owned" not in page.title()
 
 
-def test_a_rollout_is_copied_as_json_and_as_a_test_that_passes(tab: Tab, site: Site, tmp_path: Path) -> None:
-    page = first_question(tab, site.url)
-    column = page.locator(".rollout").nth(1)
-    session = int(column.get_attribute("data-session") or -1)
-    column.get_by_role("button", name="JSON").click()
-    expect(page.locator("#live")).to_contain_text("JSON")
-    assert json.loads(page.evaluate("navigator.clipboard.readText()"))["session"] == session
-    column.get_by_role("button", name="test").click()
-    expect(page.locator("#live")).to_contain_text("test case")
-    path = tmp_path / "copied.py"
-    path.write_text(page.evaluate("navigator.clipboard.readText()"))
-    spec = importlib.util.spec_from_file_location("copied", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    aside(module.test_turn_rewards)
+def copied(page: Any, rollout: int, button: str) -> str:
+    """What a button of a rollout copies; the page says that it did."""
+    page.evaluate("document.getElementById('live').textContent = ''")
+    page.locator(".rollout").nth(rollout).get_by_role("button", name=button).click()
+    expect(page.locator("#live.seen")).to_contain_text("Copied the rollout as")
+    return page.evaluate("navigator.clipboard.readText()")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("search", ["run=one&sort=clusters&descending=1", "run=one&flags=no_answer"])
+def test_each_rollout_is_copied_as_json_and_as_a_test_that_passes_and_alike_from_an_export(
+    tab: Tab, site: Site, tmp_path: Path, search: str
+) -> None:
+    texts = []
+    for base in (site.url, site.exported.as_uri()):
+        page = first_question(tab, base, search)
+        texts.append([copied(page, rollout, button) for rollout in range(4) for button in ("JSON", "test")])
+    assert texts[0] == texts[1]
+    shown = page.locator(".rollout").evaluate_all("(all) => all.map((one) => Number(one.dataset.session))")
+    assert [json.loads(text)["session"] for text in texts[0][::2]] == shown
+    for number, text in enumerate(texts[0][1::2]):
+        path = tmp_path / f"copied_{number}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("copied", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        aside(module.test_turn_rewards)
+
+
+def test_what_cannot_be_copied_is_told(tab: Tab, site: Site, tmp_path: Path) -> None:
+    run = aside(lambda: write_run(tmp_path / "run", steps=2))
+    (settings,) = (run / "rollouts").glob("settings-*.json")
+    with serving(run) as (url, _):
+        page = first_question(tab, url, "run=run")
+        test = page.locator(".rollout").first.get_by_role("button", name="test")
+        for algorithm, why in (({"adv_estimator": "grpo"}, "adv_estimator=grpo"), (None, "holds no settings")):
+            found = json.loads(settings.read_text())
+            settings.write_text(json.dumps({**found, "algorithm": algorithm}) if algorithm else "{}")
+            test.click()
+            expect(page.locator("#live.seen")).to_contain_text("Not copied as a test case")
+            expect(page.locator("#live.seen")).to_contain_text(why)
+        page.goto("about:blank")
 
 
 def test_a_method_without_clusters_shows_what_it_has(tab: Tab, tmp_path: Path) -> None:
-    aside(lambda: write_run(tmp_path / "game", steps=2))
-    path = tmp_path / "game" / "rollouts" / "2.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    own = ("cluster", "references", "mass", "evidence", "target", "support", "gains", "boundaries", "em", "f1", "gts")
-    for line in lines:
-        line.update(dict.fromkeys(own), outcome={"solved": 0.25}, turn_scores=[0.125] * len(line["turn_advantages"]))
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    aside(lambda: write_game(tmp_path / "game"))
     with serving(tmp_path / "game") as (url, _):
         page = tab.open(url, ".chart")
         outcome = page.locator(".chart", has_text="Outcome")
         expect(outcome).to_contain_text("solved 0.250")
         page = first_question(tab, url, "run=game&step_from=2")
         assert page.locator(".cluster, .support").count() == 0
-        assert "solved 0.25" in page.locator(".rollout header").first.inner_text()
+        header = page.locator(".rollout header").first.inner_text()
+        assert "solved 0.25" in header and header.count("rollout 0") == 1 and "no answer" not in header
         assert "score +0.125" in page.locator(".turn .head").first.inner_text()
         page.keyboard.press("g")
         assert page.locator("#gold-text").inner_text() == "no label"
@@ -286,6 +403,21 @@ def test_an_export_finds_what_the_service_finds(tab: Tab, site: Site, search: st
     tab.page.context.set_offline(True)
     page = tab.open(f"{site.exported.as_uri()}#/questions?run=two{search}", "table")
     assert rows(page) == served
+
+
+def test_what_is_no_number_is_a_dash_and_named(tab: Tab, tmp_path: Path) -> None:
+    run = aside(lambda: write_run(tmp_path / "odd", steps=1))
+    rewrite(run / "rollouts" / "1.jsonl", score=float("nan"), evidence=float("-inf"), em=float("nan"))
+    done = once(run, "--export", tmp_path / "out.html")
+    assert done.returncode == 0, done.stderr
+    with serving(run) as (url, _):
+        for base in (url, (tmp_path / "out.html").as_uri()):
+            page = tab.open(base, ".chart")
+            assert "outcome – → –" in page.locator(".summary").inner_text()
+            page = first_question(tab, base, "run=odd")
+            assert "shown as –: evidence, score" in page.locator(".note").inner_text()
+            assert "evidence –" in page.locator(".cluster").first.inner_text()
+        page.goto("about:blank")
 
 
 def test_an_export_opens_without_a_network(tab: Tab, site: Site) -> None:

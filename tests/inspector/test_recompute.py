@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from dumped_run import questions, write_step
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.inspector.dump import Dump
-from verl.utils.siop.inspector.recompute import Recipe, read_recipe, recompute
+from verl.utils.siop.inspector.recompute import Recipe, check_recipe, read_recipe, recompute
 from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
+from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
 ABLATIONS = Path(__file__).parents[2] / "config" / "ablation"
 
@@ -51,6 +53,32 @@ def test_under_other_keys_it_is_what_a_training_with_them_dumps(tmp_path: Path, 
     assert found != recompute(rollouts, settings)
 
 
+@pytest.mark.parametrize("keys", [{}, {"siop_baseline": "turn_index", "gamma": 0.0}, {"siop_outcome_weight": 0.5}])
+def test_a_game_is_recomputed_from_the_scores_of_its_turns(tmp_path: Path, keys: dict[str, Any]) -> None:
+    scored = [
+        replace(one, turn_scores=[((row + turn) % 3) / 2 for turn in range(len(turns))], outcome=float(row % 2))
+        for row, one in enumerate(questions(1))
+        for turns in [get_assistant_turn_ranges(one.response_mask)]
+    ]
+    for name, own in (("one", {}), ("other", keys)):
+        write_step(tmp_path / name, 1, scored, siop_reward_mode="verifiable", **own)
+    there = [rollout for _, rollout in Dump(tmp_path / "other").read(1)]
+    rollouts = [rollout for _, rollout in Dump(tmp_path / "one").read(1)]
+    settings = Dump(tmp_path / "one").settings(rollouts[0].settings)
+    found = recompute(rollouts, settings, Recipe("other", keys))
+    assert any(any(credit["rewards"]) for credit in found.values())
+    for rollout in there:
+        assert found[rollout.uid]["rewards"] == rollout.turn_rewards
+        assert found[rollout.uid]["advantages"] == rollout.turn_advantages
+
+
+def test_calls_that_are_none_are_told(tmp_path: Path) -> None:
+    rollouts, settings = dumped(tmp_path)
+    rollouts[0].siop_tools = {"executed_calls": "odd"}
+    with pytest.raises(DumpError, match="executed_calls are no names and arguments"):
+        recompute(rollouts, settings, Recipe("", {"siop_reward_mode": "query_consensus"}))
+
+
 def test_a_question_that_was_left_out_counts_nowhere(tmp_path: Path) -> None:
     rollouts, settings = dumped(tmp_path)
     whole = recompute(rollouts, settings)
@@ -85,6 +113,37 @@ def test_a_preset_keeps_what_would_take_new_scores() -> None:
 def test_what_cannot_be_recomputed_is_refused(text: str, message: str) -> None:
     with pytest.raises(SiopConfigError, match=message):
         read_recipe([text], ABLATIONS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"gamma": "abc"}, "gamma='abc' is not allowed; choose a number from 0 to 1"),
+        ({"gamma": 2}, "gamma=2 is not allowed"),
+        ({"norm_adv_by_std_in_grpo": "x"}, "norm_adv_by_std_in_grpo='x' is not allowed"),
+        ({"siop_gain": "no"}, "siop_gain='no' is not allowed"),
+        ({"siop_lambda": "x"}, "siop_lambda='x' is not allowed"),
+    ],
+)
+def test_a_recipe_is_refused_before_anybody_waits_for_it(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    _, settings = dumped(tmp_path)
+    with pytest.raises(SiopConfigError, match=message):
+        check_recipe([[settings]], Recipe("", keys))
+    check_recipe([[settings]], Recipe("", {"gamma": 0.5}))
+
+
+def test_a_recipe_is_allowed_if_one_run_can_be_recomputed(tmp_path: Path) -> None:
+    _, settings = dumped(tmp_path)
+    grpo = settings.model_copy(update={"algorithm": {"adv_estimator": "grpo"}})
+    check_recipe([[grpo], [settings]], Recipe("", {"gamma": 0.5}))
+    check_recipe([[]], Recipe("", {"gamma": 0.5}))  # no step has been dumped
+    with pytest.raises(DumpError, match="adv_estimator=grpo"):
+        check_recipe([[grpo]], Recipe("", {"gamma": 0.5}))
+
+
+def test_presets_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(SiopConfigError, match=f"there is no folder {tmp_path / 'none'}"):
+        read_recipe(["ablation=release"], tmp_path / "none")
 
 
 def test_a_dump_without_what_is_needed_is_refused_by_name(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def look():
         "ours": [m.__file__ for m in (verl.tools.local_search_tool, verl.utils.siop.turn_utils)],
     }
 
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, logging_level="error")
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000, logging_level="error")
 print(json.dumps([look(), ray.get(ray.remote(look).remote())]))
 ray.shutdown()
 """
@@ -110,6 +110,13 @@ def test_every_module_of_the_wheel_can_be_imported(wheel: Path, wheel_python: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     files = done.stdout.splitlines()[-len(modules) :]
     assert all(file.startswith(str(wheel_python.parent.parent)) for file in files)
+
+
+@pytest.mark.parametrize("module", ["siop_inspector", "verl.utils.siop.inspector"])
+def test_the_page_over_rollouts_starts_from_any_folder(wheel_python: Path, module: str, tmp_path: Path) -> None:
+    command = [str(wheel_python), "-m", module, "none"]
+    done = subprocess.run(command, cwd=tmp_path, env=_env(), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and "error: none is no folder of a run" in done.stderr
 
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])

@@ -1,7 +1,4 @@
-"""``python -m verl.utils.siop.inspector``: replaces itself by a process without verl's own package.
-
-That imports torch and Ray, which a page does not need: 500 MB. See ``light.py``.
-"""
+"""``python -m verl.utils.siop.inspector``: becomes ``siop_inspector.py``, a process without verl's own package."""
 
 import os
 import sys
@@ -9,4 +6,5 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("light.py")), *sys.argv[1:]])
+    script = Path(__file__).resolve().parents[4] / "siop_inspector.py"
+    os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])

@@ -5,27 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import sqlite3
 from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.http.json_body import answer_invalid
-from verl.utils.siop.inspector.index import Search
-from verl.utils.siop.inspector.page import PAGE, html, import_map
+from verl.utils.siop.inspector.index import Search, Whole
+from verl.utils.siop.inspector.page import STYLE, html, import_map, modules
 from verl.utils.siop.inspector.runs import Runs
+from verl.utils.siop.inspector.schema import NotThere
 
 COOKIE = "siop_inspector"
+MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
 # What a browser on this machine, or at the other end of an ssh tunnel, calls it.
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
@@ -45,10 +46,17 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
     app.add_middleware(_Guard, token=token, policy=_policy())
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.exception_handler(RequestValidationError)(answer_invalid)
-    app.exception_handler(KeyError)(_not_found)
+    app.exception_handler(NotThere)(_not_found)
     app.exception_handler(SiopError)(_failed)
     app.exception_handler(OSError)(_failed)
-    app.mount("/page", StaticFiles(directory=Path(PAGE)))
+    app.exception_handler(sqlite3.Error)(_failed)
+    files = {path.name: path for path in [*modules(), STYLE]}
+
+    @app.get("/page/{name}")
+    def file(name: str) -> Response:
+        if name not in files:
+            raise NotThere(f"the page has no file {name}")
+        return Response(files[name].read_bytes(), media_type=MEDIA_TYPES[files[name].suffix])
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -74,11 +82,11 @@ def create_app(runs: Runs, token: str | None = None, hosts: Sequence[str] = LOCA
             return JSONResponse({"detail": str(error)}, 422)
 
     @app.get("/api/question")
-    def question(run: str, step: int, group: str) -> dict[str, Any]:
+    def question(run: str, step: Whole, group: str) -> dict[str, Any]:
         return runs.question(run, step, group)
 
     @app.get("/api/lines")
-    def lines(run: str, step: int, group: str) -> dict[str, Any]:
+    def lines(run: str, step: Whole, group: str) -> dict[str, Any]:
         return runs.lines(run, step, group)
 
     return app
@@ -89,7 +97,7 @@ class _RunSearch(Search):
 
 
 async def _not_found(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": str(error.args[0])}, 404)
+    return JSONResponse({"detail": str(error)}, 404)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
@@ -110,6 +118,8 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, token: str | None, policy: str) -> None:
         self._app, self._token = app, token
+        # What a cookie may hold, whatever the characters of the token.
+        self._cookie = hashlib.sha256(f"{COOKIE} {token}".encode()).hexdigest()
         self._headers = [
             (b"content-security-policy", policy.encode()),
             (b"x-content-type-options", b"nosniff"),
@@ -137,16 +147,16 @@ class _Guard:
         if scope["path"] == "/" and given and self._is(given):
             # Out of the address, so that it is in no history and no link.
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self._token, httponly=True, samesite="strict")
+            answer.set_cookie(COOKIE, self._cookie, httponly=True, samesite="strict")
             return answer
-        bearer = headers.get("authorization", "")
+        bearer = headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
         if self._is(bearer.removeprefix("Bearer ")) and bearer.startswith("Bearer "):
             return self._app
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
-        if cookie is not None and self._is(cookie.value):
+        if cookie is not None and hmac.compare_digest(cookie.value.encode("utf-8", "replace"), self._cookie.encode()):
             return self._app
         detail = "missing or wrong bearer token; a browser opens the page with /?token=…"
         return JSONResponse({"detail": detail}, 401, {"WWW-Authenticate": "Bearer"})

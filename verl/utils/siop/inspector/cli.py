@@ -1,23 +1,27 @@
 """A page over the rollouts of one training or several: which turns were paid, and why.
 
-    python -m verl.utils.siop.inspector runs/NAME                      serve it, at http://127.0.0.1:8400
-    python -m verl.utils.siop.inspector runs/ONE runs/OTHER            side by side
-    python -m verl.utils.siop.inspector runs/NAME --export out.html    one file that opens without a network
-    python -m verl.utils.siop.inspector runs/NAME --recompute ablation=release
+    python -m siop_inspector runs/NAME                       serve it, at http://127.0.0.1:8400
+    python -m siop_inspector runs/ONE runs/OTHER             side by side
+    python -m siop_inspector runs/NAME --export out.html     one file that opens without a network
+    python -m siop_inspector runs/NAME --recompute ablation=release
 
-It follows a training that goes on. Environment: SIOP_API_TOKEN, if set, is the bearer token of every request; the
-address that is printed has it for the browser.
+python -m verl.utils.siop.inspector is the same, after the seconds of importing verl.
+
+It follows a training that goes on; Ctrl-C ends it. Environment: SIOP_API_TOKEN, if set, is the bearer token of every
+request; the address that is printed has it for the browser.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import uvicorn
 from tqdm import tqdm
@@ -30,26 +34,30 @@ from verl.utils.siop.inspector.runs import Runs
 
 logger = logging.getLogger("siop.inspector")
 
-PORT = 8400
+HOST, PORT = "127.0.0.1", 8400
+# Listened on, they are all addresses of the machine; a browser on it takes the other one.
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+# Of the presets: where the command is run, else in the checkout that this file is of.
+ABLATIONS = Path("config/ablation")
 REFRESH_S = 1.0
 GRACE_S = 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m verl.utils.siop.inspector",
+        prog="python -m siop_inspector",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training, or its folder rollouts")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=PORT, help="port to listen on, 0 for any (default: %(default)s)")
+    add("--host", help=f"address to listen on (default: {HOST})")
+    add("--port", type=int, help=f"port to listen on, 0 for any (default: {PORT})")
     what = "show the credit under other siop_* keys beside the training's; ablation=NAME for a file of config/ablation"
     add("--recompute", nargs="+", default=[], metavar="KEY=VALUE", help=what)
     add("--export", type=Path, metavar="FILE", help="write one HTML file in place of serving")
-    what = "largest file of --export (default: %(default)g)"
-    add("--export-mb", type=float, default=EXPORT_MB, metavar="MB", help=what)
+    what = f"largest file of --export (default: {EXPORT_MB:g})"
+    add("--export-mb", type=float, metavar="MB", help=what)
     return parser
 
 
@@ -57,27 +65,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.export is None and args.export_mb != EXPORT_MB:
-        parser.error(f"--export-mb {args.export_mb:g} has no effect without --export")
-    if args.export_mb <= 0:
-        parser.error(f"--export-mb is {args.export_mb:g}, it must be more than 0")
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port is {args.port}, it must be from 0 to 65535")
+    _check(parser, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr, force=True)
     try:
-        recipe = read_recipe(args.recompute, Path("config/ablation")) if args.recompute else None
+        recipe = read_recipe(args.recompute, _ablations()) if args.recompute else None
         runs = Runs(args.runs, recipe)
         if args.export:
             with _Bar() as bar:
                 runs.refresh(bar)
-            logger.info("%s", export(runs, args.export, args.export_mb))
+                said = export(runs, args.export, args.export_mb or EXPORT_MB, bar)
+            logger.info("%s", said)
             return 0
-        return _serve(runs, args.host, args.port)
+        return _serve(runs, args.host or HOST, PORT if args.port is None else args.port)
     except (SiopError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a line that names what is wrong with the options."""
+    if args.export is None:
+        if args.export_mb is not None:
+            parser.error(f"--export-mb {args.export_mb:g} has no effect without --export")
+    else:
+        for name in ("host", "port"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} {getattr(args, name)} has no effect with --export, which serves nothing")
+        if args.export.is_dir() or not args.export.absolute().parent.is_dir():
+            parser.error(f"--export is {args.export}, it must be a file in a folder that exists")
+    if args.export_mb is not None and not 0 < args.export_mb < math.inf:
+        parser.error(f"--export-mb is {args.export_mb:g}, it must be a number above 0")
+    if args.port is not None and not 0 <= args.port <= 65535:
+        parser.error(f"--port is {args.port}, it must be from 0 to 65535")
+
+
+def _ablations() -> Path:
+    checkout = Path(__file__).resolve().parents[4] / ABLATIONS
+    return checkout if checkout.is_dir() and not ABLATIONS.is_dir() else ABLATIONS
 
 
 def _serve(runs: Runs, host: str, port: int) -> int:
@@ -87,8 +113,10 @@ def _serve(runs: Runs, host: str, port: int) -> int:
     if not local and token is None:
         logger.warning("whoever reaches %s can read the rollouts: set SIOP_API_TOKEN", host)
     app = create_app(runs, token, LOCAL_NAMES if local else ("*",))
-    address = f"http://{'[::1]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    sys.stdout.write(f"{address}{f'?token={token}' if token else ''}\n")
+    place, port = listener.getsockname()[:2]
+    place = ANY.get(place, place)
+    query = f"?token={quote(token, safe='')}" if token else ""
+    sys.stdout.write(f"http://{f'[{place}]' if ':' in place else place}:{port}/{query}\n")
     sys.stdout.flush()
     follower = threading.Thread(target=runs.follow, args=(REFRESH_S,), name="follow", daemon=True)
     follower.start()
@@ -101,7 +129,7 @@ def _serve(runs: Runs, host: str, port: int) -> int:
 
 
 class _Bar:
-    """Progress of reading the dumps, on a terminal."""
+    """Progress of reading the dumps and of writing an export, on a terminal."""
 
     def __init__(self) -> None:
         self._bar = tqdm(unit="step", disable=None, leave=False)
@@ -113,6 +141,6 @@ class _Bar:
         self._bar.close()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        self._bar.set_description(f"reading {name}", refresh=False)
+        self._bar.set_description(name, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)

@@ -43,17 +43,35 @@ class Dump:
 
     def __init__(self, folder: Path) -> None:
         inner = folder / "rollouts"
-        self.rollouts = inner if inner.is_dir() else folder
-        if not self.rollouts.is_dir():
-            raise DumpError(f"{folder} is no folder of a run: it does not exist")
+        # A training that has not dumped a step: this is its configuration, which it writes first.
+        self._awaited = not inner.is_dir() and (folder / "config.yaml").is_file()
+        self.rollouts = inner if inner.is_dir() or self._awaited else folder
+        if not self._awaited and not self.rollouts.is_dir():
+            raise DumpError(
+                f"{folder} is no folder of a run: it {'is a file' if folder.exists() else 'does not exist'}"
+            )
         if self.rollouts == folder and not any(_steps(folder)):
-            raise DumpError(f"{folder} holds no dump: there is neither rollouts/ nor a STEP.jsonl in it")
+            raise DumpError(
+                f"{folder} holds no dump: there is neither rollouts/ nor a STEP.jsonl in it, nor the config.yaml of a "
+                "training that begins"
+            )
         run = folder.resolve()
         self.name = run.parent.name if self.rollouts == folder and run.name == "rollouts" else run.name
 
     def steps(self) -> dict[int, Path]:
-        """The files of the steps that are there, by step."""
-        return dict(sorted(_steps(self.rollouts)))
+        """The files of the steps that are there, by step; none before a training makes the folder.
+
+        Raises:
+            DumpError: the folder is gone.
+        """
+        try:
+            found = dict(sorted(_steps(self.rollouts)))
+            self._awaited = False
+            return found
+        except FileNotFoundError as error:
+            if self._awaited:
+                return {}
+            raise DumpError(f"{self.rollouts} is gone") from error
 
     def file(self, step: int) -> Path:
         """The file of a step, whether it is there or not."""
@@ -68,6 +86,8 @@ class Dump:
             OSError: the file is gone.
         """
         path, found, at = self.file(step), [], 0
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DumpError(f"{path} is no file")
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
@@ -95,14 +115,18 @@ class Dump:
                 found.append(parse_rollout(file.read(length), f"{path}, at byte {offset}"))
         return found
 
-    def metrics(self, after: int = 0) -> Iterator[tuple[int, DumpedStep]]:
+    def metrics_size(self) -> int:
+        """Bytes of ``steps.jsonl``, 0 where there is none."""
+        path = self.rollouts / STEPS_FILE
+        return path.stat().st_size if path.is_file() else 0
+
+    def metrics(self, after: int = 0) -> Iterator[tuple[int, DumpedStep | DumpError]]:
         """The whole lines of ``steps.jsonl`` from byte ``after`` on, each with the byte where it ends.
 
-        Raises:
-            DumpError: a line cannot be read.
+        A line that cannot be read is the error that says so.
         """
         path = self.rollouts / STEPS_FILE
-        if not path.exists():
+        if not path.is_file():
             return
         with path.open("rb") as file:
             file.seek(after)
@@ -110,10 +134,14 @@ class Dump:
                 if not line.endswith(b"\n"):
                     return
                 after += len(line)
+                found: DumpedStep | DumpError
                 try:
-                    yield after, DumpedStep.model_validate_json(line)
+                    found = DumpedStep.model_validate_json(line)
+                    if not 1 <= found.dump_version <= DUMP_VERSION:
+                        found = DumpError(f"{path}, before byte {after}: dump_version is {found.dump_version}")
                 except ValidationError as error:
-                    raise DumpError(f"{path}, before byte {after}: {error.errors()[0]['msg']}") from error
+                    found = DumpError(f"{path}, before byte {after}: {error.errors()[0]['msg']}")
+                yield after, found
 
     def settings(self, digest: str) -> DumpedSettings:
         """The settings that rollouts name.
@@ -126,6 +154,8 @@ class Dump:
                 f"{self.rollouts} names no settings: it is of dump version 1. Version {DUMP_VERSION} is written by "
                 "trainings with this version"
             )
+        if not re.fullmatch(r"[\w-]+", digest):
+            raise DumpError(f"{self.rollouts} names settings {digest!r}, which is no name of a file")
         path = self.rollouts / SETTINGS_FILE.format(digest)
         try:
             found = DumpedSettings.model_validate(json.loads(path.read_bytes()))
@@ -135,8 +165,18 @@ class Dump:
             raise DumpError(f"{path} holds no settings: {error}") from error
         return found
 
+    def all_settings(self) -> list[DumpedSettings]:
+        """All settings that are there; of a run that was resumed under other keys several.
+
+        Raises:
+            DumpError: some cannot be read.
+        """
+        before, after = SETTINGS_FILE.split("{}")
+        names = sorted(path.name for path in self.rollouts.glob(SETTINGS_FILE.format("*")))
+        return [self.settings(name.removeprefix(before).removesuffix(after)) for name in names]
+
 
 def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.iterdir():
-        if re.fullmatch(r"\d+\.jsonl", path.name):
+        if re.fullmatch(r"(0|[1-9][0-9]{0,17})\.jsonl", path.name):
             yield int(path.stem), path

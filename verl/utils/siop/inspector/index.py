@@ -11,22 +11,21 @@ import json
 import logging
 import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from verl.utils.siop.inspector.dump import Dump, Unfinished
-from verl.utils.siop.inspector.schema import DumpedRollout, DumpError
+from verl.utils.siop.inspector.schema import DumpedRollout, DumpError, NotThere
 from verl.utils.siop.inspector.summary import FLAGS, by_question, question_summary, step_summary
 
 logger = logging.getLogger("siop.inspector")
 
 INDEX_FILE = ".inspector.sqlite"
 # Of the tables; an index of another one is made anew.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MAX_PAGE = 500
 
 _COLUMNS = {
@@ -62,6 +61,10 @@ Sort = Literal[
 ]  # fmt: skip
 
 
+MAX_INT = 2**63 - 1  # SQLite's
+Whole = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+
+
 class Search(BaseModel):
     """What to list. A range holds for some rollout of the question where rollouts differ (turns, reward, advantage).
 
@@ -79,20 +82,20 @@ class Search(BaseModel):
     flags: list[str] = Field(default_factory=list, max_length=len(FLAGS))
     sort: Sort = "step"
     descending: bool = False
-    offset: int = Field(default=0, ge=0)
+    offset: int = Field(default=0, ge=0, le=MAX_INT)
     limit: int = Field(default=100, ge=1, le=MAX_PAGE)
-    step_from: int | None = None
-    step_to: int | None = None
-    clusters_from: int | None = None
-    clusters_to: int | None = None
+    step_from: Whole | None = None
+    step_to: Whole | None = None
+    clusters_from: Whole | None = None
+    clusters_to: Whole | None = None
     outcome_from: float | None = None
     outcome_to: float | None = None
     reward_from: float | None = None
     reward_to: float | None = None
     advantage_from: float | None = None
     advantage_to: float | None = None
-    turns_from: int | None = None
-    turns_to: int | None = None
+    turns_from: Whole | None = None
+    turns_to: Whole | None = None
 
     def where(self) -> tuple[str, dict[str, Any]]:
         """The condition in SQL, and its values.
@@ -122,14 +125,22 @@ class RunIndex:
 
     Args:
         dump: the run.
-        path: the file; by default beside the dump, or where that cannot be written in the user's cache.
+        path: the file; by default beside the dump, or where that cannot be written in the user's cache, or where that
+            cannot either, and before there is a dump, in a temporary file.
     """
 
     def __init__(self, dump: Dump, path: Path | None = None) -> None:
         self.dump, self._lock = dump, threading.RLock()
         self._refreshing = threading.Lock()
-        self._connection = _open(path) if path else _open_anywhere(dump.rollouts)
-        self._metrics_at, self._metrics_problem = 0, ""
+        self._path = path
+        self._connection = self._opened()
+        # The byte of steps.jsonl up to which it is read; None before the first time.
+        self._metrics_at: int | None = None
+        self._metrics_problems: list[str] = []
+        # Files that end within a line: their size and time, and what is wrong with them.
+        self._unfinished: dict[int, tuple[tuple[int, int], str]] = {}
+        # Why nothing more is taken in.
+        self.trouble = ""
         # Goes up with every change.
         self.revision = 0
 
@@ -144,29 +155,65 @@ class RunIndex:
 
         Args:
             progress: called with the files done and all that are new.
+
+        Raises:
+            DumpError, OSError: the folder is gone, or the index cannot be written; what was taken in is still there.
         """
+        try:
+            try:
+                self._refresh(progress)
+            except sqlite3.Error:  # its file is another one, as of a run that was moved away and begun anew
+                self._reopen()
+                self._refresh(progress)
+        except sqlite3.Error as error:
+            raise DumpError(f"the index of {self.dump.rollouts} cannot be written: {error}") from error
+
+    def _opened(self) -> sqlite3.Connection:
+        self._early = not self.dump.rollouts.is_dir()
+        if self._early:
+            return _open("")
+        return _open(self._path) if self._path else _open_anywhere(self.dump.rollouts)
+
+    def _reopen(self) -> None:
+        with self._lock:
+            self._connection.close()
+            self._connection, self._metrics_at = self._opened(), None
+
+    def _refresh(self, progress: Callable[[int, int], None] | None) -> None:
         with self._refreshing:
+            if self._early and self.dump.rollouts.is_dir():
+                self._reopen()
             known = {row[0]: row[1:] for row in self._rows("SELECT step, size, changed FROM files")}
             found = {}
-            for step, path in self.dump.steps().items():
+            for step in self.dump.steps():
                 with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    found[step] = (status.st_size, status.st_mtime_ns)
+                    found[step] = self._state_of(step)
+            self._unfinished = {step: one for step, one in self._unfinished.items() if step in found}
             for step in known.keys() - found.keys():
                 self._replace(step, None)
-            new = [step for step, state in found.items() if known.get(step) != state]
+            tried = {step: state for step, (state, _) in self._unfinished.items()}
+            new = [step for step, state in found.items() if state not in (known.get(step), tried.get(step))]
             for done, step in enumerate(new):
                 if progress:
                     progress(done, len(new))
                 self._take(step, found[step])
             self._take_metrics()
 
+    def _state_of(self, step: int) -> tuple[int, int]:
+        status = self.dump.file(step).stat()
+        return status.st_size, status.st_mtime_ns
+
     def _take(self, step: int, state: tuple[int, int]) -> None:
         try:
             lines = self.dump.read(step)
-        except (Unfinished, FileNotFoundError):
-            return  # the next time
+            self._unfinished.pop(step, None)
+        except FileNotFoundError:
+            return
+        except Unfinished as error:  # when it has grown
+            self._unfinished[step] = state, str(error)
+            return
         except (DumpError, OSError) as error:
+            self._unfinished.pop(step, None)
             logger.warning("step %d is left out: %s", step, error)
             self._replace(step, (*state, 0, str(error)))
             return
@@ -197,15 +244,19 @@ class RunIndex:
             self.revision += 1
 
     def _take_metrics(self) -> None:
-        try:
-            for end, step in self.dump.metrics(self._metrics_at):
+        if self._metrics_at is None or self.dump.metrics_size() < self._metrics_at:  # another file than before
+            with self._lock, self._connection as connection:
+                connection.execute("DELETE FROM metrics")
+            self._metrics_at, self._metrics_problems = 0, []
+        for end, step in self.dump.metrics(self._metrics_at):
+            if isinstance(step, DumpError):
+                self._metrics_problems.append(str(step))
+            else:
                 with self._lock, self._connection as connection:
                     row = (step.step, json.dumps(step.metrics))
                     connection.execute("INSERT OR REPLACE INTO metrics VALUES (?, ?)", row)
-                self._metrics_at = end
-                self.revision += 1
-        except (DumpError, OSError) as error:
-            self._metrics_problem = str(error)
+            self._metrics_at = end
+            self.revision += 1
 
     # ------------------------------------------------------------------ answers
     def _rows(self, query: str, values: Any = ()) -> list[tuple[Any, ...]]:
@@ -234,13 +285,23 @@ class RunIndex:
         """The rollouts of a question, from the dump.
 
         Raises:
-            KeyError: there is no such question.
-            DumpError, OSError: the file has changed, or is gone.
+            NotThere: there is no such question.
+            DumpError, OSError: the file cannot be read, or is gone.
         """
+        try:
+            return self._read(step, group)
+        except DumpError:  # written anew since it was read
+            self._take(step, self._state_of(step))
+        return self._read(step, group)
+
+    def _read(self, step: int, group: str) -> list[DumpedRollout]:
         found = self._rows('SELECT places FROM questions WHERE step = ? AND "group" = ?', (step, group))
         if not found:
-            raise KeyError(f"no question {group} in step {step}")
-        return self.dump.read_places(step, json.loads(found[0][0]))
+            raise NotThere(f"no question {group} in step {step}")
+        rollouts = self.dump.read_places(step, json.loads(found[0][0]))
+        if any((rollout.step, rollout.group) != (step, group) for rollout in rollouts):
+            raise DumpError(f"{self.dump.file(step)} has changed since it was read")
+        return rollouts
 
     def same_question(self, question: str) -> list[dict[str, Any]]:
         """Every time that the question was asked, in the order of steps."""
@@ -253,7 +314,10 @@ class RunIndex:
         found = {step: json.loads(text) for step, text in self._rows("SELECT step, summary FROM steps ORDER BY step")}
         for step, text in self._rows("SELECT step, metrics FROM metrics"):
             if step in found:
+                answers = "siop/no_answer" in found[step]  # a game asks for none, whatever the logs count
                 found[step].update(json.loads(text))
+                if not answers:
+                    found[step].pop("siop/no_answer", None)
         return found
 
     def state(self) -> dict[str, Any]:
@@ -262,7 +326,7 @@ class RunIndex:
             "SELECT count(DISTINCT step), min(step), max(step), count(*), coalesce(sum(rollouts), 0) FROM questions"
         )
         ((version,),) = self._rows("SELECT min(version) FROM files WHERE problem IS NULL")
-        problems = [text for (text,) in self._rows("SELECT problem FROM files WHERE problem IS NOT NULL ORDER BY step")]
+        unread = [text for (text,) in self._rows("SELECT problem FROM files WHERE problem IS NOT NULL ORDER BY step")]
         return {
             "revision": self.revision,
             "steps": steps,
@@ -271,7 +335,12 @@ class RunIndex:
             "questions": questions,
             "rollouts": rollouts,
             "version": version,
-            "problems": [*problems, *([self._metrics_problem] if self._metrics_problem else [])],
+            "problems": [
+                *([self.trouble] if self.trouble else []),
+                *unread,
+                *(f"{text}: it is being written, or cut" for _, text in self._unfinished.values()),
+                *self._metrics_problems,
+            ],
         }
 
 
@@ -280,7 +349,7 @@ def _named(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[dict
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=30, check_same_thread=False)
     try:
         ((version,),) = connection.execute("PRAGMA user_version").fetchall()
@@ -319,4 +388,4 @@ def _open_anywhere(folder: Path) -> sqlite3.Connection:
         return _open(cache / name)
     except (OSError, sqlite3.Error) as error:
         logger.warning("%s cannot be written (%s): the index lasts for this time only", cache, error)
-        return _open(Path(tempfile.mkdtemp(prefix="siop-inspector-")) / name)
+        return _open("")  # SQLite's own temporary file

@@ -18,7 +18,7 @@ from verl.utils.siop.credit.batch import Cluster, CreditBatch, ParsedRollout
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES, CREDIT_METHODS
 from verl.utils.siop.credit.rollouts import Rollout
-from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
 from verl.utils.siop.inspector.summary import by_question
 
@@ -90,6 +90,11 @@ def read_recipe(texts: Sequence[str], ablations: Path) -> Recipe:
 
 def _preset(name: str, ablations: Path) -> dict[str, Any]:
     path = ablations / f"{name}.yaml"
+    if not ablations.is_dir():
+        raise SiopConfigError(
+            f"--recompute ablation={name} is not allowed: there is no folder {ablations}, where presets lie; give "
+            "their keys as KEY=VALUE"
+        )
     if "/" in name or not path.is_file():
         there = sorted(path.stem for path in ablations.glob("*.yaml"))
         raise SiopConfigError(f"--recompute ablation={name} is not allowed; choose one of {', '.join(there) or 'none'}")
@@ -100,6 +105,43 @@ def _preset(name: str, ablations: Path) -> dict[str, Any]:
             f"--recompute ablation={name} is not allowed: adv_estimator={estimator} takes no turn rewards"
         )
     return preset
+
+
+def check_recipe(settings_of: Sequence[Sequence[DumpedSettings]], recipe: Recipe) -> None:
+    """Refuse a recipe under which no run can be recomputed, before anybody waits for it.
+
+    Args:
+        settings_of: of each run those that are there; none is known of a run that has not dumped a step.
+        recipe: what is other.
+
+    Raises:
+        DumpError, SiopConfigError: why the first run cannot be.
+    """
+    refusals: list[SiopError] = []
+    for settings in settings_of:
+        try:
+            for one in settings:
+                _configured(one, recipe)
+            return
+        except SiopError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+def _configured(settings: DumpedSettings, recipe: Recipe | None) -> tuple[SiopConfig, dict[str, Any]]:
+    """The method's keys and the whole algorithm section, see :func:`recompute`."""
+    algorithm = {**settings.algorithm, **(recipe.keys if recipe else {})}
+    if settings.algorithm.get("adv_estimator") != "siop":
+        raise DumpError(f"the training used adv_estimator={settings.algorithm.get('adv_estimator')}: it has no scores")
+    if algorithm.get("use_kl_in_reward"):
+        raise DumpError("the training had a KL penalty in its rewards (use_kl_in_reward): not recomputed")
+    gamma, scale = algorithm.get("gamma", 1.0), algorithm.get("norm_adv_by_std_in_grpo", True)
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+        raise SiopConfigError(f"gamma={gamma!r} is not allowed; choose a number from 0 to 1")
+    if not isinstance(scale, bool):
+        raise SiopConfigError(f"norm_adv_by_std_in_grpo={scale!r} is not allowed; choose true or false")
+    return SiopConfig.from_algorithm(algorithm), algorithm
 
 
 class DumpedBatch(CreditBatch):
@@ -161,16 +203,31 @@ class DumpedBatch(CreditBatch):
 
 
 def _parsed(rollout: DumpedRollout) -> ParsedRollout:
-    calls = (rollout.siop_tools or {}).get("executed_calls")
     turns = [span.tokens for span in rollout.turns if span.tokens is not None]
     if rollout.dump_version < 2:
         raise DumpError(
             f"rollout {rollout.uid} is of dump version 1, which holds neither token ranges nor settings: nothing can "
             "be recomputed"
         )
-    executed = None if calls is None else [[(name, arguments) for name, arguments in turn] for turn in calls]
-    token_free = Rollout(rollout.group, rollout.question or "", [], [], [], executed_calls=executed)
+    token_free = Rollout(
+        uid=rollout.group,
+        question=rollout.question or "",
+        prompt_ids=[],
+        response_ids=[],
+        response_mask=[],
+        executed_calls=_executed(rollout),
+        turn_scores=rollout.turn_scores or None,
+        outcome=rollout.success,
+    )
     return ParsedRollout(token_free, turns, rollout.answer or "")
+
+
+def _executed(rollout: DumpedRollout) -> list[list[tuple[str, str]]] | None:
+    calls = (rollout.siop_tools or {}).get("executed_calls")
+    try:
+        return None if calls is None else [[(str(name), str(text)) for name, text in turn] for turn in calls]
+    except (TypeError, ValueError) as error:
+        raise DumpError(f"rollout {rollout.uid}: siop_tools.executed_calls are no names and arguments") from error
 
 
 def recompute(
@@ -191,12 +248,7 @@ def recompute(
         DumpError: the dump does not hold what the keys need.
         SiopConfigError: the keys do not go together.
     """
-    algorithm = {**settings.algorithm, **(recipe.keys if recipe else {})}
-    if settings.algorithm.get("adv_estimator") != "siop":
-        raise DumpError(f"the training used adv_estimator={settings.algorithm.get('adv_estimator')}: it has no scores")
-    if algorithm.get("use_kl_in_reward"):
-        raise DumpError("the training had a KL penalty in its rewards (use_kl_in_reward): not recomputed")
-    config = SiopConfig.from_algorithm(algorithm)
+    config, algorithm = _configured(settings, recipe)
     kept = [rollout for rollout in rollouts if not rollout.dropped]
     if config.siop_use_gold_ref:
         rewards = _dumped_rewards(kept, recipe, config)

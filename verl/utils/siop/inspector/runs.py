@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -13,7 +14,8 @@ from verl.utils.siop.errors import SiopError
 from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.index import RunIndex
-from verl.utils.siop.inspector.recompute import Recipe, recompute
+from verl.utils.siop.inspector.recompute import Recipe, check_recipe, recompute
+from verl.utils.siop.inspector.schema import DumpError, NotThere
 from verl.utils.siop.inspector.summary import FLAGS
 from verl.utils.siop.inspector.views import Other, question_view
 
@@ -41,22 +43,32 @@ class Runs:
         indexes: by the name of the run.
 
     Raises:
-        DumpError: a folder is none of a run.
+        DumpError: a folder is none of a run or given twice, or no run can be recomputed.
+        SiopConfigError: the keys of the recipe are not allowed.
     """
 
     def __init__(self, folders: Sequence[Path], recipe: Recipe | None = None) -> None:
         self.indexes: dict[str, RunIndex] = {}
         for folder in folders:
             dump = Dump(folder)
-            name, number = dump.name, 2
-            while name in self.indexes:
-                name, number = f"{dump.name}-{number}", number + 1
-            self.indexes[name] = RunIndex(dump)
+            self.indexes[self._new_name(dump)] = RunIndex(dump)
         self.recipe = recipe
+        if recipe:
+            check_recipe([index.dump.all_settings() for index in self.indexes.values()], recipe)
         self._progress: dict[str, tuple[int, int]] = {}
         self._recomputed: OrderedDict[tuple[str, int, int], Other | str] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
+
+    def _new_name(self, dump: Dump) -> str:
+        """The run's name, with as many of the folders that it lies in as tell it from those before."""
+        place = dump.rollouts.resolve()
+        if any(index.dump.rollouts.resolve() == place for index in self.indexes.values()):
+            raise DumpError(f"{dump.rollouts} is given twice")
+        name, outer = dump.name, (place.parent if place.name == "rollouts" else place).parent
+        while name in self.indexes:
+            name, outer = f"{outer.name}/{name}", outer.parent
+        return name
 
     # ------------------------------------------------------------------ following
     def refresh(self, show: Callable[[str, int, int], None] | None = None) -> None:
@@ -68,17 +80,25 @@ class Runs:
                 if show:
                     show(name, done, total)
 
-            index.refresh(progress)
+            try:
+                index.refresh(progress)
+                index.trouble = ""
+            except (SiopError, OSError) as error:
+                if index.trouble != str(error):
+                    logger.error("%s is not read any further: %s", name, error)
+                index.trouble = str(error)
             self._progress.pop(name, None)
 
     def follow(self, every_s: float) -> None:
         """Refresh again and again, until :meth:`close`."""
-        while not self._stop.is_set():
-            try:
+        try:
+            while not self._stop.is_set():
                 self.refresh()
-            except (SiopError, OSError) as error:
-                logger.error("the runs could not be read: %s", error)
-            self._stop.wait(every_s)
+                self._stop.wait(every_s)
+        finally:
+            if not self._stop.is_set():  # by an error of this program, which the log has
+                for index in self.indexes.values():
+                    index.trouble = "nothing more is read: see the log of the service"
 
     def close(self) -> None:
         """End :meth:`follow`."""
@@ -89,10 +109,10 @@ class Runs:
         """The index of a run.
 
         Raises:
-            KeyError: it is not one of these.
+            NotThere: it is not one of these.
         """
         if run not in self.indexes:
-            raise KeyError(f"no run {run}; there are {', '.join(self.indexes)}")
+            raise NotThere(f"no run {run}; there are {', '.join(self.indexes)}")
         return self.indexes[run]
 
     def overview(self) -> dict[str, Any]:
@@ -118,7 +138,7 @@ class Runs:
         """A question with its rollouts, and where else it was asked.
 
         Raises:
-            KeyError: there is no such question.
+            NotThere: there is no such run or question.
             DumpError, OSError: the dump cannot be read.
         """
         rollouts = self.index(run).rollouts(step, group)
@@ -133,10 +153,10 @@ class Runs:
         return view
 
     def lines(self, run: str, step: int, group: str) -> dict[str, Any]:
-        """The lines of a question as they are in the dump, and the settings."""
+        """The lines of a question as they are in the dump, and the settings, None where they are not there."""
         rollouts = self.index(run).rollouts(step, group)
         settings = None
-        if rollouts[0].settings:
+        with contextlib.suppress(DumpError):
             settings = self.index(run).dump.settings(rollouts[0].settings).model_dump()
         return {"rollouts": [rollout.model_dump(exclude_none=True) for rollout in rollouts], "settings": settings}
 

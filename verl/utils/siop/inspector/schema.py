@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -118,6 +119,11 @@ class DumpedRollout(BaseModel):
     score: float | None = None
 
     @property
+    def final_answer(self) -> str | None:
+        """The answer, empty if it is missing; None where none is asked for: of games, whose turns are scored."""
+        return None if self.turn_scores is not None and not self.answer else self.answer
+
+    @property
     def turns(self) -> list[Span]:
         """The T assistant turns."""
         return [span for span in self.spans or () if span.role == "assistant"]
@@ -180,6 +186,13 @@ class DumpedSettings(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class NotThere(SiopError, KeyError):
+    """No such run or question."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def parse_rollout(line: str | bytes, where: str) -> DumpedRollout:
     """One line of a dump, of this version or of version 1, whose missing fields are filled in as far as they are known.
 
@@ -191,7 +204,7 @@ def parse_rollout(line: str | bytes, where: str) -> DumpedRollout:
         DumpError: no JSON, a field that is missing or wrong, or a later version.
     """
     try:
-        rollout = DumpedRollout.model_validate_json(line)
+        rollout = DumpedRollout.model_validate_json(_whole_characters(line))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
@@ -203,7 +216,64 @@ def parse_rollout(line: str | bytes, where: str) -> DumpedRollout:
         )
     if rollout.dump_version == 1:
         _complete(rollout)
+    else:
+        _check(rollout, where)
     return rollout
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone, which UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _whole_characters(line: str | bytes) -> str | bytes:
+    r"""A line whose escapes (``\ud83d``) make whole characters; as it is, where it is no JSON."""
+    if b"\\ud" not in (line if isinstance(line, bytes) else line.encode("utf-8", "replace")).lower():
+        return line
+    try:
+        return whole_characters(json.dumps(json.loads(line), ensure_ascii=False))
+    except (ValueError, RecursionError):
+        return line
+
+
+# Of a rollout with T turns: T values, or none.
+_BY_TURN = ("gains", "turn_rewards", "kl_rewards", "turn_returns", "turn_advantages")
+
+
+def _check(rollout: DumpedRollout, where: str) -> None:
+    """What the page takes for granted of version 2.
+
+    Raises:
+        DumpError: no group, no spans, a span outside of the text, or values that are not those of the turns.
+    """
+    for name in ("group", "spans"):
+        if getattr(rollout, name) in ("", None):
+            raise DumpError(f"{where}: {name}: it is missing")
+    for span in rollout.spans or ():
+        start, end = span.chars
+        if not 0 <= start <= end <= len(rollout.output):
+            raise DumpError(f"{where}: spans: {start} to {end} of a text of {len(rollout.output)} characters")
+    count = len(rollout.turns)
+    for name in _BY_TURN:
+        values = getattr(rollout, name)
+        if values and len(values) != count:
+            raise DumpError(f"{where}: {name}: {len(values)} values for {count} turns")
+        if any(value == [] for value in values or ()):
+            raise DumpError(f"{where}: {name}: a turn without values")
+    if rollout.support and rollout.boundaries and len(rollout.support) != len(rollout.boundaries):
+        raise DumpError(f"{where}: support: {len(rollout.support)} values at {len(rollout.boundaries)} boundaries")
+
+
+def not_finite(rollouts: Iterable[DumpedRollout]) -> list[str]:
+    """The fields in which some rollout has NaN or an infinity, which JSON cannot hold."""
+    names = ("evidence", "mass", "target", "score", "support", "turn_scores", *_BY_TURN)
+    return [name for name in names if any(not math.isfinite(v) for r in rollouts for v in _flat(getattr(r, name)))]
+
+
+def _flat(value: Any) -> list[float]:
+    if isinstance(value, list):
+        return [number for item in value for number in _flat(item)]
+    return [] if value is None else [value]
 
 
 # The turns of a response in the markup of ChatML, which all that version 1 knew is written in.

@@ -13,7 +13,8 @@ _PIECE = re.compile(
     r"<think>(?P<think>.*?)(?:</think>|\Z)"
     r"|<tool_call>(?P<call>.*?)(?:</tool_call>|\Z)"
     r"|<tool_response>(?P<result>.*?)(?:</tool_response>|\Z)"
-    r"|<answer>(?P<answer>.*?)(?:</answer>|\Z)",
+    r"|<answer>(?P<answer>.*?)(?:</answer>|\Z)"
+    r"|<action>(?P<action>.*?)(?:</action>|\Z)",
     re.DOTALL,
 )
 # A number or a title before a passage: "[2] …", "Doc 2 (Title: …) …".
@@ -29,7 +30,7 @@ class Segment:
     """A piece of a turn.
 
     Args:
-        kind: ``think``, ``call``, ``passage``, ``answer`` or ``text``.
+        kind: ``think``, ``call``, ``passage``, ``answer``, ``action`` (a move in a game) or ``text``.
         text: as it was written, without the tags and the markup of the chat.
         keys: what equal queries and passages of other rollouts share; empty where there is nothing to compare.
     """

@@ -74,12 +74,12 @@ def question_summary(rollouts: Sequence[DumpedRollout]) -> dict[str, Any]:
     main = [main_outcome(rollout.outcomes()) for rollout in rollouts]
     known = [value for value in main if value is not None]
     ids = {rollout.cluster for rollout in rollouts if rollout.cluster is not None}
-    answered = any(rollout.answer for rollout in rollouts)
+    answers = [rollout.final_answer for rollout in rollouts if rollout.final_answer is not None]
     answer = heaviest_answer(rollouts)
     return {
         "question": first.question or "",
         "rollouts": len(rollouts),
-        "clusters": len(ids) if ids or not answered else None,
+        "clusters": len(ids) if ids or (answers and not any(answers)) else None,
         "outcome": _mean(known) if known else None,
         "turns_min": min(turns),
         "turns_max": max(turns),
@@ -98,7 +98,7 @@ def question_summary(rollouts: Sequence[DumpedRollout]) -> dict[str, Any]:
             for rollout, row in zip(rollouts, advantages, strict=True)
             if row and rollout.support
         ),
-        "no_answer": sum(not rollout.answer for rollout in rollouts),
+        "no_answer": sum(not answer for answer in answers),
         "no_update": int(bool(flat) and not any(flat)),
         "dropped": int(first.dropped),
     }
@@ -119,7 +119,7 @@ def step_summary(questions: Sequence[Sequence[DumpedRollout]]) -> dict[str, floa
     rollouts = [rollout for group in questions for rollout in group]
     values: dict[str, list[float]] = {
         "siop/turns/mean": [float(len(rollout.turns)) for rollout in rollouts],
-        "siop/no_answer": [float(not rollout.answer) for rollout in rollouts if rollout.answer is not None],
+        "siop/no_answer": [float(not r.final_answer) for r in rollouts if r.final_answer is not None],
         "siop/support_first": [rollout.support[0] for rollout in rollouts if rollout.support],
         "siop/support_last": [rollout.support[-1] for rollout in rollouts if rollout.support],
         "siop/clusters_per_group": [

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl.utils.siop.inspector.schema import DumpedRollout
+from verl.utils.siop.inspector.schema import DumpedRollout, not_finite, whole_characters
 from verl.utils.siop.inspector.segments import segments
 from verl.utils.siop.inspector.summary import advantages_of, gold_of
 
@@ -35,6 +35,7 @@ def question_view(rollouts: Sequence[DumpedRollout], other: Other | None = None)
         "method": first.method,
         "version": first.dump_version,
         "dropped": first.dropped,
+        "not_finite": not_finite(rollouts),
         "clusters": _clusters(rollouts),
         "rollouts": [_rollout(rollout, (other or {}).get(rollout.uid)) for rollout in rollouts],
     }
@@ -65,7 +66,7 @@ def _rollout(rollout: DumpedRollout, other: Mapping[str, Sequence[float]] | None
     return {
         "uid": rollout.uid,
         "session": rollout.session,
-        "answer": rollout.answer,
+        "answer": rollout.final_answer,
         "cluster": rollout.cluster,
         "outcomes": rollout.outcomes(),
         "score": rollout.score,
@@ -100,6 +101,7 @@ def _turns(rollout: DumpedRollout) -> list[dict[str, Any]]:
         cut = max(0, len(text) - MAX_CHARACTERS)
         shown = [dataclasses.asdict(one) for one in segments(text[:MAX_CHARACTERS], thinking and not _is_tool(span))]
         for one in shown:
+            one["text"] = whole_characters(one["text"])  # the arguments of a call are JSON of the model
             # Short, and the same in every rollout.
             one["keys"] = [hashlib.sha256(key.encode()).hexdigest()[:12] for key in one["keys"]]
         if span.role == "assistant":

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 PAGE = Path(__file__).parent
+STYLE = PAGE / "style.css"
 _MAP_MARK, _STYLE_MARK, _MAIN_MARK, _HEAD_MARK = "@IMPORT_MAP@", "@STYLE@", "@MAIN@", "@HEAD@"
 
 
@@ -53,7 +54,7 @@ def standalone(data: str) -> str:
         (PAGE / "index.html")
         .read_text(encoding="utf-8")
         .replace(_HEAD_MARK, f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
-        .replace(_STYLE_MARK, f"<style>\n{(PAGE / 'style.css').read_text(encoding='utf-8')}</style>")
+        .replace(_STYLE_MARK, f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>")
         .replace(_MAP_MARK, scripts[0])
         .replace(
             _MAIN_MARK,

@@ -43,12 +43,18 @@ function axes(x, y, steps, values) {
   const found = [];
   for (const value of values) {
     found.push(svg("line", { class: "grid", x1: PAD.left, x2: WIDTH - PAD.right, y1: y(value), y2: y(value) }));
-    found.push(svg("text", { class: "tick", x: PAD.left - 5, y: y(value) + 3, "text-anchor": "end" }, number(value)));
+    found.push(svg("text", { class: "tick", x: PAD.left - 5, y: y(value) + 3, "text-anchor": "end" }, String(Number(value.toPrecision(3)))));
   }
   for (const step of steps) {
     found.push(svg("text", { class: "tick", x: x(step), y: HEIGHT - 5, "text-anchor": "middle" }, String(step)));
   }
   return found;
+}
+
+// A piece of a series' line, before its name.
+export function key(colour, dash = "") {
+  return svg("svg", { class: "key", viewBox: "0 0 20 4", "aria-hidden": "true", focusable: "false" },
+    svg("line", { class: `line ${colour} ${dash}`, x1: 0, x2: 20, y1: 2, y2: 2 }));
 }
 
 // What the series say at a step, as text.
@@ -71,7 +77,7 @@ export function chart({ title, series, marks = [], onstep }) {
   const drawing = svg(
     "svg",
     { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, "aria-hidden": "true", focusable: "false" },
-    axes(x, y, whole, ticks(low, high, 3)),
+    axes(x, y, whole, ticks(low, high, 4)),
     marks.map((step) => svg("line", { class: "mark", x1: x(step), x2: x(step), y1: PAD.top, y2: HEIGHT - PAD.bottom })),
     series.map((one) => svg("path", { class: `line ${one.colour} ${one.dash || ""}`, d: path(one, x, y) })),
     last === first
@@ -92,7 +98,7 @@ export function chart({ title, series, marks = [], onstep }) {
     legend.replaceChildren(
       el("span", { class: "step" }, `step ${step}`),
       ...rows.map((row) =>
-        el("span", { class: "series" }, el("i", { class: `key ${row.colour} ${row.dash || ""}` }), `${row.label} `,
+        el("span", { class: "series" }, key(row.colour, row.dash), `${row.label} `,
           el("b", {}, row.text))),
     );
     plot.setAttribute("aria-valuenow", step);

@@ -2,11 +2,13 @@
 
 import { chart } from "inspector/chart";
 import { el } from "inspector/dom";
+import { counted, number } from "inspector/format";
 import { go } from "inspector/route";
 import { source } from "inspector/source";
 
+const DASHES = 4;
 const OUTCOME = "siop/outcome/";
-const COLOURS = 6;
+const COLOURS = 8;
 
 // [title, names of metrics or a pattern of them, what the label of a match is]
 const CHARTS = [
@@ -43,7 +45,7 @@ function seriesOf(which, runs) {
       steps: curves.steps,
       values: curves.metrics[metric],
       colour: `c${(runs.length > 1 ? run : place) % COLOURS}`,
-      dash: runs.length > 1 && place ? `d${place % 4}` : "",
+      dash: runs.length > 1 && place ? `d${place % DASHES}` : "",
     })));
 }
 
@@ -60,11 +62,11 @@ function alarmList(runs) {
 function summary(runs) {
   return runs.map(({ state, curves }) => {
     const em = curves.metrics[`${OUTCOME}em`] || curves.metrics[`${OUTCOME}success`];
-    const last = em ? `, outcome ${em[0]?.toFixed(2)} → ${em[em.length - 1]?.toFixed(2)}` : "";
-    const waiting = state.waiting ? `, ${state.waiting} steps still to be read` : "";
+    const last = em ? `, outcome ${number(em[0], 2)} → ${number(em[em.length - 1], 2)}` : "";
+    const waiting = state.waiting ? `, ${counted(state.waiting, "step")} still to be read` : "";
     const old = state.version === 1 ? " · dump version 1: no advantages, no token ranges, no seconds" : "";
     return el("p", { class: "summary" }, el("b", {}, state.name),
-      ` ${state.steps} steps, ${state.rollouts.toLocaleString("en-US")} rollouts${last}${waiting}${old}`);
+      ` ${counted(state.steps, "step")}, ${counted(state.rollouts, "rollout")}${last}${waiting}${old}`);
   });
 }
 

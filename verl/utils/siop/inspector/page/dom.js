@@ -26,7 +26,13 @@ export function show(place, ...children) {
   place.replaceChildren(...children.flat().filter(Boolean));
 }
 
-// What a screen reader says without moving there.
-export function announce(text) {
-  document.getElementById("live").textContent = text;
+let fading;
+
+// What a screen reader says without moving there, and where it is no more than that what is shown for a while, too.
+export function announce(text, seen = false) {
+  const live = document.getElementById("live");
+  live.textContent = text;
+  live.classList.toggle("seen", seen);
+  clearTimeout(fading);
+  fading = setTimeout(() => live.classList.remove("seen"), 4000);
 }

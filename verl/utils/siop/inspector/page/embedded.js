@@ -32,6 +32,12 @@ function order(search) {
     compare(a.place, b.place);
 }
 
+// gzip in base64, see export.py.
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
 export function embedded(data) {
   const of = (run) => data.runs[run] || Promise.reject(new Error(`no run ${run} in this file`));
   return {
@@ -48,6 +54,10 @@ export function embedded(data) {
       if (!found) throw new Error("this question's rollouts were left out of this file to bound its size");
       return found;
     },
-    lines: null,
+    async lines(run, step, group) {
+      const { lines, settings } = await of(run);
+      const rollouts = JSON.parse(await unpacked(lines[`${step}/${group}`]));
+      return { rollouts, settings: settings[rollouts[0].settings] || null };
+    },
   };
 }

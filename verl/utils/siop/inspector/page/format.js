@@ -18,6 +18,10 @@ export function range(low, high, digits) {
   return low === high ? number(low, digits) : `${number(low, digits)} to ${number(high, digits)}`;
 }
 
+export function counted(count, what) {
+  return `${count.toLocaleString("en-US")} ${what}${count === 1 ? "" : "s"}`;
+}
+
 // How strongly a value is coloured, of the largest of its kind: the side by hue, the size by opacity.
 export function heat(value, largest) {
   if (value === null || value === undefined || !largest) return { side: "none", share: 0 };

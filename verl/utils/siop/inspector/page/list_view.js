@@ -2,7 +2,7 @@
 
 import { el } from "inspector/dom";
 import { number, range, signed } from "inspector/format";
-import { RANGES, go, link, put, searchOf } from "inspector/route";
+import { RANGES, go, link, put, questionPlace, searchOf } from "inspector/route";
 import { source } from "inspector/source";
 
 const PAGE = 100;
@@ -14,6 +14,14 @@ const FLAG_NAMES = {
   no_answer: "no answer",
   no_update: "no update",
   dropped: "left out",
+};
+const ABOUT = {
+  step: "step of the training",
+  clusters: "clusters of the question's answers",
+  outcome: "EM or success, the mean over the question's rollouts",
+  turns: "turns of a rollout; a range holds if it holds for one of them",
+  reward: "sum of a rollout's turn rewards; a range holds if it holds for one of them",
+  advantage: "advantage of a turn; a range holds if it holds for one of them",
 };
 // [title, column to sort by, whether larger ones come first]
 const COLUMNS = [
@@ -29,7 +37,7 @@ function filters(values, overview, changed) {
   return el("form", { class: "filters", role: "search", "aria-label": "Questions", onsubmit: (e) => e.preventDefault() },
     field("text", "Text of the question or answer", { type: "search", placeholder: "question or answer   /", class: "text" }),
     Object.entries(RANGES).map(([name, label]) =>
-      el("span", { class: "range", role: "group", "aria-label": label }, el("span", { class: "name" }, label),
+      el("span", { class: "range", role: "group", "aria-label": label, title: ABOUT[name] }, el("span", { class: "name" }, label),
         field(`${name}_from`, `${label} from`, { type: "number", step: "any", placeholder: "from" }),
         field(`${name}_to`, `${label} to`, { type: "number", step: "any", placeholder: "to" }))),
     el("span", { class: "flags" }, Object.keys(overview.flags).map((flag) =>
@@ -52,19 +60,18 @@ function headings(values) {
     const now = (values.sort || "step") === sort;
     const turned = now ? !values.descending : descending;
     return el("th", { scope: "col", "aria-sort": now ? (values.descending ? "descending" : "ascending") : null },
-      el("a", { href: link("questions", { ...values, offset: 0, sort, descending: turned ? 1 : "" }) },
+      el("a", { title: ABOUT[title], href: link("questions", { ...values, at: "", offset: 0, sort, descending: turned ? 1 : "" }) },
         title, now ? (values.descending ? " ↓" : " ↑") : ""));
   }));
 }
 
 function row(question, at, values) {
-  const { step, group } = question;
-  const href = link("question", { run: values.run, step, group, at, ...searchOf(values) });
+  const href = link("question", questionPlace(values, question, at));
   const flags = Object.keys(FLAG_NAMES).filter((flag) => question[flag] > 0);
   return el("tr", {},
-    el("td", { class: "n" }, step),
-    el("td", {}, el("a", { href, class: "open" }, question.question || "(no question)")),
-    el("td", {}, question.answer || "–"),
+    el("td", { class: "n" }, question.step),
+    el("td", {}, el("a", { href, class: "open", dataset: { at } }, question.question || "(no question)")),
+    el("td", {}, el("div", { class: "few" }, question.answer || "–")),
     el("td", { class: "n" }, number(question.clusters)),
     el("td", { class: "n" }, number(question.outcome, 2)),
     el("td", { class: "n" }, range(question.turns_min, question.turns_max)),
@@ -75,7 +82,7 @@ function row(question, at, values) {
 }
 
 function pager(total, offset, values) {
-  const to = (start, text) => el("a", { href: link("questions", { ...values, offset: start }) }, text);
+  const to = (start, text) => el("a", { href: link("questions", { ...values, at: "", offset: start }) }, text);
   return el("nav", { class: "pager", "aria-label": "Pages" },
     el("span", {}, total ? `${offset + 1} to ${Math.min(total, offset + PAGE)} of ${total.toLocaleString("en-US")}`
       : "No question matches."),
@@ -84,7 +91,8 @@ function pager(total, offset, values) {
 }
 
 export async function listView(values, overview) {
-  const offset = Number(values.offset || 0);
+  // Back from a question: the page that it is on.
+  const offset = Number(values.offset || 0) || Math.floor(Number(values.at || 0) / PAGE) * PAGE;
   const place = el("div", { class: "results" });
   let asked = 0;
 

@@ -1,11 +1,12 @@
 // The page: a bar, and the view that the address names. It follows a training that goes on.
 
 import { curvesView } from "inspector/curves_view";
+import { key } from "inspector/chart";
 import { el, show } from "inspector/dom";
 import { help, listen } from "inspector/keys";
 import { listView } from "inspector/list_view";
 import { questionView } from "inspector/question_view";
-import { go, link, parse } from "inspector/route";
+import { go, link, listOf, namesOf, parse, searchOf } from "inspector/route";
 import { source } from "inspector/source";
 
 const EVERY_MS = 2000;
@@ -14,10 +15,13 @@ const VIEWS = { curves: curvesView, questions: listView, question: questionView 
 
 let overview;
 let drawn = 0;
+let drawing = Promise.resolve();
+// Since when the service does not answer.
+let lost = "";
 
 function chosen(values) {
   const names = overview.runs.map((run) => run.name);
-  const wanted = (values.runs || values.run || "").split(",").filter((name) => names.includes(name));
+  const wanted = (values.runs ? namesOf(values.runs) : [values.run]).filter((name) => names.includes(name));
   return wanted.length ? wanted : names;
 }
 
@@ -35,7 +39,7 @@ function theme() {
 }
 
 function themeButton() {
-  const button = el("button", { type: "button", "aria-label": "Colours" }, theme());
+  const button = el("button", { type: "button", "aria-label": "Colours", title: "colours: as the system has them, light, dark" }, theme());
   button.addEventListener("click", () => {
     const next = THEMES[(THEMES.indexOf(button.textContent) + 1) % THEMES.length];
     button.textContent = next;
@@ -59,12 +63,13 @@ function runSwitch(view, values) {
       el("input", {
         type: several ? "checkbox" : "radio", name: "run", value: name, checked: now.includes(name),
         onchange: (event) => {
-          if (!several) return go("questions", { run: name });
+          if (!several) return go("questions", { run: name, ...searchOf(values) });
           const next = names.filter((one) => (one === name ? event.target.checked : now.includes(one)));
-          return go("curves", { runs: next.join(",") });
+          if (!next.length) event.target.checked = true; // one is always shown
+          return go("curves", { runs: listOf(next.length ? next : now) });
         },
       }),
-      several && el("i", { class: `key c${place % 6}` }), name)));
+      several && key(`c${place % 8}`), name)));
 }
 
 function bar(view, values) {
@@ -77,6 +82,7 @@ function bar(view, values) {
     el("span", { class: "brand" }, "Turn credit"),
     el("nav", { "aria-label": "Views" }, tab("curves", "Curves"), tab("questions", "Questions")),
     runSwitch(view, values),
+    lost && el("span", { class: "lost", role: "alert" }, lost),
     el("span", { class: "end" }, source.live ? null : el("span", {}, overview.exported),
       themeButton(), el("button", { type: "button", onclick: help, "aria-label": "Keys" }, "?")));
 }
@@ -100,26 +106,49 @@ async function draw(focus) {
     if (overview) bar(view, values);
     show(main, el("p", { class: "error", role: "alert" }, error.message));
   }
-  if (focus) main.focus({ preventScroll: true });
+  if (!focus) return;
+  // Back in the list: the question that was left.
+  const left = view === "questions" && values.at && main.querySelector(`a.open[data-at="${CSS.escape(values.at)}"]`);
+  if (left) left.focus();
+  else main.focus({ preventScroll: true });
 }
 
-// What a reader has open stays as it is; only the curves, and the list where nobody types, are drawn anew.
+// A question that is open stays as it is, and so does all that has the focus or the mouse; the rest is drawn anew.
 async function follow() {
   try {
     const next = await source.runs();
     const changed = JSON.stringify(next) !== JSON.stringify(overview);
     overview = next;
-    const { view } = parse();
-    const busy = document.getElementById("main").contains(document.activeElement) && document.activeElement.id !== "main";
-    if (changed && view === "curves" && !busy && !document.querySelector(".plot:hover")) await draw(false);
-  } catch {
-    // The service has ended: what is shown stays.
+    const { view, values } = parse();
+    const busy = ![document.body, document.getElementById("main")].includes(document.activeElement);
+    if (lost) {
+      lost = "";
+      bar(view, values);
+    }
+    if (changed && view !== "question" && !busy && !document.querySelector(".plot:hover")) await draw(false);
+  } catch (error) {
+    if (!lost) {
+      const { view, values } = parse();
+      lost = `no answer since ${new Date().toLocaleTimeString()} (${error.message}): this is what was there before`;
+      bar(view, values);
+    }
   }
   setTimeout(follow, EVERY_MS);
 }
 
+// What the address names is drawn, whatever it comes to name meanwhile.
+async function settled() {
+  for (let last; last !== drawing; ) {
+    last = drawing;
+    await last;
+  }
+}
+
 setTheme(theme());
-listen();
-addEventListener("hashchange", () => draw(true));
-await draw(false);
+listen(settled);
+addEventListener("hashchange", () => {
+  drawing = draw(true);
+});
+drawing = draw(false);
+await drawing;
 if (source.live) setTimeout(follow, EVERY_MS);

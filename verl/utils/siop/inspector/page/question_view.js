@@ -1,19 +1,22 @@
 // The question view: the clusters, and all rollouts side by side.
 
 import { announce, el } from "inspector/dom";
-import { CLUSTER_COLOURS, clusterName, number } from "inspector/format";
+import { CLUSTER_COLOURS, clusterName, counted, number } from "inspector/format";
 import { rolloutColumn } from "inspector/rollout_view";
-import { link, searchOf } from "inspector/route";
+import { link, questionPlace, searchOf } from "inspector/route";
 import { source } from "inspector/source";
 import { testCase } from "inspector/test_case";
+
+const ABOUT_CLUSTERS = "q: target, the share of what this answer is paid; mass: share of the rollouts with an answer; " +
+  "evidence: how well the passages that they found support it";
 
 function clusterList(clusters) {
   return el("ul", { class: "clusters", "aria-label": "Clusters of answers" }, clusters.map((cluster, place) =>
     el("li", { class: `cluster k${place % CLUSTER_COLOURS}` },
       el("span", { class: "badge" }, clusterName(place)), cluster.references.join(" / ") || "–",
-      el("div", { class: "numbers" },
+      el("div", { class: "numbers", title: ABOUT_CLUSTERS },
         `q ${number(cluster.target, 3)} · mass ${number(cluster.mass, 3)} · evidence ${number(cluster.evidence, 3)} · ` +
-        `${cluster.size} rollout${cluster.size === 1 ? "" : "s"}`))));
+        counted(cluster.size, "rollout")))));
 }
 
 // The same query or passage, wherever it stands.
@@ -26,6 +29,7 @@ function highlighter(root) {
 }
 
 async function copy(text, what) {
+  let copied = true;
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -34,25 +38,24 @@ async function copy(text, what) {
     area.value = text;
     document.body.append(area);
     area.select();
-    document.execCommand("copy");
+    copied = document.execCommand("copy");
     area.remove();
   }
-  announce(`Copied ${what}`);
+  if (!copied) throw new Error("the browser does not allow it");
+  announce(`Copied ${what}`, true);
 }
 
 function copiers(values, question) {
-  const whole = () => source.lines(values.run, values.step, values.group);
-  const found = {
-    JSON: async (rollout) => {
-      const lines = source.lines ? (await whole()).rollouts : question.rollouts;
-      await copy(JSON.stringify(lines.find((line) => line.uid === rollout.uid), null, 1), "the rollout as JSON");
-    },
+  const copier = (what, text) => async (rollout) => {
+    try {
+      await copy(text(await source.lines(values.run, values.step, values.group), rollout), `the rollout as ${what}`);
+    } catch (error) {
+      announce(`Not copied as ${what}: ${error.message}`, true);
+    }
   };
-  if (source.lines && question.version > 1) {
-    found.test = async (rollout) => copy(testCase(await whole(), rollout), "the rollout as a test case");
-  }
-  // Not a button.
-  Object.defineProperty(found, "name", { value: clusterName, enumerable: false });
+  const json = ({ rollouts }, rollout) => JSON.stringify(rollouts.find((line) => line.uid === rollout.uid), null, 1);
+  const found = [["JSON", "JSON", copier("JSON", json)]];
+  if (question.version > 1) found.push(["test", "a test case", copier("a test case", testCase)]);
   return found;
 }
 
@@ -63,7 +66,7 @@ async function neighbours(values) {
   const found = await source.questions(values.run, { ...searchOf(values), offset: start, limit: 3 });
   const address = (place) => {
     const one = found.questions[place - start];
-    return one && link("question", { run: values.run, step: one.step, group: one.group, at: place, ...searchOf(values) });
+    return one && link("question", questionPlace(values, one, place));
   };
   return [at > 0 ? address(at - 1) : null, address(at + 1)];
 }
@@ -78,16 +81,18 @@ function tools(values, question, before, after) {
     shown.textContent = show ? question.gold.join(" / ") || "no label" : "";
   });
   return el("div", { class: "tools" },
-    el("a", { id: "back", href: link("questions", { run: values.run, ...searchOf(values) }) }, "← list"),
+    el("a", { id: "back", href: link("questions", { run: values.run, at: values.at, ...searchOf(values) }) }, "← list"),
     before ? el("a", { id: "before", href: before }, "previous (k)") : null,
     after ? el("a", { id: "after", href: after }, "next (j)") : null,
-    el("span", {}, `step ${question.step} · ${question.method || "dump version 1"}`), gold, shown);
+    el("span", {}, `step ${question.step} · ${question.method || "dump version 1"} · ${counted(question.rollouts.length, "rollout")} (h, l)`),
+    gold, shown);
 }
 
 function notes(question, overview) {
   const found = [];
   if (question.dropped) found.push("This question was left out of the update: the scorer failed on it.");
   if (question.version === 1) found.push("Dump version 1: it holds no advantages and no token ranges.");
+  if (question.not_finite.length) found.push(`Not a number in the dump, shown as –: ${question.not_finite.join(", ")}.`);
   if (overview.recompute) {
     const { name, kept } = overview.recompute;
     const names = Object.keys(kept);
@@ -123,7 +128,7 @@ export async function questionView(values, overview) {
     rolloutColumn(one, column + 1, places, largest, keyed, copying)));
   return [
     tools(values, question, before, after),
-    el("h1", { class: "question" }, question.question || "(no question)"),
+    el("h1", { class: `question${question.question.includes("\n") ? " board" : ""}`, tabindex: question.question.length > 500 ? 0 : null }, question.question || "(no question)"),
     ...notes(question, overview),
     clusterList(question.clusters),
     columns,

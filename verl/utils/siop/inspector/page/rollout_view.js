@@ -1,10 +1,10 @@
 // One rollout as a column: its answer, its support, a card for each turn.
 
 import { el } from "inspector/dom";
-import { heat, number, signed } from "inspector/format";
+import { CLUSTER_COLOURS, clusterName, heat, number, signed } from "inspector/format";
 import { supportCurve } from "inspector/support_curve";
 
-const LABELS = { think: "thinks", call: "calls", passage: "", answer: "answers", text: "" };
+const LABELS = { think: "thinks", call: "calls", passage: "", answer: "answers", action: "acts", text: "" };
 // [key, name, what it is]
 const VALUES = [
   ["gain", "gain", "what the support of the cluster gained by this turn"],
@@ -43,7 +43,7 @@ function head(turn, number_, other, largest) {
           "advantage ", el("b", {}, signed(turn.advantage, 2)))),
     values,
     other && el("span", { class: "value other", title: "reward and advantage under the other keys" },
-      "other keys: ", `${signed(other.reward)}, `, el("b", {}, signed(other.advantage, 2))));
+      `other keys: reward ${signed(other.reward)}, advantage `, el("b", {}, signed(other.advantage, 2))));
 }
 
 function card(turn, place, column, rollout, largest, keyed) {
@@ -54,30 +54,34 @@ function card(turn, place, column, rollout, largest, keyed) {
     { class: "turn", style: { "grid-column": column, "grid-row": place + 2 }, title: tokens,
       "aria-label": `Rollout ${rollout.session}, turn ${place + 1}, advantage ${signed(turn.advantage, 2)}` },
     head(turn, place + 1, other, largest),
-    el("div", { class: "body" }, turn.segments.map((one) => piece(one, keyed)), turn.results.map((one) => piece(one, keyed)),
+    el("div", { class: "body" }, turn.segments.map((one) => piece(one, keyed)),
+      turn.results.length ? el("div", { class: "results" }, turn.results.map((one) => piece(one, keyed))) : null,
       turn.cut ? el("em", {}, `${turn.cut} more characters are in the dump`) : null));
 }
 
 function facts(rollout) {
-  const found = Object.entries(rollout.outcomes).map(([name, value]) => `${name} ${number(value, 2)}`);
+  const found = rollout.answer === null ? [] : [`rollout ${rollout.session}`];
+  for (const [name, value] of Object.entries(rollout.outcomes)) found.push(`${name} ${number(value, 2)}`);
   if (rollout.score !== null) found.push(`reward ${signed(rollout.score)}`);
   for (const [name, count] of Object.entries(rollout.calls)) found.push(`${name.replaceAll("_", " ")} ${count}`);
   return found.join(" · ");
 }
 
-// places: cluster id → place by weight. copy: what the buttons do, by name.
+// places: cluster id → place by weight. copy: name, what is copied and how, of each button.
 export function rolloutColumn(rollout, column, places, largest, keyed, copy) {
   const place = places.get(rollout.cluster);
-  const colour = place === undefined ? "" : `k${place % 8}`;
+  const colour = place === undefined ? "" : `k${place % CLUSTER_COLOURS}`;
+  // Games ask for no answer.
+  const title = rollout.answer || (rollout.answer === null ? `rollout ${rollout.session}` : "no answer");
   const header = el("header", { style: { "grid-column": column } },
-    el("span", { class: "copy" }, Object.entries(copy).map(([name, action]) =>
-      el("button", { type: "button", onclick: () => action(rollout), "aria-label": `Copy rollout ${rollout.session} as ${name}` }, name))),
-    el("h2", {}, place === undefined ? null : el("span", { class: "badge" }, copy.name(place)),
-      rollout.answer || "no answer"),
-    el("div", { class: "numbers" }, `rollout ${rollout.session} · ${facts(rollout)}`),
+    el("span", { class: "copy" }, copy.map(([name, what, action]) =>
+      el("button", { type: "button", onclick: () => action(rollout), title: `copy the rollout as ${what}`,
+        "aria-label": `Copy rollout ${rollout.session} as ${name}` }, name))),
+    el("h2", {}, place === undefined ? null : el("span", { class: "badge" }, clusterName(place)), title),
+    el("div", { class: "numbers" }, facts(rollout)),
     rollout.support.length ? el("div", { class: "support" }, supportCurve(rollout.support, rollout.boundaries)) : null);
   let turn = 0;
   const cards = rollout.turns.map((one) => card(one, one.before ? 0 : turn++, column, rollout, largest, keyed));
   return el("article", { class: `rollout ${colour}`, dataset: { session: rollout.session },
-    "aria-label": `Rollout ${rollout.session}: ${rollout.answer || "no answer"}` }, header, cards);
+    "aria-label": `Rollout ${rollout.session}: ${title}` }, header, cards);
 }

@@ -25,6 +25,10 @@ export function put(view, values) {
   history.replaceState(null, "", link(view, values));
 }
 
+// Several names as one value, whatever characters they have.
+export const listOf = (names) => names.map((name) => name.replace(/[%,]/g, encodeURIComponent)).join(",");
+export const namesOf = (list) => list.split(",").map((name) => name.replace(/%(25|2C)/g, decodeURIComponent));
+
 export const RANGES = {
   step: "step",
   clusters: "clusters",
@@ -37,6 +41,11 @@ const SEARCH = [
   "text", "flags", "sort", "descending",
   ...Object.keys(RANGES).flatMap((name) => [`${name}_from`, `${name}_to`]),
 ];
+
+// Where a question is: in which list, and the how manieth of it.
+export function questionPlace(values, { step, group }, at) {
+  return { run: values.run, step, group, at, ...searchOf(values) };
+}
 
 // The part of the address that says what is listed.
 export function searchOf(values) {
