@@ -39,7 +39,7 @@ class SupportStore:
             return
         text = file.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.split("\n") if line]
         if not lines or lines[0] != head:
             raise ValueError(f"{file} holds numbers of {lines[0] if lines else 'nothing'}, not of {head}; remove it")
         if whole != text:

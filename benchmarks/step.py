@@ -103,7 +103,7 @@ def train(env: dict[str, str], folder: Path, mark: str, steps: int, overrides: S
     log = log_file.read_text(errors="replace")
     if run.returncode:
         sys.exit(f"training failed:\n{log[-3000:]}")
-    rows = [json.loads(line) for line in (folder / "rollouts" / "1.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "rollouts" / "1.jsonl").read_text().split("\n") if line]
     rewards = {(row["input"], row["output"]): row["turn_rewards"] for row in rows}
     return Training(read_steps(log), first, peak, rewards)
 

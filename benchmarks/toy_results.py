@@ -71,7 +71,8 @@ def observations_of(output: str) -> list[str]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The lines of a JSONL file; not by splitlines, which also ends one where a text has a line separator."""
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 def _share(values: Iterable[bool | float]) -> float:

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from launch_variables import TABLE  # noqa: E402
 
+from benchmarks.toy_results import read_rows  # noqa: E402
 from benchmarks.training_table import chosen, split_name, start_run, stop, with_known  # noqa: E402
 
 RUNS, GAMES = ROOT / "runs" / "vpr_table", ROOT / "runs" / "games"
@@ -217,8 +218,7 @@ def training(folder: Path) -> dict[str, float]:
     ``oracle_error`` of the scores that it learnt from."""
     tokens, turns, errors = 0, 0, list[float]()
     for file in folder.glob("[0-9]*.jsonl"):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
+        for row in read_rows(file):
             turns += len(row["actions"])
             # One token a word, and the end of each turn.
             tokens += sum(len(text.split()) + 1 for text in row["actions"])

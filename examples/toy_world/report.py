@@ -29,8 +29,8 @@ def _read(folder: Path, data: Path) -> dict[str, dict[str, list[float]]]:
     template_of = _template_of(data)
     scores: dict[str, dict[str, list[float]]] = {}
     for file in sorted(folder.glob("[0-9]*.jsonl")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
+        # Not splitlines, which also ends a line where a text has a line separator of Unicode.
+        for row in (json.loads(line) for line in file.read_text().split("\n") if line):
             entry = scores.setdefault(template_of(row["input"]), {"em": [], "f1": []})
             entry["em"].append(row["em"])
             entry["f1"].append(row["f1"])

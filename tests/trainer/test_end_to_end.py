@@ -97,7 +97,7 @@ class Quickstart:
         return {file.name: file.read_bytes() for file in (self.out / "rollouts").glob("[0-9]*.jsonl")}
 
     def dumped(self, step: int) -> list[dict]:
-        return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().split("\n") if line]
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_a_step_of_training(preset: str, game: Path, tmp_path: Path) -> None:
         assert f"siop/outcome/{name}:" in done.stdout
     assert ("siop/turn_reward/mean:" in done.stdout) == (preset != "grpo")
     assert "siop/no_answer" not in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts" / "1.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts" / "1.jsonl").read_text().split("\n") if line]
     assert len(rows) == 16
     for row in rows:
         scores = row["turn_scores"]

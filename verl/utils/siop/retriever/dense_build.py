@@ -150,7 +150,7 @@ def _index(args: argparse.Namespace) -> None:
     queries = None
     if args.queries:
         try:
-            lines = args.queries.read_text(encoding="utf-8").splitlines()
+            lines = args.queries.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise CorpusError(f"cannot read --queries {args.queries}, a text file in UTF-8: {error}") from error
         queries = [line for line in lines if line.strip()]
