@@ -17,6 +17,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from verl.utils.siop.http.packed import is_packed, spans
+from verl.utils.siop.scorer.wire import MAX_ITEMS
 
 _TIMEOUT_S = 600.0
 _HOP = ("host", "connection", "content-length", "transfer-encoding")
@@ -38,7 +40,9 @@ def slow_scorer(url: str, seconds: float) -> Iterator[str]:
             if request.url.path == "/support":
                 await stack.enter_async_context(turn)
                 text = gzip.decompress(body) if request.headers.get("content-encoding") == "gzip" else body
-                await asyncio.sleep(seconds * len(json.loads(text)["rollouts"]))
+                packed = is_packed(request.headers.get("content-type"))
+                rollouts = spans(text, "rollouts", MAX_ITEMS) if packed else json.loads(text)["rollouts"]
+                await asyncio.sleep(seconds * len(rollouts or ()))
             client = await stack.enter_async_context(httpx.AsyncClient(timeout=_TIMEOUT_S))
             headers = {name: value for name, value in request.headers.items() if name not in _HOP}
             answer = await client.request(request.method, url + request.url.path, content=body, headers=headers)
