@@ -45,7 +45,7 @@ VICTIMS = {
     "agent loops": "ray::AgentLoopWorkerTQ",
     "rollout server": "ray::HfServer",
     "training worker": "ray::WorkerDict",
-    "trainer": "ray::SiopTaskRunner",
+    "trainer": "ray::TaskRunnerV1",
     "reward function": "ray::RewardLoopWorker",
     "load balancer": "ray::GlobalRequestLoadBalancer",
     "queue, storage": "ray::SimpleStorageUnit",
