@@ -15,7 +15,7 @@ else:
     # An array at once: a list of Python integers takes ten times the memory, and time to throw away. The first wrong id
     # is enough of an error.
     TokenIds = Annotated[
-        list[Annotated[int, Field(ge=0, le=MAX_ID)]],
+        list[Annotated[int, Field(ge=0, lt=MAX_ID + 1)]],
         FailFast(),
         WrapValidator(
             lambda ids, check: unpack_ids(ids) if isinstance(ids, PackedIds) else np.array(check(ids), dtype=np.int64)
