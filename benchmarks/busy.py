@@ -2,9 +2,10 @@
 
     python benchmarks/busy.py [--threads 2] [--busy 2] [--rounds 3]
 
-Threads of OpenMP that wait for each other spin by default (``OMP_WAIT_POLICY`` unset) and sleep with ``PASSIVE``, which
-the launchers and the scorer set. On a quiet machine both should take the same time; beside others a spinning thread
-takes the core of the one that it waits for. All ways run in turns in one call; a line is the best of the rounds.
+Threads of OpenMP that wait for each other spin by default, sleep at once with ``OMP_WAIT_POLICY=PASSIVE``, and with
+``GOMP_SPINCOUNT`` spin for a moment first, as the launchers and the scorer have it. On a quiet machine that should take
+the same time; beside others a spinning thread takes the core of the one that it waits for. All ways run in turns in one
+call; a line is the best of the rounds.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# OMP_WAIT_POLICY and threads of each way; the first is what is there without us.
-SPINS, SLEEPS, ONE = "spins (unset)", "sleeps (PASSIVE)", "one thread"
+# The first is what is there without us, the second what is there with us.
+SPINS, MOMENT, SLEEPS, ONE = "spins (unset)", "for a moment", "sleeps (PASSIVE)", "one thread"
 
 
 def score() -> dict[str, float]:
@@ -52,10 +53,10 @@ def score() -> dict[str, float]:
     return min(found, key=lambda run: run["wall"])
 
 
-def measure(policy: str | None, threads: int) -> dict[str, Any]:
+def measure(variables: dict[str, str], threads: int) -> dict[str, Any]:
     """:func:`score` in a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    env |= {"OMP_NUM_THREADS": str(threads)} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    env |= {"OMP_NUM_THREADS": str(threads)} | variables
     run = subprocess.run([sys.executable, __file__, "--child"], env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -72,7 +73,13 @@ def main() -> None:
     if args.child:
         print(json.dumps(score()))
         return
-    ways = {SPINS: (None, args.threads), SLEEPS: ("PASSIVE", args.threads), ONE: (None, 1)}
+    sleeps = {"OMP_WAIT_POLICY": "PASSIVE"}
+    ways: dict[str, tuple[dict[str, str], int]] = {
+        SPINS: ({}, args.threads),
+        MOMENT: ({**sleeps, "GOMP_SPINCOUNT": "1000"}, args.threads),
+        SLEEPS: (sleeps, args.threads),
+        ONE: ({}, 1),
+    }
     for loops in (0, args.busy):
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
         best: dict[str, dict[str, Any]] = {}

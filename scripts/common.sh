@@ -3,8 +3,11 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Threads that wait sleep instead of spinning: on a busy machine a spinning one takes the time of the one it waits for.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# Threads that wait spin for a moment only and then sleep: on a busy machine a spinning one takes the time of the one it
+# waits for. Libgomp goes by its own variable (benchmarks/busy.py), other OpenMPs by the policy.
+if [[ -z ${OMP_WAIT_POLICY:-} ]]; then
+    export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+fi
 
 say() { echo "[$(date +%H:%M:%S)] $*"; }
 

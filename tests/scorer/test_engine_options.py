@@ -14,7 +14,7 @@ from verl.utils.siop import scoring_server
 from verl.utils.siop.errors import EngineFailed, SiopConfigError
 from verl.utils.siop.scorer.engines.base import EngineInfo, SupportResult
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
-from verl.utils.siop.scorer.pool import check_gpus
+from verl.utils.siop.scorer.pool import check_gpus, waiting_threads
 from verl.utils.siop.scorer.settings import parser, worker_settings
 from verl.utils.siop.scorer.workers import ScoringWorker, WorkerSettings
 
@@ -224,3 +224,13 @@ def test_help_names_the_options(capsys):
     text = capsys.readouterr().out
     for option in ("--engine", "--tensor-parallel-size", "--gpu-memory", "--lora-path", "--dtype", "--max-model-len"):
         assert option in text
+
+
+def test_waiting_threads_go_by_the_users_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert waiting_threads() == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert waiting_threads()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert waiting_threads() == {"OMP_WAIT_POLICY": "ACTIVE"}

@@ -304,6 +304,15 @@ def _start_private_ray(directory: Path, num_gpus: int) -> None:
             ray.shutdown()
 
 
+def waiting_threads() -> dict[str, str]:
+    """Variables with which OpenMP's threads spin for a moment and then sleep, as in ``scripts/common.sh``: longer, they
+    take the cores of other processes, and of the threads that they wait for. What the environment says counts.
+    """
+    if policy := os.environ.get("OMP_WAIT_POLICY"):
+        return {"OMP_WAIT_POLICY": policy}
+    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+
+
 def _create(kind: type, settings: WorkerSettings, num_gpus: float, spread: bool = False) -> Any:
     """A worker of a private Ray, or, with ``spread``, of a cluster, where the loss of one node leaves the others'."""
     options: dict[str, Any] = {
@@ -312,13 +321,7 @@ def _create(kind: type, settings: WorkerSettings, num_gpus: float, spread: bool 
         "num_gpus": num_gpus,
         "max_restarts": MAX_RESTARTS,
         "concurrency_groups": {"health": 1},
-        # Threads that wait sleep: spinning ones would take the cores of other processes, and of those they wait for.
-        "runtime_env": {
-            "env_vars": {
-                "OMP_NUM_THREADS": str(settings.threads),
-                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            }
-        },
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.threads), **waiting_threads()}},
     }
     return ray.remote(**options)(kind).remote(settings)
 
