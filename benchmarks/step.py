@@ -10,7 +10,6 @@ size, so that shared pages count once). ``--slow-scorer``: how much of a slow sc
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.slow_scorer import slow_scorer  # noqa: E402
+from benchmarks.toy_results import read_rows  # noqa: E402
 from benchmarks.toy_services import toy_services  # noqa: E402
 
 PARTS = {
@@ -103,7 +103,7 @@ def train(env: dict[str, str], folder: Path, mark: str, steps: int, overrides: S
     log = log_file.read_text(errors="replace")
     if run.returncode:
         sys.exit(f"training failed:\n{log[-3000:]}")
-    rows = [json.loads(line) for line in (folder / "rollouts" / "1.jsonl").read_text().split("\n") if line]
+    rows = read_rows(folder / "rollouts" / "1.jsonl")
     rewards = {(row["input"], row["output"]): row["turn_rewards"] for row in rows}
     return Training(read_steps(log), first, peak, rewards)
 

@@ -111,7 +111,7 @@ def start_rollouts(world: str, questions: int, rollouts: int) -> list[dict[str, 
         limits = (settings.actor_rollout_ref.rollout.multi_turn.max_assistant_turns, settings.data.max_response_length)
         tokenizer = AutoTokenizer.from_pretrained(toy / "model")
         model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32).eval()
-        documents = [json.loads(line) for line in (toy / "corpus.jsonl").read_text().split("\n") if line]
+        documents = read_rows(toy / "corpus.jsonl")
         search = search_in(Bm25Index.from_documents(documents))
         asked = pq.read_table(toy / "train.parquet")["extra_info"].to_pylist()[:questions]
         torch.manual_seed(0)

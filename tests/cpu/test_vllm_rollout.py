@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from dumps import rows_of
 from toy_training import ToyTraining, small_world
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from verl.trainer.siop.checks.policy import _check_heads
@@ -71,7 +71,7 @@ def _per_step(training: ToyTraining, metric: str) -> list[float]:
 
 
 def _rows(training: ToyTraining, step: int) -> list[dict]:
-    return [json.loads(line) for line in (training.out / "rollouts" / f"{step}.jsonl").read_text().split("\n") if line]
+    return rows_of(training.out / "rollouts" / f"{step}.jsonl")
 
 
 def test_trains_two_steps_with_tools_and_its_own_log_probs(world: Path, tmp_path: Path) -> None:

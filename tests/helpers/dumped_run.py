@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dumps import rows_of
 from method_helpers import Scorer, byte_tokenizer, rollout, run, tool_result
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
@@ -144,7 +145,7 @@ def lines_of(path: Path) -> list[str]:
 
 def rewrite(path: Path, **fields: Any) -> list[dict[str, Any]]:
     """Give all rollouts of a step these fields; their lines."""
-    lines = [{**json.loads(line), **fields} for line in lines_of(path)]
+    lines = [{**row, **fields} for row in rows_of(path)]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return lines
 

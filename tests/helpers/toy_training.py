@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 from fake_retriever import FakeRetriever
+from marked import marked
 from scorer_process import ROOT
 
 from examples.toy_world import build
@@ -100,14 +101,7 @@ class ToyTraining:
         return "\n".join([*self.printed, "--- log", log])
 
     def alive(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SIOP_TEST_MARK") == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(self._mark)
 
     def nothing_is_left(self, timeout_s: float = 5.0) -> bool:
         end = time.monotonic() + timeout_s

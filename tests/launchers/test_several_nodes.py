@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from launching import OWN, ROOT, write_script
+from marked import marked
 from scorer_process import eventually, free_port
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import Reference, SupportRequest
@@ -98,12 +99,7 @@ class Nodes:
         return log.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("SIOP_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return marked(self.mark)
 
     def raylet(self, address: str) -> psutil.Process:
         (raylet,) = [process for process in self.processes() if _is_raylet(process, address)]

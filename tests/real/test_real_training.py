@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dumps import rows_of
 
 from benchmarks.toy_services import toy_services
 from examples.real_world.agent import call_text
@@ -80,9 +80,7 @@ def test_a_step_of_a_real_model(step: tuple[Path, str]) -> None:
     assert math.isfinite(metrics["actor/grad_norm"]) and metrics["actor/grad_norm"] > 0
     # The rollout's model and the trainer's are the same in float32.
     assert metrics["training/rollout_probs_diff_max"] < 1e-3
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in (out / "rollouts" / "1.jsonl").read_text().split("\n") if line
-    ]
+    rows: list[dict[str, Any]] = rows_of(out / "rollouts" / "1.jsonl")
     assert len(rows) == 6
     assert sum(row["siop_tools"]["executed"] for row in rows) > 0
     assert all(row["siop_tools"]["executed"] <= row["output"].count("<|im_start|>tool") for row in rows)
@@ -91,7 +89,7 @@ def test_a_step_of_a_real_model(step: tuple[Path, str]) -> None:
 
 def test_its_turn_rewards_are_the_formulas(step: tuple[Path, str]) -> None:
     out, _ = step
-    rows = [json.loads(line) for line in (out / "rollouts" / "1.jsonl").read_text().split("\n") if line]
+    rows = rows_of(out / "rollouts" / "1.jsonl")
     answered = [row for row in rows if row["answer"]]
     assert answered
     for row in answered:

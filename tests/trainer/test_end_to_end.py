@@ -3,8 +3,8 @@ from the policy and a scorer without a language model; Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dumps import rows_of
 from find_browser import open_browser
+from marked import marked
 from transformers import AutoTokenizer
 from verl.trainer.siop.report import read_metrics
 from verl.utils.siop.inspector.dump import Dump
@@ -79,12 +81,9 @@ class Quickstart:
     def alive(self) -> list[str]:
         """Command lines of what is left of this quickstart."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SIOP_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
+        for process in marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(process.cmdline()))
         return found
 
     def wait_until_nothing_is_left(self) -> None:
@@ -97,7 +96,7 @@ class Quickstart:
         return {file.name: file.read_bytes() for file in (self.out / "rollouts").glob("[0-9]*.jsonl")}
 
     def dumped(self, step: int) -> list[dict]:
-        return [json.loads(line) for line in (self.out / "rollouts" / f"{step}.jsonl").read_text().split("\n") if line]
+        return rows_of(self.out / "rollouts" / f"{step}.jsonl")
 
 
 @pytest.fixture(scope="module")

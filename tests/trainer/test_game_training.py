@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dumps import rows_of
 from verl.utils.siop.envs.games import make
 
 from examples.games import build
@@ -60,7 +61,7 @@ def test_a_step_of_training(preset: str, game: Path, tmp_path: Path) -> None:
         assert f"siop/outcome/{name}:" in done.stdout
     assert ("siop/turn_reward/mean:" in done.stdout) == (preset != "grpo")
     assert "siop/no_answer" not in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts" / "1.jsonl").read_text().split("\n") if line]
+    rows = rows_of(tmp_path / "out" / "rollouts" / "1.jsonl")
     assert len(rows) == 16
     for row in rows:
         scores = row["turn_scores"]
