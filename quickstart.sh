@@ -117,7 +117,7 @@ finished
 
 if [[ -n $game ]]; then
     phase "$game in $source: boards, and a model warm-started on a faulty scripted agent"
-    run "$PYTHON" -m examples.games.build --keep --game "$game" --out "$source"
+    run "$PYTHON" -m examples.games.build --keep --game "$game" --out "$source" --threads "$(getconf _NPROCESSORS_ONLN)"
 else
     phase "toy world in $TOY_DIR: facts, questions, and a model warm-started on an imperfect scripted agent"
     run "$PYTHON" -m examples.toy_world.build --keep --out "$TOY_DIR" --threads "$(getconf _NPROCESSORS_ONLN)"

@@ -42,7 +42,7 @@ def minesweeper_fault(game: Minesweeper, rng: random.Random) -> Action:
 
 # Game -> the faulty agent, and how often it plays instead of one whose every action is right.
 AGENTS: Mapping[str, tuple[Callable[[Any, random.Random], Action], float]] = {
-    "sudoku": (sudoku_fault, 0.3),
+    "sudoku": (sudoku_fault, 0.9),
     "tictactoe": (tictactoe_fault, 0.7),
     "minesweeper": (minesweeper_fault, 0.4),
 }

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from verl.utils.siop.cpu.prefixes import Prefix, Prefixes, row_of
 from verl.utils.siop.cpu.rollout import HfServer, Sampling, sample_next
 
 PROMPTS = [[72, 101, 108, 108, 111], [65], list(range(40, 70)), [10, 20, 30]]
@@ -118,6 +120,64 @@ def test_new_weights_are_used_and_wrong_names_refused(server: HfServer, model: t
 
     before, after = asyncio.run(run())
     assert before != after
+
+
+def test_a_next_turn_computes_only_what_is_new(server: HfServer, model: torch.nn.Module) -> None:
+    widths: list[int] = []
+    forward = server.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    server.model.forward = counted  # type: ignore[assignment]
+    params: list[dict[str, Any]] = [{"logprobs": True, "max_tokens": 3 + i} for i in range(len(PROMPTS))]
+
+    async def checked(contexts: list[list[int]]) -> None:
+        outputs = await _generate_all(server, params[: len(contexts)], contexts)
+        for context, output in zip(contexts, outputs, strict=True):
+            expected = _log_probs(model, context, output.token_ids, 1.0)
+            assert torch.allclose(torch.tensor(output.log_probs), expected, atol=1e-4)
+
+    async def run() -> None:
+        first = await _generate_all(server, params, PROMPTS)
+        # Observations of several lengths.
+        turns = enumerate(zip(PROMPTS, first, strict=True))
+        contexts = [prompt + output.token_ids + [50 + i] * (1 + 2 * i) for i, (prompt, output) in turns]
+        widths.clear()
+        await checked(contexts)
+        # The last token of a turn was drawn and not computed.
+        assert widths[0] == 2 * len(PROMPTS) and set(widths[1:]) <= {1}
+        await checked([contexts[0], [7] * 20])  # a rollout that begins beside another
+        await server.update_weights(server.model.state_dict(), global_steps=1)
+        assert server.prefixes.find(contexts[0]) is None and server.prefixes.bytes == 0
+
+    asyncio.run(run())
+
+
+def test_old_prefixes_go_when_there_is_no_room() -> None:
+    def prefix(length: int) -> Prefix:
+        return Prefix(length, ((torch.ones(2, length, 4), torch.ones(2, length, 4)),))
+
+    known = Prefixes(max_bytes=10 * prefix(1).bytes)
+    known.add([1, 2, 3], prefix(3))
+    known.add([1, 2, 3, 4, 5], prefix(5))
+    known.add([1, 2, 3], prefix(3))
+    assert known.bytes == 8 * prefix(1).bytes
+    assert known.find([1, 2, 3, 4]).length == 3  # type: ignore[union-attr]
+    assert known.find([1, 2, 3, 4, 5, 6]).length == 5  # type: ignore[union-attr]
+    assert known.find([1, 2, 3]) is None, "its last token must be computed"
+    assert known.find([9, 2, 3, 4]) is None
+    known.add([6, 7, 8, 9], prefix(4))
+    assert known.bytes == 9 * prefix(1).bytes and known.find([1, 2, 3, 4]) is None
+    known.add([0] * 11, prefix(11))
+    assert known.bytes == 0, "what does not fit is not kept"
+
+
+def test_caches_that_forget_are_not_kept() -> None:
+    sliding = DynamicCache()
+    sliding.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
+    assert row_of(sliding, 0, torch.ones(6)) is None
 
 
 def test_same_seed_same_rollouts_in_any_order_of_arrival(config: Any) -> None:

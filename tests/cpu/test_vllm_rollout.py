@@ -28,6 +28,7 @@ pytestmark = [
 # A reward of length needs no scorer.
 OVERRIDES = (
     "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.model.use_remove_padding=true",  # as on a GPU
     "trainer.total_training_steps=2",
     "trainer.val_before_train=false",
     "trainer.save_freq=2",

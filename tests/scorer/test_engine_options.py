@@ -233,4 +233,6 @@ def test_waiting_threads_go_by_the_users_policy(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert waiting_threads()["GOMP_SPINCOUNT"] == "7"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert waiting_threads() == {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "7"}
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     assert waiting_threads() == {"OMP_WAIT_POLICY": "ACTIVE"}

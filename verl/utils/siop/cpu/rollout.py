@@ -17,6 +17,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.siop.cpu.prefixes import Prefixes, joined, row_of
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
@@ -108,7 +109,8 @@ class HfServer:
     """A transformers model behind verl's token-in, token-out server interface.
 
     All requests that wait when a batch starts are decoded together (left padding, KV cache). A row that ends resolves
-    at once and leaves the batch, so its agent loop goes on while the rest decodes.
+    at once and leaves the batch, so its agent loop goes on while the rest decodes. The next turn of a rollout finds the
+    keys and values of its earlier ones (:class:`~verl.utils.siop.cpu.prefixes.Prefixes`).
     """
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int = 0) -> None:
@@ -130,6 +132,7 @@ class HfServer:
         self.replica_rank = replica_rank
         self.global_steps: int | None = None
         self.asked: Counter[bytes] = Counter()  # how often each context came since the last weights
+        self.prefixes = Prefixes()
         self.waiting: list[Generation] = []
         self.arrived = asyncio.Event()
         self.model_lock = asyncio.Lock()  # a weight update never falls into a decode
@@ -202,12 +205,13 @@ class HfServer:
 
     @torch.inference_mode()
     def _decode(self, loop: asyncio.AbstractEventLoop, rows: list[Generation]) -> None:
-        width = max(len(row.prompt_ids) for row in rows)
-        pads = [width - len(row.prompt_ids) for row in rows]
-        ids = torch.tensor([[self.pad] * pad + row.prompt_ids for pad, row in zip(pads, rows, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = None
+        known = [self.prefixes.find(row.prompt_ids) for row in rows]
+        cache, mask = joined(known)
+        new = [row.prompt_ids[prefix.length if prefix else 0 :] for row, prefix in zip(rows, known, strict=True)]
+        width = max(map(len, new))
+        ids = torch.tensor([[self.pad] * (width - len(tokens)) + tokens for tokens in new])
+        mask = torch.cat([mask, torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in new])], -1)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
         while rows:
             out = self.model(
                 input_ids=ids,
@@ -227,6 +231,8 @@ class HfServer:
                 row.log_probs.append(value)
                 ended = token_id in row.sampling.stop_token_ids or (token_id in self.eos and not self.config.ignore_eos)
                 if ended or len(row.token_ids) >= row.sampling.max_tokens:
+                    if prefix := row_of(cache, index, mask[index]):
+                        self.prefixes.add([*row.prompt_ids, *row.token_ids[:-1]], prefix)
                     loop.call_soon_threadsafe(_finish, row.future)
                 else:
                     keep.append(index)
@@ -244,6 +250,7 @@ class HfServer:
     async def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None = None) -> None:
         """Replace all weights; a missing or unknown name raises KeyError."""
         async with self.model_lock:
+            self.prefixes.clear()
             missing, unexpected = self.model.load_state_dict(weights, strict=False)
             tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
             missing = [name for name in missing if name not in tied]

@@ -308,9 +308,8 @@ def waiting_threads() -> dict[str, str]:
     """Variables with which OpenMP's threads spin for a moment and then sleep, as in ``scripts/common.sh``: longer, they
     take the cores of other processes, and of the threads that they wait for. What the environment says counts.
     """
-    if policy := os.environ.get("OMP_WAIT_POLICY"):
-        return {"OMP_WAIT_POLICY": policy}
-    return {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+    given = {name: value for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if (value := os.environ.get(name))}
+    return given if "OMP_WAIT_POLICY" in given else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", **given}
 
 
 def _create(kind: type, settings: WorkerSettings, num_gpus: float, spread: bool = False) -> Any:
