@@ -248,15 +248,21 @@ def collect() -> dict[str, Any]:
     return results
 
 
-def spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Mean over seeds with its standard error: by the seeds where there are several, else by the boards."""
+def estimate(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """Mean over seeds and its standard error: by the seeds where there are several, else by the boards."""
     values = [run[name] for run in runs]
     mean = fmean(values)
     if len(values) > 1:
-        error = stdev(values) / math.sqrt(len(values))
-    else:
-        error = math.sqrt(max(mean * (1 - mean), 0.0) / runs[0]["boards"])
-    return f"{mean:.3f} ± {error:.3f}"
+        return mean, stdev(values) / math.sqrt(len(values))
+    return mean, math.sqrt(max(mean * (1 - mean), 0.0) / runs[0]["boards"])
+
+
+def against(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
+    """Difference of the successes with its standard error, in bold beyond two of them."""
+    (mean, error), (other, other_error) = estimate(runs, "success"), estimate(others, "success")
+    difference, error = mean - other, math.hypot(error, other_error)
+    text = f"{difference:+.3f} ± {error:.3f}"
+    return f"**{text}**" if abs(difference) > 2 * error else text
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -268,7 +274,8 @@ def render(results: Mapping[str, Any]) -> str:
         "warm start, sampled once on 256 held-out boards. Success is what no method is paid for but `grpo` and",
         "`outcome_loo`; right turns is what VPR is paid for. ± is the standard error: over the seeds, or with one seed",
         "over the boards. `error` is the measured mean error of the scores that were learnt from, `tokens` what the",
-        "policy wrote in training.",
+        "policy wrote in training. The last column is the difference of success to `grpo`, bold beyond two standard",
+        "errors.",
     ]
     for setting, entry in results.items():
         start = entry["start"]
@@ -278,18 +285,22 @@ def render(results: Mapping[str, Any]) -> str:
             "",
             f"Oracle play: success {start['ceiling_success']:.3f}, completion {start['ceiling_completion']:.3f}.",
             "",
-            "| method | seeds | success | completion | right turns | invalid | error | tokens |",
-            "|---|---|---|---|---|---|---|---|",
+            "| method | seeds | success | completion | right turns | invalid | error | tokens | success − grpo |",
+            "|---|---|---|---|---|---|---|---|---|",
             f"| start | | {start['success']:.3f} | {start['completion']:.3f} | {start['oracle_rate']:.3f} | "
-            f"{start['invalid']:.3f} | | |",
+            f"{start['invalid']:.3f} | | | |",
         ]
-        for method in METHODS:
-            runs = [run for run in entry["runs"] if run["method"] == method]
+        by_method = {method: [run for run in entry["runs"] if run["method"] == method] for method in METHODS}
+        for method, runs in by_method.items():
             if runs:
-                cells = [spread(runs, name) for name in ("success", "completion", "oracle_rate", "invalid")]
+                names = ("success", "completion", "oracle_rate", "invalid")
+                cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in (estimate(runs, name) for name in names)]
                 error, tokens = (fmean(run[name] for run in runs) for name in ("oracle_error", "tokens"))
                 seeds = ", ".join(str(run["seed"]) for run in runs)
-                lines.append(f"| {method} | {seeds} | {' | '.join(cells)} | {error:.3f} | {tokens:,.0f} |")
+                compared = against(runs, by_method["grpo"]) if method != "grpo" and by_method["grpo"] else ""
+                lines.append(
+                    f"| {method} | {seeds} | {' | '.join(cells)} | {error:.3f} | {tokens:,.0f} | {compared} |"
+                )
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from verl.utils.siop.cpu.prefixes import Prefix, Prefixes, row_of
 from verl.utils.siop.cpu.rollout import HfServer, Sampling, sample_next
 
+from benchmarks import rollout as rollout_benchmark
+
 PROMPTS = [[72, 101, 108, 108, 111], [65], list(range(40, 70)), [10, 20, 30]]
 
 
@@ -153,6 +155,16 @@ def test_a_next_turn_computes_only_what_is_new(server: HfServer, model: torch.nn
         assert server.prefixes.find(contexts[0]) is None and server.prefixes.bytes == 0
 
     asyncio.run(run())
+
+
+def test_the_benchmark_of_it_compares_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--rollouts 3 --turns 2 --rounds 1 --threads 1"
+    monkeypatch.setattr("sys.argv", ["rollout.py", *words.split()])
+    rollout_benchmark.main()
+    out = capsys.readouterr().out
+    assert "the same tokens in 3 rollouts" in out and "times as fast" in out
 
 
 def test_old_prefixes_go_when_there_is_no_room() -> None:

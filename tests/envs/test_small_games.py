@@ -139,4 +139,12 @@ def test_the_report_keeps_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "vpr.md").read_text()
     assert "| vpr | 1, 2 | 0.550 ± 0.050 | 0.750 ± 0.000 |" in text and "Oracle play: success 1.000" in text
     assert json.loads((tmp_path / "vpr.json").read_text()) == known
-    assert vpr_table.spread(runs[:1], "success") == "0.500 ± 0.031"
+    assert vpr_table.estimate(runs[:1], "success") == pytest.approx((0.5, 0.03125))
+
+
+def test_a_difference_beyond_two_standard_errors_is_marked() -> None:
+    def with_success(*values: float) -> list[dict[str, Any]]:
+        return [{"success": value, "boards": 100} for value in values]
+
+    assert vpr_table.against(with_success(0.5, 0.6), with_success(0.1, 0.3)) == "**+0.350 ± 0.112**"
+    assert vpr_table.against(with_success(0.5), with_success(0.4)) == "+0.100 ± 0.070"
