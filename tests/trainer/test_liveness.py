@@ -46,7 +46,15 @@ def test_only_a_dead_worker_is_one(workers: list[Any], monkeypatch: pytest.Monke
     assert "Worker" in said and "\n" not in said
 
 
-def test_a_training_whose_agent_loops_are_killed_ends_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "said"),
+    [
+        ("AgentLoopWorkerTQ", "a process that generates rollouts has died"),
+        ("SimpleStorageUnit", "a process of TransferQueue, which holds the rollouts, has died"),
+        ("TransferQueueController", "a process of TransferQueue, which holds the rollouts, has died"),
+    ],
+)
+def test_a_training_that_loses_a_process_ends_and_says_so(tmp_path: Path, victim: str, said: str) -> None:
     world = small_world(tmp_path / "world")
     overrides = ("ablation=grpo", "algorithm.siop_on_nothing_learnt=warn", "trainer.total_training_steps=1000")
     training = ToyTraining(world, tmp_path, *overrides, "trainer.save_freq=1", "trainer.val_before_train=false")
@@ -55,12 +63,12 @@ def test_a_training_whose_agent_loops_are_killed_ends_and_says_so(tmp_path: Path
         killed = 0
         while not killed:
             for process in training.alive():
-                if "AgentLoopWorkerTQ" in " ".join(process.cmdline()):
+                if victim in " ".join(process.cmdline()):
                     process.kill()
                     killed += 1
         assert training.wait(120) == 1, training.report()
         (error,) = [line for line in training.printed if line.startswith("error: ")]
-        assert "a process that generates rollouts has died" in error or "AgentLoopWorkerTQ" in error, error
+        assert said in error or victim in error, error
         assert training.nothing_is_left(30), training.alive()
         assert (training.out / "latest_checkpointed_iteration.txt").is_file()
     finally:

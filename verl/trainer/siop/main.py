@@ -150,7 +150,7 @@ def _supervise(config: DictConfig, console: Console) -> None:
         _introduce(config, console, grace)
         run = Run(config, console, progress, on_ray)
         run.start()
-        while not (run.ended.wait(_PERIOD_S) or signals.run_is_over() or processes.dead_daemon()):
+        while not (run.ended.wait(_PERIOD_S) or signals.run_is_over() or processes.dead_daemon() or _lost(watch)):
             signals.install()
         dead = processes.dead_daemon()
         # As after a signal to the whole process group, or to all processes of a job: it ends Ray's processes too.
@@ -162,10 +162,11 @@ def _supervise(config: DictConfig, console: Console) -> None:
             console.end_bar()
             console.tell(progress.stopped(signals.signum.name))
             _exit(128 + signals.signum)
-        if dead:
+        lost = f"Ray's {dead} has ended, and with it the run" if dead else _lost(watch)
+        if lost:
             processes.end()
             console.end_bar()
-            console.error(f"Ray's {dead} has ended, and with it the run; {progress.last_checkpoint()}")
+            console.error(f"{lost}; {progress.last_checkpoint()}")
             _exit(1)
         if run.error is not None:
             # What a library says of it may be no more than that a file is shorter than it should be.
@@ -175,6 +176,11 @@ def _supervise(config: DictConfig, console: Console) -> None:
     console.follow_log(to_its_end=True)
     took = tqdm.format_interval(time.monotonic() - start)
     console.line(f"done in {took}" + (f"; checkpoint {progress.checkpoint}" if progress.checkpoint else ""))
+
+
+def _lost(watch: Watch | None) -> str | None:
+    """What the trainer says that it has lost and cannot go on without."""
+    return watch.lost if watch is not None else None
 
 
 def _cause(error: BaseException) -> BaseException:

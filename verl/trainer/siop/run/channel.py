@@ -7,6 +7,7 @@ service: it reaches whatever node the trainer runs on, needs no thread in the tr
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import ray
@@ -21,12 +22,14 @@ class Channel:
     def __init__(self) -> None:
         self._job = ray.get_runtime_context().get_job_id()
         self._next = 0
+        self._lock = threading.Lock()
 
     def put(self, kind: str, **values: Any) -> None:
-        """Send the record ``{"kind": kind, **values}``; the values must be JSON."""
+        """Send the record ``{"kind": kind, **values}``, from any thread; the values must be JSON."""
         text = json.dumps({"kind": kind, **values})
-        _internal_kv_put(f"{self._job}/record/{self._next}", text, namespace=_NAMESPACE)
-        self._next += 1
+        with self._lock:
+            _internal_kv_put(f"{self._job}/record/{self._next}", text, namespace=_NAMESPACE)
+            self._next += 1
 
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call, in their order; none when Ray has been shut down here."""

@@ -1,13 +1,16 @@
-"""Whether the processes that generate are still there, for whoever waits for what they generate."""
+"""Whether the processes that generate and that hold rollouts are still there, for whoever waits for them."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from transfer_queue import interface
+from verl.trainer.siop.run.channel import Channel
 
 _PERIOD_S = 1.0
 
@@ -47,3 +50,29 @@ class Liveness:
                     self._asked[actor.__ray_ready__.remote()] = index
             self._next = time.monotonic() + _PERIOD_S
         return None
+
+
+class QueueWatch(threading.Thread):
+    """Tells the driver when a process of TransferQueue has died, whatever the trainer is doing.
+
+    Whoever reads or writes rollouts asks a storage unit that has died three times, for 200 seconds each, and its
+    controller for ever.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(name="queue watch", daemon=True)
+        self._channel = channel
+        self._over = threading.Event()
+        controller = ray.get_actor("TransferQueueController", namespace="transfer_queue")
+        # Of the process that has started them, which is the trainer's; there is no public way to them.
+        units = (getattr(interface, "_TQ_STORAGE", None) or {}).get("SimpleStorage", {})
+        self._liveness = Liveness([controller, *units.values()])
+
+    def run(self) -> None:
+        while not self._over.wait(_PERIOD_S):
+            if said := self._liveness.died():
+                self._channel.put("lost", what=f"a process of TransferQueue, which holds the rollouts, has died: {said}")
+                return
+
+    def finish(self) -> None:
+        self._over.set()

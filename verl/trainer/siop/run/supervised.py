@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import open_dict
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.siop.run.channel import Channel
+from verl.trainer.siop.run.liveness import QueueWatch
 from verl.utils.tracking import Tracking
 
 
@@ -37,6 +38,14 @@ class SupervisedTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._channel = Channel()
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        watch = QueueWatch(self._channel)
+        watch.start()
+        try:
+            super().fit(agent_loop_manager)
+        finally:
+            watch.finish()
 
     @property
     def logger(self) -> Tracking:

@@ -23,7 +23,12 @@ class Watch(threading.Thread):
     """From its start to :meth:`finish`: shows the records of the trainer, and hands the wish to stop on to it.
 
     A thread of its own, for it waits for Ray's control service, for a minute if that has died.
+
+    Attributes:
+        lost: what the run cannot go on without and has lost, in words; None as long as it has all.
     """
+
+    lost: str | None = None
 
     def __init__(self, console: Console, progress: Progress, signals: StopSignals) -> None:
         super().__init__(name="watch", daemon=True)
@@ -66,6 +71,8 @@ class Watch(threading.Thread):
             self._console.line(self._progress.started())
         elif record["kind"] == "questions":
             self._console.questions(self._progress)
+        elif record["kind"] == "lost":
+            self.lost = record["what"]
         elif record["kind"] == "metrics":
             values = record["values"]
             if is_step(values):
