@@ -179,6 +179,7 @@ def main() -> None:
     if args.list:
         print("\n".join(VICTIMS))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # and nothing is left running
     toy = args.toy.resolve()
     build = [sys.executable, "-m", "examples.toy_world.build", "--keep", "--out", str(toy)]
     subprocess.run(build, cwd=ROOT, check=True)
