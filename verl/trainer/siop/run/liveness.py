@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from transfer_queue import interface
 from verl.trainer.siop.run.channel import Channel
 
 _PERIOD_S = 1.0
@@ -64,9 +63,8 @@ class QueueWatch(threading.Thread):
         self._channel = channel
         self._over = threading.Event()
         controller = ray.get_actor("TransferQueueController", namespace="transfer_queue")
-        # Of the process that has started them, which is the trainer's; there is no public way to them.
-        units = (getattr(interface, "_TQ_STORAGE", None) or {}).get("SimpleStorage", {})
-        self._liveness = Liveness([controller, *units.values()])
+        names = [name for name in ray.util.list_named_actors() if name.startswith("TransferQueueStorageUnit")]
+        self._liveness = Liveness([controller, *map(ray.get_actor, names)])
 
     def run(self) -> None:
         while not self._over.wait(_PERIOD_S):
