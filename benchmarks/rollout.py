@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not os.environ.get("OMP_WAIT_POLICY"):
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
-import torch  # noqa: E402
-from verl.utils.siop.cpu.prefixes import MAX_BYTES, Prefixes  # noqa: E402
-from verl.utils.siop.cpu.rollout import HfServer  # noqa: E402
+import torch
+from verl.utils.siop.cpu.prefixes import MAX_BYTES, Prefixes
+from verl.utils.siop.cpu.rollout import HfServer
 
-from examples.games.tokenizer import game_tokenizer  # noqa: E402
-from examples.toy_world.warm_start import new_model  # noqa: E402
+from examples.games.tokenizer import game_tokenizer
+from examples.toy_world.warm_start import new_model
 
 OPENING = 23
 

@@ -298,9 +298,7 @@ def render(results: Mapping[str, Any]) -> str:
                 error, tokens = (fmean(run[name] for run in runs) for name in ("oracle_error", "tokens"))
                 seeds = ", ".join(str(run["seed"]) for run in runs)
                 compared = against(runs, by_method["grpo"]) if method != "grpo" and by_method["grpo"] else ""
-                lines.append(
-                    f"| {method} | {seeds} | {' | '.join(cells)} | {error:.3f} | {tokens:,.0f} | {compared} |"
-                )
+                lines.append(f"| {method} | {seeds} | {' | '.join(cells)} | {error:.3f} | {tokens:,.0f} | {compared} |")
     return "\n".join(lines) + "\n"
 
 

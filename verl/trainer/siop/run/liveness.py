@@ -69,7 +69,9 @@ class QueueWatch(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(_PERIOD_S):
             if said := self._liveness.died():
-                self._channel.put("lost", what=f"a process of TransferQueue, which holds the rollouts, has died: {said}")
+                self._channel.put(
+                    "lost", what=f"a process of TransferQueue, which holds the rollouts, has died: {said}"
+                )
                 return
 
     def finish(self) -> None:

@@ -92,8 +92,10 @@ def row_of(cache: DynamicCache, row: int, mask: torch.Tensor) -> Prefix | None:
     Returns:
         None for a model whose cache is not simply all keys and values (sliding windows, recurrent states).
     """
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
     columns = mask.nonzero()[:, 0]
-    layers = tuple((layer.keys[row][:, columns], layer.values[row][:, columns]) for layer in cache.layers)
-    return Prefix(len(columns), layers)
+    layers = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+            return None
+        layers.append((layer.keys[row][:, columns], layer.values[row][:, columns]))
+    return Prefix(len(columns), tuple(layers))
