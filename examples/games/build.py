@@ -40,8 +40,8 @@ BLANKS = (2, 4, 6, 8, 10)
 BATCH = 16
 # Optimiser steps on an agent that plays right, where what there is to see of a board is learnt, and on the faulty one.
 STEPS = {"sudoku": (700, 200), "tictactoe": (300, 150), "minesweeper": (500, 200)}
-# To write down the next board is to look up every cell of the last one: without it the small model is slow to learn which
-# cells a move concerns (right first moves after 1,000 steps on 4x4 Sudoku with 8 blanks: .80, without .43).
+# To write down the next board is to look up every cell of the last one: without it the small model is slow to learn
+# which cells a move concerns (right first moves after 1,000 steps on 4x4 Sudoku with 8 blanks: .80, without .43).
 _OBSERVATION_WEIGHT = 0.3
 _META = "build.json"
 

@@ -41,7 +41,8 @@ class Liveness:
                 try:
                     ray.get(call)
                 except RayActorError as error:
-                    return " ".join(str(error).split())
+                    # Which process, and how it ended; not what that may come of in general.
+                    return " ".join(str(error).split()).split(" Some common causes")[0]
         if time.monotonic() >= self._next:
             waiting = set(self._asked.values())
             for index, actor in enumerate(self._actors):
