@@ -74,6 +74,8 @@ def test_defaults() -> None:
         ("siop_epsilon", 0, "a number above 0.0"),
         ("siop_scorer_timeout_s", 0, "a number above 0.0"),
         ("siop_reference_prefix", None, "a text"),
+        ("siop_reference_prefix", " auto", "auto, or a text"),
+        ("siop_reference_suffix", "Auto", "auto, or a text"),
         ("siop_import", None, "a text"),
         ("siop_import", "no.such.module", "a module that Python can import"),
         ("siop_scorer_url", "localhost:8390", "http://"),

@@ -84,7 +84,8 @@ def _broadcast(
 ) -> torch.Tensor:
     """verl's GRPO outcome advantage of the total rewards of ``rows`` (those with a turn), 0 in the others.
 
-    Scaled, it counts as far as the totals of a question differ by more than ``noise`` (:func:`signal`).
+    Scaled, it counts as far as the totals of a question differ by more than ``noise`` (:func:`signal`). A question's
+    only rollout is compared with nothing, and keeps its total.
     """
     # One running sum per row, and the rows in the order of their totals: the result depends neither on the padded width
     # nor on the order of the rows.
@@ -100,7 +101,6 @@ def _broadcast(
     )
     if scale:
         totals = totals_B1[order, 0]
-        # A question's only rollout is compared with nothing.
         counts = torch.stack(
             [
                 signal(totals[group == g].std(), noise) if (group == g).sum() > 1 else torch.ones_like(totals[0])
@@ -199,7 +199,7 @@ def compute_siop_advantage(
     with torch.no_grad():
         if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
             advantages_BL = _broadcast(
-                token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.siop_scorer_noise
+                token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.reward_noise
             )
             return advantages_BL, advantages_BL.clone()
         turns = Turns(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from verl.utils.siop.credit.config import GAP_OFFSET
 from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout, SiopScorer, SupportRequest
 from verl.utils.siop.errors import RolloutError, ScorerError
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from verl.utils.siop.credit.config import SiopConfig
 
 OBSERVATION_CHARACTERS = 2000
-# TRACE's epsilon, in nats: what is missing of a reference that is certain.
-GAP_OFFSET = 0.1
 # Log-probs are at most 0; a scorer in half precision may round a probability of 1 to slightly above.
 LOG_PROB_TOLERANCE = 1e-3
 

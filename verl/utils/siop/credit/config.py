@@ -17,6 +17,8 @@ from verl.utils.siop.turn_utils import BOUNDARY_MODES
 
 # Of the texts around a reference: from the chat template (:class:`~verl.utils.siop.credit.probe.Prober`).
 AUTO = "auto"
+# TRACE's epsilon, in nats: what is missing of a reference that is certain (``siop_gain=gap``).
+GAP_OFFSET = 0.1
 # Keys of the first release that belong to the scorer here.
 RELEASED = {
     "siop_nli_model": "the scorer holds the NLI model; start it with SIOP_NLI_MODEL",
@@ -99,6 +101,10 @@ class SiopConfig:
             raise SiopConfigError(
                 f"siop_scorer_url={self.siop_scorer_url!r} is not allowed; an address starts with http:// or https://"
             )
+        for key in ("siop_reference_prefix", "siop_reference_suffix"):
+            value = getattr(self, key)
+            if value.strip().lower() == AUTO != value:
+                raise SiopConfigError(f"{key}={value!r} is not allowed; choose {AUTO}, or a text of your own")
         if self.siop_use_gold_ref and self.siop_reward_mode != "process":
             raise SiopConfigError(
                 f"siop_use_gold_ref=True is not allowed with siop_reward_mode={self.siop_reward_mode!r}: the gold "
@@ -119,6 +125,24 @@ class SiopConfig:
     def needs_scorer(self) -> bool:
         """Whether the method asks for clusters, evidence or support at all, and reads answers."""
         return self.siop_use_gold_ref or self.siop_reward_mode not in CREDIT_METHODS.without_scorer
+
+    @property
+    def measures_support(self) -> bool:
+        """Whether the method asks for the probability of references; a method of the user's own may."""
+        if self.siop_reward_mode == "query_consensus":
+            return self.siop_consensus_terminal == "support"
+        return self.needs_scorer and self.siop_reward_mode not in ("majority_binary", "cluster_frequency")
+
+    @property
+    def reward_noise(self) -> float:
+        """Standard deviation of the scorer's noise in a turn reward.
+
+        ``siop_scorer_noise``, which is one in log p and bounds the one in p and in log(p + eps). A gap's logarithm
+        makes up to 1 / 0.1 times as much of it. 0 where no support enters the rewards: they are exact.
+        """
+        if not self.measures_support:
+            return 0.0
+        return self.siop_scorer_noise / (GAP_OFFSET if self.siop_gain == "gap" else 1.0)
 
     def _import_module(self) -> None:
         if self.siop_import and isinstance(self.siop_import, str):

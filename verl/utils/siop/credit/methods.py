@@ -66,9 +66,9 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
     The last turn also gets, if the rollout has an answer, by ``siop_consensus_terminal``:
 
     - ``frequency``: the mass m(c) of its cluster, in [0, 1] (as EMPO); the target is m(c)
-    - ``support``: q(c)·(p_T − p_0), in [−1, 1] (of log(p + eps) with ``siop_gain=log``, 0 or more with ``peak``):
-      SIOP's gains in one sum, so that the support that an answer had before any search earns nothing; 0 for a rollout
-      of one turn
+    - ``support``: q(c)·Σ_t gain_t, SIOP's gains in one sum, so that the support that an answer had before any search
+      earns nothing: q(c)·(max p − p_0) with ``siop_gain=peak``, q(c)·(p_T − p_0) with ``prob``, the difference of logs
+      with ``log`` and ``gap``; 0 for a rollout of one turn
 
     Source: this project.
     """
@@ -82,7 +82,7 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
         clusters = _cluster_of(questions)
         support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
         for index, values in support.items():
-            rewards[index][-1] += clusters[index].target * batch.gains([values[0], values[-1]])[0]
+            rewards[index][-1] += clusters[index].target * math.fsum(batch.gains(values))
     else:
         for index, cluster in _cluster_of(questions).items():
             cluster.target = cluster.mass
