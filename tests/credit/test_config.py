@@ -69,6 +69,7 @@ def test_defaults() -> None:
         ("siop_eta", -0.1, "a number from 0.0"),
         ("siop_eta", float("nan"), "a number from 0.0"),
         ("siop_eta", float("inf"), "a number from 0.0"),
+        ("siop_eta", 10**400, "a number from 0.0"),
         ("siop_num_refs", 0, "a whole number from 1"),
         ("siop_num_refs", 2.0, "a whole number from 1"),
         ("siop_epsilon", 0, "a number above 0.0"),
@@ -78,6 +79,7 @@ def test_defaults() -> None:
         ("siop_reference_suffix", "Auto", "auto, or a text"),
         ("siop_import", None, "a text"),
         ("siop_import", "no.such.module", "a module that Python can import"),
+        ("siop_import", ".x", "a module that Python can import"),
         ("siop_scorer_url", "localhost:8390", "http://"),
     ],
 )

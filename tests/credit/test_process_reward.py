@@ -337,6 +337,12 @@ def test_igpo_without_a_label_is_refused(gold: list[str] | None) -> None:
         run([search_rollout("a", "Paris", gold=gold)], siop_use_gold_ref=True)
 
 
+@pytest.mark.parametrize("gold", ["Paris", [3]])
+def test_labels_that_are_no_list_of_texts_are_refused(gold: Any) -> None:
+    with pytest.raises(RolloutError, match="a list of texts, but a rollout of question 'a' has"):
+        run([search_rollout("a", "Paris", gold=gold)], siop_use_gold_ref=True)
+
+
 def test_labels_change_nothing_in_the_verifier_free_modes() -> None:
     for mode in ("process", "majority_binary", "cluster_frequency", "query_consensus"):
         labelled = mixed_batch()
@@ -622,6 +628,14 @@ def with_first_log_prob(value: Any) -> Any:
         ("support", with_first_log_prob(-math.inf), "got -inf"),
         ("support", with_first_log_prob(math.nan), "got nan"),
         ("support", with_first_log_prob(None), "got None"),
+        ("support", with_first_log_prob(-(10**400)), "must be a finite number"),
+        ("cluster", lambda ids: None, "answers sent, which gives a list of .*, got None"),
+        ("cluster", lambda ids: "0" * len(ids), "which gives a list"),
+        ("entailment", lambda scores: iter(scores), "5 pairs sent, which gives a list of 5, got <list_iterator"),
+        ("entailment", with_first(10**400), "must be a finite number"),
+        ("support", lambda log_probs: None, "5 rollouts sent, which gives a list of 5, got None"),
+        ("support", with_first(None), "4 boundaries sent, which gives a list of 4, got None"),
+        ("support", with_first([0.5] * 4), "2 references sent, which gives a list of 2, got 0.5"),
     ],
 )
 def test_a_scorer_that_answers_wrongly_is_an_error(method: str, change: Any, message: str) -> None:

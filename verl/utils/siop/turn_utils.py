@@ -57,7 +57,10 @@ def get_assistant_turn_ranges(response_mask: Any) -> list[tuple[int, int]]:
     """
     if hasattr(response_mask, "detach"):
         response_mask = response_mask.detach().cpu().tolist()
-    mask_L = np.asarray(response_mask)
+    try:
+        mask_L = np.asarray(response_mask)
+    except ValueError as error:  # rows of different lengths
+        raise RolloutError(f"a response mask has one dimension, got {response_mask!r:.80}") from error
     if mask_L.ndim != 1:
         raise RolloutError(f"a response mask has one dimension, got an array of shape {mask_L.shape}")
     assistant_L = mask_L == 1

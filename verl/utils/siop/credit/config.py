@@ -26,6 +26,17 @@ RELEASED = {
 }
 
 
+def finite_number(value: object) -> float | None:
+    """The value as a float; None of what is no real number (a bool is none), not finite or beyond any float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _choice(*values: str) -> Any:
     return field(default=values[0], metadata={"choices": lambda: values})
 
@@ -147,6 +158,8 @@ class SiopConfig:
     def _import_module(self) -> None:
         if self.siop_import and isinstance(self.siop_import, str):
             try:
+                if self.siop_import.startswith("."):
+                    raise ImportError("a module by its full name")
                 importlib.import_module(self.siop_import)
             except ImportError as error:
                 raise SiopConfigError(
@@ -188,11 +201,10 @@ def _validated(spec: dataclasses.Field[Any], value: Any) -> Any:
         low, high, above = (spec.metadata[name] for name in ("low", "high", "above"))
         kind = "a whole number" if spec.type == "int" else "a number"
         wanted = f"{kind} {'above' if above else 'from'} {low}" + (f" to {high}" if math.isfinite(high) else "")
-        accepted = numbers.Integral if spec.type == "int" else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, accepted):
+        number = finite_number(value)
+        if number is None or not low <= number <= high or (above and number == low):
             raise refuse(wanted)
-        number = float(value)
-        if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        if spec.type == "int" and not isinstance(value, numbers.Integral):
             raise refuse(wanted)
         return int(number) if spec.type == "int" else number
     return value
