@@ -463,7 +463,7 @@ def test_a_group_counts_as_zero_variance_only_if_it_gives_no_update() -> None:
     assert metrics_of(batch, rewards)[share] == 0.0  # the second turns differ
     for keys in ({"siop_advantage_mode": "broadcast"}, {"siop_enable_two_pass": False}):
         assert metrics_of(batch, rewards, **keys)[share] == 1.0
-    close = replace(rewards, turn_rewards=[[0.25, 0.5], [0.25, 0.500008]])
+    close = replace(rewards, turn_rewards=[[0.5, 0.5], [0.5, 0.500008]])
     assert metrics_of(batch, close)[share] == 1.0  # up to the scorer's noise
     assert metrics_of(batch, close, siop_baseline="pooled")[share] == 0.0  # has no such floor
     assert metrics_of(batch, close, siop_reward_mode="cluster_frequency")[share] == 0.0  # has no such noise
