@@ -433,6 +433,14 @@ def test_bad_input_is_named() -> None:
         compute_siop_advantage(rewards, mask, index=index, config={"siop_basline": "pooled"})
     with pytest.raises(SiopConfigError, match=r"siop_baseline='none'.*leave_one_out, pooled"):
         compute_siop_advantage(rewards, mask, index=index, config={"siop_baseline": "none"})
+    for gamma in (None, -1.0, math.inf, math.nan, "1"):
+        with pytest.raises(SiopConfigError, match=f"gamma={gamma!r} is not allowed"):
+            compute_siop_advantage(rewards, mask, index=index, config={"gamma": gamma})
+    for scale in (None, "false", 2):
+        with pytest.raises(
+            SiopConfigError, match=f"norm_adv_by_std_in_grpo={scale!r} is not allowed; choose true or f"
+        ):
+            compute_siop_advantage(rewards, mask, index=index, config={"norm_adv_by_std_in_grpo": scale})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -242,6 +242,9 @@ def test_placement_refuses_what_does_not_fit() -> None:
         place_turn_rewards([[1.0], [1.0]], [[1, 1], [1, 0, 1]])
     with pytest.raises(RolloutError, match="1 rollouts have turn rewards, but 2 have masks"):
         place_turn_rewards([[1.0]], [[1], [1]])
+    for wrong in (1e39, math.inf, math.nan):
+        with pytest.raises(RolloutError, match="rollout 2 has a turn reward that is no finite number in float32"):
+            place_turn_rewards([[1.0], [], [1.0, wrong]], [[1], [1], [1, 0, 1]])
     with pytest.raises(RolloutError, match="two dimensions"):
         place_turn_rewards([[1.0]], torch.tensor([1]))
     with pytest.raises(RolloutError, match="only 0 and 1"):

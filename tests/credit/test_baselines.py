@@ -16,7 +16,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.trainer.siop.turn_clip import clip_scale, turn_clip_loss
 from verl.utils.siop.credit.baselines import Turns, signal
-from verl.utils.siop.credit.batch import CreditBatch
+from verl.utils.siop.credit.batch import CreditBatch, gains
 from verl.utils.siop.credit.registry import BASELINES, register_baseline
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -248,6 +248,28 @@ def test_what_is_ten_times_the_noise_counts_in_full(keys):
     with_noise, _ = compute_siop_advantage(rewards, mask, uids, keys)
     without, _ = compute_siop_advantage(rewards, mask, uids, {**keys, "siop_scorer_noise": 0})
     assert torch.equal(with_noise, without)
+
+
+@pytest.mark.parametrize("gain", ["peak", "prob", "log", "gap"])
+@pytest.mark.parametrize("keys", NORMALISED, ids=lambda keys: next(iter(keys.values())))
+@pytest.mark.parametrize("log_prob", [-1e-3, -3.0])
+def test_noise_of_log_probs_is_no_signal_whatever_the_gain(gain, keys, log_prob):
+    config = SiopConfig(siop_gain=gain, **keys)
+    support = np.exp(log_prob + np.random.default_rng(0).normal(0, 1e-5, (64, 4)))
+    rewards, mask, uids = _noisy(0)
+    rewards[:, ::2] = torch.tensor([gains(row, config) for row in support.tolist()])
+    advantages, _ = compute_siop_advantage(rewards, mask, uids, {"siop_gain": gain, **keys})
+    assert advantages.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("keys", NORMALISED, ids=lambda keys: next(iter(keys.values())))
+@pytest.mark.parametrize("mode", ["verifiable", "majority_binary", "cluster_frequency", "query_consensus"])
+def test_exact_rewards_have_no_noise(mode, keys):
+    rewards, mask, uids = _noisy(0.05)
+    exact = {"siop_reward_mode": mode, **keys}
+    loud, _ = compute_siop_advantage(rewards, mask, uids, {**exact, "siop_scorer_noise": 1.0})
+    plain, _ = compute_siop_advantage(rewards, mask, uids, {**exact, "siop_scorer_noise": 0.0})
+    assert torch.equal(loud, plain) and plain.any()
 
 
 def test_signal():

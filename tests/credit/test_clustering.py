@@ -108,6 +108,8 @@ SAME = [
     *(("1984", f"{a}1984{b}") for a, b in ('""', "''", "“”", "‘’", "«»")),
     ("Emma", "\"'Emma'\""),
     ("Emma", "'\"Emma\"'"),
+    ("1984", "\"'1984'\""),
+    ("1984", "'\"1984\"'"),
     ("Emma", '"Emma'),
     ("Emma", "“Emma.”"),
     ("Levi's", "Levi’s"),
@@ -123,6 +125,21 @@ SAME = [
     ("C++", "Ｃ＋＋"),
     ("バ", "ﾊﾞ"),
     ("fin", "\ufb01n"),
+    ("-5", "\ufe635"),
+    ("-5", "\u207b5"),
+    # What changes nothing but how a character is drawn.
+    ("❤", "❤\ufe0f"),
+    ("5", "\u061c5"),
+    ("ᠠ", "ᠠ\u180b"),
+    # Half a pair, an ellipsis, an article.
+    ("Emma", 'Emma"'),
+    ("Emma", 'Emma."'),
+    ("Emma", '" Emma "'),
+    ("Emma", "Emma…"),
+    ("0.333...", "0.333…"),
+    ("apple", "An apple"),
+    ("a dog", "A dog"),
+    ("x' y'", "\"x' y'\""),
 ]
 # The first is the SQuAD normal form's own, the rest is its kind.
 DIFFERENT = [
@@ -134,6 +151,14 @@ DIFFERENT = [
     ("5!", "5"), ("n!", "n"), ("(n+1)!", "(n+1)"), ("e4!", "e4?"), ("f(x)", "fx"), ("(0, 1)", "[0, 1]"),
     ("AT&T", "ATT"), ("R&D", "RD"), ("it's", "its"), ("a_b", "ab"), ("M*A*S*H", "MASH"), ("@x", "x"),
     ("vitamin A", "vitamin"), ("Zürich", "Zurich"), ("+", "-"), ("?", "!"), ("The", "A"),
+    # Letters that look like an article.
+    ("A, C", "C"), ("A. C", "C"), ("A; C", "C"), ("A C", "C"), ("a, b", "b"), ("A: Paris", "Paris"),
+    ("A and B", "and B"), ("a - b", "- b"), ("A negative", "negative"), ("The, x", "x"), ("the - 5", "- 5"),
+    # Primes, complements, feet and inches; decimals that go on.
+    ("(A ∪ B)'", "(A ∪ B)"), ("(f+g)'", "(f+g)"), ("[A]'", "[A]"), ("y''", "y"), ("f'''", "f''"),
+    ("A\u0304'", "A\u0304"), ("(f)' and (g)'", "(f) and (g)"), ("f''' - g'''", "f'' - g''"),
+    ("5½\"", "5½"), ("60°'", "60°"), ("5 '", "5"), ("5 \" x 6 \"", "5 x 6"), ("10\u207b5", "10-5"),
+    ("(f)'(g)'", "(f)(g)"), ("0.333...", "0.333"), ("0.999…", "0.999"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from method_helpers import rollout, run, tool_result
@@ -45,6 +46,12 @@ def test_what_was_executed_is_counted_in_any_format_and_with_its_tool() -> None:
     same = [replace(item, executed_calls=[[_call("capital"), _call("river")], []]) for item in batch]
     assert _consensus(*same) == [[1.0, 1.0]] * 2
     assert _consensus(same[0], replace(batch[1], executed_calls=other)) == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("call", [("search", "{bad"), ("search", {"query": "x"}), ("search",), None])
+def test_a_record_of_no_calls_is_refused(call: Any) -> None:
+    with pytest.raises(RolloutError, match="rollout of question 'a': executed calls are pairs of a name and its argum"):
+        _consensus(_rollout("x", executed=[[call], []]))
 
 
 def test_a_record_of_other_turns_is_refused() -> None:

@@ -295,6 +295,11 @@ def test_query_consensus_with_support_pays_what_the_searches_added() -> None:
         gained = rewards.target_mass[index] * (support[-1] - support[0]) if support else 0.0
         assert turns[-1] == pytest.approx(gained)
     assert rewards.turn_rewards[5] == [0.0]  # an answer without a search earns nothing
+    for gain in ("peak", "prob", "log", "gap"):  # together what SIOP pays turn by turn
+        ended = run(query_batch(), **{**keys, "siop_gain": gain})
+        sums = [math.fsum(turns) for turns in run(query_batch(), siop_gain=gain, siop_lambda=1.0).turn_rewards]
+        found = [turns[-1] for turns in ended.turn_rewards]
+        assert found == pytest.approx([total if p else 0.0 for total, p in zip(sums, ended.support, strict=True)])
     log = run(query_batch(), **{**keys, "siop_gain": "log"}, siop_epsilon=0.1)
     p = log.support[0]
     assert log.turn_rewards[0][-1] == pytest.approx(log.target_mass[0] * math.log((p[-1] + 0.1) / (p[0] + 0.1)))
@@ -329,6 +334,12 @@ def test_igpo_gold_is_the_only_reference() -> None:
 @pytest.mark.parametrize("gold", [None, [], [" "]])
 def test_igpo_without_a_label_is_refused(gold: list[str] | None) -> None:
     with pytest.raises(RolloutError, match="'a' has none"):
+        run([search_rollout("a", "Paris", gold=gold)], siop_use_gold_ref=True)
+
+
+@pytest.mark.parametrize("gold", ["Paris", [3]])
+def test_labels_that_are_no_list_of_texts_are_refused(gold: Any) -> None:
+    with pytest.raises(RolloutError, match="a list of texts, but a rollout of question 'a' has"):
         run([search_rollout("a", "Paris", gold=gold)], siop_use_gold_ref=True)
 
 
@@ -452,6 +463,17 @@ def test_a_group_counts_as_zero_variance_only_if_it_gives_no_update() -> None:
     assert metrics_of(batch, rewards)[share] == 0.0  # the second turns differ
     for keys in ({"siop_advantage_mode": "broadcast"}, {"siop_enable_two_pass": False}):
         assert metrics_of(batch, rewards, **keys)[share] == 1.0
+    close = replace(rewards, turn_rewards=[[0.5, 0.5], [0.5, 0.500008]])
+    assert metrics_of(batch, close)[share] == 1.0  # up to the scorer's noise
+    assert metrics_of(batch, close, siop_baseline="pooled")[share] == 0.0  # has no such floor
+    assert metrics_of(batch, close, siop_reward_mode="cluster_frequency")[share] == 0.0  # has no such noise
+    rounded = replace(rewards, turn_rewards=[[0.25, 0.1 + 0.2], [0.25, 0.3]])
+    assert metrics_of(batch, rounded, siop_reward_mode="cluster_frequency")[share] == 1.0
+    for keys in ({"siop_advantage_mode": "broadcast"}, {"siop_enable_two_pass": False}):
+        padded = [*batch, Rollout("a", "Q a", [], [0], [0])]
+        assert metrics_of(padded, replace(run(padded), turn_rewards=[[0.5], [0.5], []]), **keys)[share] == 1.0
+        assert metrics_of(batch[:1], replace(run(batch[:1]), turn_rewards=[[0.5]]), **keys)[share] == 0.0  # as GRPO
+        assert metrics_of(batch[:1], replace(run(batch[:1]), turn_rewards=[[0.5]]))[share] == 1.0
     one = replace(rewards, turn_rewards=[[0.25, 0.5], []])
     assert metrics_of(batch, one)[share] == metrics_of(batch, one, siop_advantage_mode="broadcast")[share] == 0.0
 
@@ -606,6 +628,14 @@ def with_first_log_prob(value: Any) -> Any:
         ("support", with_first_log_prob(-math.inf), "got -inf"),
         ("support", with_first_log_prob(math.nan), "got nan"),
         ("support", with_first_log_prob(None), "got None"),
+        ("support", with_first_log_prob(-(10**400)), "must be a finite number"),
+        ("cluster", lambda ids: None, "answers sent, which gives a list of .*, got None"),
+        ("cluster", lambda ids: "0" * len(ids), "which gives a list"),
+        ("entailment", lambda scores: iter(scores), "5 pairs sent, which gives a list of 5, got <list_iterator"),
+        ("entailment", with_first(10**400), "must be a finite number"),
+        ("support", lambda log_probs: None, "5 rollouts sent, which gives a list of 5, got None"),
+        ("support", with_first(None), "4 boundaries sent, which gives a list of 4, got None"),
+        ("support", with_first([0.5] * 4), "2 references sent, which gives a list of 2, got 0.5"),
     ],
 )
 def test_a_scorer_that_answers_wrongly_is_an_error(method: str, change: Any, message: str) -> None:

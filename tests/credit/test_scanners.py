@@ -55,6 +55,8 @@ MAYBE = "Maybe it is <answer>Lyon</answer> but let me check"
         # Cut off while correcting, nothing visible, other spellings of the tag.
         ("<answer>Lyon</answer> No: <answer>Paris", False, "Lyon"),
         ("<answer>\u200b</answer>", False, ""),
+        ("<answer>\u3164 \u2800\ufe0f\u034f\u180b</answer>", False, ""),
+        ("<answer>❤\ufe0f</answer>", False, "❤\ufe0f"),
         ("<answer>Lyon</answer><answer>\u00a0\ufeff\n</answer>", False, ""),
         ("<answer>\u200b5 </answer>", False, "\u200b5"),
         ("<answer><answer>Paris</answer></answer>", False, "Paris"),

@@ -35,7 +35,7 @@ def test_turns_are_the_maximal_runs_of_one(mask: list[int]) -> None:
         assert get_assistant_turn_ranges(form) == expected
 
 
-@pytest.mark.parametrize("mask", [[0, 2, 1], [0.5], [[1, 0]], [float("nan")]])
+@pytest.mark.parametrize("mask", [[0, 2, 1], [0.5], [[1, 0]], [[1], [1, 0]], [float("nan")]])
 def test_a_malformed_mask_is_refused(mask: list[float]) -> None:
     with pytest.raises(RolloutError, match="response mask"):
         get_assistant_turn_ranges(mask)

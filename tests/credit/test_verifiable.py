@@ -64,6 +64,7 @@ def test_the_outcome_counts_on_the_last_turn_by_its_weight() -> None:
         ([1.0, math.nan], 2, "score of turn 2 .* finite number, got nan"),
         ([math.inf, 1.0], 2, "score of turn 1 .* finite number, got inf"),
         ([True, 1.0], 2, "score of turn 1 .* finite number, got True"),
+        ([10**400, 1.0], 2, "score of turn 1 .* finite number, got 1000"),
         (["1", 1.0], 2, "score of turn 1 .* finite number, got '1'"),
     ],
 )

@@ -121,6 +121,8 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"algorithm.siop_evidence": "max", "algorithm.siop_eta": 0}, "siop_eta=0"),
     ({"algorithm.siop_epsilon": 1e-4}, "siop_gain=peak"),
     ({"algorithm.siop_turn_weight": 0.5}, "siop_baseline=leave_one_out"),
+    ({"algorithm.siop_scorer_noise": 0.1, "algorithm.siop_baseline": "pooled"}, "siop_baseline=pooled"),
+    ({"algorithm.siop_scorer_noise": 0.1, "algorithm.siop_reward_mode": "verifiable"}, "measures no support"),
     ({"algorithm.siop_baseline": "pooled", "algorithm.siop_advantage_mode": "broadcast"}, "siop_advantage_mode=broad"),
     ({"algorithm.siop_return": "min", "algorithm.siop_enable_two_pass": False}, "siop_enable_two_pass=false"),
     ({"algorithm.siop_lambda": 0.3, **GRPO}, "algorithm.adv_estimator=grpo"),

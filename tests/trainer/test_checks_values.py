@@ -68,6 +68,7 @@ WRONG = [
     ("trainer.max_actor_ckpt_to_keep=two", "needs a whole number or null"),
     ("algorithm.gamma=abc", "needs a number"),
     ("algorithm.gamma=nan", "needs a number"),
+    ("algorithm.gamma=inf", "needs a number from 0"),
     (f"{ROLLOUT}.n=abc", "needs a whole number"),
     (f"{ROLLOUT}.n=2.5", "needs a whole number"),
     (f"{ROLLOUT}.n=null", "needs a whole number"),

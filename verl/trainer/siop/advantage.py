@@ -19,7 +19,7 @@ from verl.trainer.ppo.core_algos import (
 )
 from verl.utils.reward_score.siop_reward import turn_spans
 from verl.utils.siop.credit.baselines import Turns, signal
-from verl.utils.siop.credit.config import SiopConfig
+from verl.utils.siop.credit.config import SiopConfig, finite_number
 from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.errors import SiopConfigError, SiopError
 
@@ -84,7 +84,8 @@ def _broadcast(
 ) -> torch.Tensor:
     """verl's GRPO outcome advantage of the total rewards of ``rows`` (those with a turn), 0 in the others.
 
-    Scaled, it counts as far as the totals of a question differ by more than ``noise`` (:func:`signal`).
+    Scaled, it counts as far as the totals of a question differ by more than ``noise`` (:func:`signal`). A question's
+    only rollout is compared with nothing, and keeps its total.
     """
     # One running sum per row, and the rows in the order of their totals: the result depends neither on the padded width
     # nor on the order of the rows.
@@ -100,7 +101,6 @@ def _broadcast(
     )
     if scale:
         totals = totals_B1[order, 0]
-        # A question's only rollout is compared with nothing.
         counts = torch.stack(
             [
                 signal(totals[group == g].std(), noise) if (group == g).sum() > 1 else torch.ones_like(totals[0])
@@ -130,6 +130,15 @@ def _check_trainer(algorithm: Mapping[Any, Any] | None) -> None:
             "the update would follow exact match with the gold answers. Train with python -m verl.trainer.siop.main "
             "(train_siop.sh), or choose another adv_estimator"
         )
+
+
+def _checked(gamma: Any, scale: Any) -> tuple[float, bool]:
+    discount = finite_number(gamma)
+    if discount is None or discount < 0:
+        raise SiopConfigError(f"gamma={gamma!r} is not allowed; choose a number from 0")
+    if scale not in (True, False):
+        raise SiopConfigError(f"norm_adv_by_std_in_grpo={scale!r} is not allowed; choose true or false")
+    return discount, bool(scale)
 
 
 # verl refuses a second function under the same name, also when this very module is loaded again.
@@ -170,7 +179,8 @@ def compute_siop_advantage(
 
     Raises:
         AdvantageInputError: no uids, shapes that do not match, or rewards that are not finite.
-        SiopConfigError: a wrong ``siop_*`` key or value, or a trainer that writes no turn rewards.
+        SiopConfigError: a wrong ``siop_*`` key or value, a wrong ``gamma`` or ``norm_adv_by_std_in_grpo``, or a trainer
+            that writes no turn rewards.
     """
     _check_trainer(config)
     if index is None:
@@ -182,9 +192,11 @@ def compute_siop_advantage(
         )
     siop = SiopConfig.from_algorithm(config)
     options = config if config is not None else {}
-    discount = float(gamma if gamma is not None else options.get("gamma", 1.0))
-    scale = bool(
-        norm_adv_by_std_in_grpo if norm_adv_by_std_in_grpo is not None else options.get("norm_adv_by_std_in_grpo", True)
+    discount, scale = _checked(
+        gamma if gamma is not None else options.get("gamma", 1.0),
+        norm_adv_by_std_in_grpo
+        if norm_adv_by_std_in_grpo is not None
+        else options.get("norm_adv_by_std_in_grpo", True),
     )
 
     spans = _Spans(response_mask.cpu().numpy() != 0)
@@ -198,9 +210,7 @@ def compute_siop_advantage(
     uid_B = np.asarray(index, dtype=object)
     with torch.no_grad():
         if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
-            advantages_BL = _broadcast(
-                token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.siop_scorer_noise
-            )
+            advantages_BL = _broadcast(token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.reward_noise)
             return advantages_BL, advantages_BL.clone()
         turns = Turns(
             rewards_BT=spans.by_turn(spans.sums(rewards_BL)),

@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.trainer.siop.checks import machine as machine
 from verl.trainer.siop.checks.policy import Policy
 from verl.trainer.siop.checks.services import check_scorer
-from verl.trainer.siop.checks.settings import measures_support
 from verl.trainer.siop.preflight import (
     CHECKS,
     SEARCH,
@@ -83,7 +82,7 @@ def _search(run: Run) -> str:
 def _scorer(run: Run) -> str:
     if not needs_scorer(run):
         return "not needed"
-    scored = run.siop.siop_scorer == "server" and measures_support(run.siop)
+    scored = run.siop.siop_scorer == "server" and run.siop.measures_support
     policy: Policy | None = None
     with contextlib.suppress(SiopError, OmegaConfBaseException):
         policy = run.policy

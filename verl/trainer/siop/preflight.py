@@ -24,7 +24,7 @@ from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_poli
 from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
 from verl.trainer.siop.checks.retrievers import check_replicas, healths_of, retrievers_of
 from verl.trainer.siop.checks.services import check_scorer, check_search, measure_noise
-from verl.trainer.siop.checks.settings import check_settings, measures_support
+from verl.trainer.siop.checks.settings import check_settings
 from verl.trainer.siop.checks.values import check_dataclasses, check_values
 from verl.trainer.siop.rollouts.rows import question_of
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
@@ -214,7 +214,7 @@ def _settings(run: Run) -> str:
 
 def _check_learning(run: Run) -> None:
     if run.trains_by_siop and run.config.actor_rollout_ref.rollout.n == 1:
-        run.warn("actor_rollout_ref.rollout.n=1: nothing is learnt from a question that has one rollout")
+        run.warn("actor_rollout_ref.rollout.n=1: a question's only rollout has no other to be compared with")
     if run.trains_by_siop and run.siop.siop_scorer == "policy":
         _check_router_replay(run.config)
 
@@ -237,7 +237,7 @@ def _tools(run: Run) -> str:
 
 
 def _round_trips(run: Run) -> str:
-    scored = run.trains_by_siop and measures_support(run.siop)
+    scored = run.trains_by_siop and run.siop.measures_support
     return check_round_trips(run.policy, run.siop if scored else None, run.sample, run.warn)
 
 
@@ -278,7 +278,7 @@ def _scorer(run: Run) -> str:
     if not needs_scorer(run):
         return "not needed"
     found = asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S, say=run.say))
-    if run.siop.siop_scorer == "policy" or not measures_support(run.siop):
+    if run.siop.siop_scorer == "policy" or not run.siop.measures_support:
         return found
     noise = asyncio.run(measure_noise(run.siop, run.policy, run.sample))
     if noise > run.siop.siop_scorer_noise:

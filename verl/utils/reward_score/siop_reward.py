@@ -104,8 +104,14 @@ def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> t
     if len(wrong):
         row = wrong[0]
         raise RolloutError(f"rollout {row} has {turns[row]} assistant turns in its mask, but {given[row]} turn rewards")
+    rewarded_N = given[rows_N] > 0
+    values = np.array([reward for rewards in turn_rewards for reward in rewards], dtype=np.float64)
+    beyond = np.flatnonzero(~(np.abs(values) <= np.finfo(np.float32).max))
+    if len(beyond):
+        row = rows_N[rewarded_N][beyond[0]]
+        raise RolloutError(f"rollout {row} has a turn reward that is no finite number in float32: {values[beyond[0]]}")
     placed = np.zeros(mask.size, dtype=np.float32)
-    placed[ends_N[given[rows_N] > 0] - 1] = [reward for rewards in turn_rewards for reward in rewards]
+    placed[ends_N[rewarded_N] - 1] = values
     return torch.from_numpy(placed.reshape(mask.shape)).to(mask_BL.device)
 
 
@@ -122,7 +128,8 @@ def place_turn_rewards(
         float32, of the same form: a [B, L] tensor, or a list of B tensors with the lengths of their masks.
 
     Raises:
-        RolloutError: the numbers of rollouts differ, or a rollout's number of rewards is not its number of turns.
+        RolloutError: the numbers of rollouts differ, a rollout's number of rewards is not its number of turns, or a
+            reward is not finite.
 
     >>> place_turn_rewards([[0.5, 2.0], []], [[1, 1, 0, 1], [1, 0]])
     [tensor([0.0000, 0.5000, 0.0000, 2.0000]), tensor([0., 0.])]

@@ -19,8 +19,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 # With the semicolon: "AT&T" and "R&D" are no entities. Bounded: int() refuses thousands of digits.
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
-# Ligatures, full and half width. NFKC of everything would make 10² into 102.
-_PRESENTATION = re.compile("[\ufb00-\ufb06\uff00-\uffef]+")
+# Ligatures, small, full and half width. NFKC of everything would make 10² into 102.
+_PRESENTATION = re.compile("[\ufb00-\ufb06\ufe50-\ufe6f\uff00-\uffef]+")
+# ⁻5, not 10⁻5.
+_SUPERSCRIPT_MINUS = re.compile(r"(?<!\S)\u207b(?=\d)")
 # What no letter begins. Longer runs of combining marks are cut, since sorting them takes the square of their number
 # (Unicode's stream-safe form, UAX 15).
 _MARKS = re.compile(r"[^\w\s!-~]{30}")
@@ -28,16 +30,21 @@ _UNIFIED = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
     | dict.fromkeys("“”„‟«»「」『』〝〞〟", '"')
     | dict.fromkeys("‘’‚‛‹›´ʼʻ", "'")
+    | {"…": "..."}
     # Soft hyphen, zero-width space, direction marks, word joiner, byte order mark.
     | dict.fromkeys("\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff", "")
+    # Arabic letter mark, Mongolian and other variation selectors: the same character, drawn in another way.
+    | dict.fromkeys("\u061c\u180b\u180c\u180d\u180e\u180f" + "".join(map(chr, range(0xFE00, 0xFE10))), "")
 )
-# Around a word or a phrase; what is not between quotes may be an apostrophe, feet or inches. Each takes linear time: no
-# opening quote is looked for inside of what an earlier one has run through.
-_DOUBLE_QUOTED = re.compile(r'(?<!\w)"([^"]*)"(?!\w)')
-_SINGLE_QUOTED = re.compile(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)")
-_STRAY_QUOTE = re.compile(r"(?<!\w)'|(?<!\d)\"")
-_END_OF_WORD = ".,;:…。、"
-_LEADING_ARTICLE = re.compile(r"^(?:a|an|the) ")
+# An opening quote begins a word or a phrase. All others may be apostrophes, primes, feet or inches: those of 5'10", f''
+# and (A ∪ B)'. Each takes linear time: no opening quote is looked for inside of what an earlier one has run through.
+_OPENS = r"(?<![^\s(\[{<,;:/=、。-])"
+_DOUBLE_QUOTED = re.compile(rf'{_OPENS}"(?:(?<=^")|(?=\S))([^"]*)"(?!\w)')
+_SINGLE_QUOTED = re.compile(rf"{_OPENS}'(?:(?<=^')|(?=\S))((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)")
+# Whose other half is missing: before a word, or after one (xy" is not y").
+_STRAY_QUOTE = re.compile(rf"{_OPENS}['\"]+(?=[^\s'\"])|(?<=[^\W\d_]{{2}})([.,;:!?]*)\"(?!\w)")
+_END_OF_WORD = ".,;:。、"
+_LEADING_ARTICLE = re.compile(r"^(?:an|the)\s+(?=[^\W_])")
 
 
 def normalize_answer(text: str) -> str:
@@ -54,10 +61,11 @@ def plain_form(text: str) -> str:
 
     Unified: HTML entities, Unicode forms (NFC, ligatures, full width), quotes, dashes, white space, case. Dropped:
     invisible characters, quotes around words, ``.,;:`` at the end of a word, ``!`` and ``?`` at the end of a word of
-    letters, commas that stand alone, one leading article. All else stays, so that what differs in a sign, in a decimal
-    point or in a symbol differs here: −5 and 5, .5 and 5, 3.5 and 35, 5! and 5, 5% and 5, $5 and €5, C++ and C#, 10²
-    and 102, 1/2 and 12, vitamin A and vitamin. Empty only for text of invisible characters, quotes and lone commas.
-    Takes time linear in the length of the text.
+    letters, commas that stand alone, ``the`` or ``an`` before the first word. All else stays, so that what differs in a
+    sign, in a decimal point or in a symbol differs here: −5 and 5, .5 and 5, 3.5 and 35, .33… and .33, 5! and 5, 5% and
+    5, $5 and €5, C++ and C#, f' and f'', 10² and 102, 1/2 and 12, vitamin A and vitamin. So does ``a``, which may be an
+    option, a key, a blood group: A and B, A negative. Empty only for text of invisible characters, empty quotes and
+    lone commas. Takes time linear in the length of the text.
 
     >>> plain_form("  The &ldquo;AT&amp;T&rdquo; Building,\u00a0Z\u0075\u0308rich! ")
     'at&t building zürich'
@@ -68,10 +76,12 @@ def plain_form(text: str) -> str:
     if not text.isascii():
         text = _PRESENTATION.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
         text = unicodedata.normalize("NFC", _MARKS.sub("\\g<0>\u034f", text)).translate(_UNIFIED)
-    text = text.casefold().replace("`", "'").replace("''", '"')
-    text = _STRAY_QUOTE.sub("", _SINGLE_QUOTED.sub(r"\1", _DOUBLE_QUOTED.sub(r"\1", text)))
-    words = " ".join(_without_end(word) for word in text.split() if word not in (",", ";"))
-    return _LEADING_ARTICLE.sub("", words)
+        text = _SUPERSCRIPT_MINUS.sub("-", text)
+    text = text.strip().casefold().replace("`", "'").replace("''", '"')
+    for quoted in (_SINGLE_QUOTED, _DOUBLE_QUOTED, _SINGLE_QUOTED):  # of two pairs around a word the outer one first
+        text = quoted.sub(r"\1", text)
+    text = _LEADING_ARTICLE.sub("", _STRAY_QUOTE.sub(r"\1", text).lstrip())
+    return " ".join(_without_end(word) for word in text.split() if word not in (",", ";"))
 
 
 def _without_end(word: str) -> str:
@@ -79,6 +89,8 @@ def _without_end(word: str) -> str:
     core = word.rstrip(_END_OF_WORD + "!?")
     if len(core) < 2 or not core[-2:].isalpha():  # 5! and n! are numbers, e4? is a move
         core = word.rstrip(_END_OF_WORD)
+        if core[-1:].isnumeric() and ".." in word[len(core) :]:  # 0.333... goes on
+            core = word.rstrip(",;:、。")
     return core or word
 
 
@@ -138,7 +150,7 @@ def identity_key(answer: str) -> str:
     """What answers share that are equivalent without asking a model: :func:`plain_form`.
 
     Merging is for good, since no model is asked; keeping apart is not. So only what is the same text is the same here:
-    1,000 and 1000, or USA and U.S.A., are for the model. An answer of quotes or commas alone stands for itself.
+    1,000 and 1000, or USA and U.S.A., are for the model. An answer of which nothing is left stands for itself.
     """
     return plain_form(answer) or answer.strip()
 

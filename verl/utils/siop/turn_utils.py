@@ -31,6 +31,8 @@ _CALLS = (
 # Tokens before a turn in which the end of its generation prompt is looked for.
 _OPENING_TOKENS = 32
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+# Of other categories, and nothing to see either: fillers, the empty braille cell, variation selectors.
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 # A truncated observation has no closing tag.
 _TOOL_RESPONSE = re.compile(r"<tool_response>(.*?)(?:</tool_response>|\Z)", re.DOTALL)
 
@@ -55,7 +57,10 @@ def get_assistant_turn_ranges(response_mask: Any) -> list[tuple[int, int]]:
     """
     if hasattr(response_mask, "detach"):
         response_mask = response_mask.detach().cpu().tolist()
-    mask_L = np.asarray(response_mask)
+    try:
+        mask_L = np.asarray(response_mask)
+    except ValueError as error:  # rows of different lengths
+        raise RolloutError(f"a response mask has one dimension, got {response_mask!r:.80}") from error
     if mask_L.ndim != 1:
         raise RolloutError(f"a response mask has one dimension, got an array of shape {mask_L.shape}")
     assistant_L = mask_L == 1
@@ -111,7 +116,7 @@ def _outside(text: str, opening: str, closing: str) -> str:
 
 def _visible(text: str) -> str:
     """The text without surrounding white space; empty if nothing of it can be seen (a zero-width space)."""
-    seen = any(unicodedata.category(character) not in _UNSEEN for character in text)
+    seen = any(unicodedata.category(character) not in _UNSEEN for character in _BLANK.sub("", text))
     return text.strip() if seen else ""
 
 

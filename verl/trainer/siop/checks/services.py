@@ -95,7 +95,7 @@ async def measure_noise(siop: SiopConfig, policy: Policy, sample: str) -> float:
         sample: words of the data.
 
     Returns:
-        Root mean square of the differences; one in log p bounds the one in p.
+        Root mean square of the differences; see :attr:`SiopConfig.reward_noise`.
     """
     words = sample.split()
     texts = [" ".join(words[turn:] + words[:turn]) for turn in range(min(len(words), _NOISE_TEXTS))]

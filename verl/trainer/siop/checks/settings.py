@@ -227,6 +227,7 @@ SUPPORT_KEYS = (
     "siop_boundary",
     "siop_probe_opening",
     "siop_scorer",
+    "siop_scorer_noise",
 )
 TARGET_KEYS = ("siop_eta", "siop_evidence")
 TURN_KEYS = ("siop_baseline", "siop_return", "siop_turn_weight")
@@ -239,7 +240,6 @@ METHOD_KEYS = (
     "siop_strict_entailment",
     "siop_consensus_terminal",
     "siop_outcome_weight",
-    "siop_scorer_noise",
     "siop_streaming",
     *TURN_KEYS,
     *SUPPORT_KEYS,
@@ -259,7 +259,9 @@ def _ignored(siop: SiopConfig) -> Iterator[tuple[str, str]]:
         outcome = "siop_advantage_mode=broadcast" if siop.siop_enable_two_pass else "siop_enable_two_pass=false"
         yield from ((key, f"{outcome}, GRPO's advantage of the sum of the rewards") for key in TURN_KEYS)
     elif siop.siop_baseline in ("leave_one_out", "pooled", "turn_index"):
-        yield "siop_turn_weight", f"siop_baseline={siop.siop_baseline}"
+        baseline = f"siop_baseline={siop.siop_baseline}"
+        unread = ("siop_turn_weight", "siop_scorer_noise") if siop.siop_baseline == "pooled" else ("siop_turn_weight",)
+        yield from ((key, baseline) for key in unread)
 
 
 def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]:
@@ -271,7 +273,7 @@ def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]
         yield "siop_lambda", method
         if mode == "query_consensus":
             method += f" siop_consensus_terminal={siop.siop_consensus_terminal}"
-        if not measures_support(siop):
+        if not siop.measures_support:
             yield from ((key, f"{method}, which measures no support") for key in (*SUPPORT_KEYS, *TARGET_KEYS))
     if mode != "query_consensus":
         yield "siop_consensus_terminal", f"siop_reward_mode={mode}"
@@ -285,17 +287,6 @@ def _ignored_by_method(siop: SiopConfig, mode: str) -> Iterator[tuple[str, str]]
         yield "siop_streaming", "siop_scorer=policy, which cannot generate and score at once"
     if siop.siop_gain != "log":
         yield "siop_epsilon", f"siop_gain={siop.siop_gain}, which takes no logarithm"
-
-
-def measures_support(siop: SiopConfig) -> bool:
-    """Whether the method asks for the probability of references; a method of the user's own may."""
-    if not siop.needs_scorer:
-        return False
-    if siop.siop_use_gold_ref or siop.siop_reward_mode not in BUILT_IN:
-        return True
-    return siop.siop_reward_mode == "process" or (
-        siop.siop_reward_mode == "query_consensus" and siop.siop_consensus_terminal == "support"
-    )
 
 
 def check_settings(config: DictConfig, siop: SiopConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.resources
+import math
 import numbers
 import re
 import types
@@ -165,7 +166,7 @@ def check_values(config: DictConfig, warn: Callable[[str], None] = lambda text: 
             or_null = " or null" if wanted.null and wanted.kind is not bool else ""
             raise SiopConfigError(f"{key}={shown(value)} is not allowed: needs {KINDS[wanted.kind]}{or_null}")
         least = LEAST.get(key)
-        if least is not None and isinstance(value, numbers.Real) and value < least:
+        if least is not None and isinstance(value, int | float) and not least <= value < math.inf:
             kind = KINDS[wanted.kind] if wanted else "a number"
             raise SiopConfigError(f"{key}={shown(value)} is not allowed: needs {kind} from {least:g}")
     return f"{count} keys have values of their type"

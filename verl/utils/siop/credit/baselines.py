@@ -30,7 +30,7 @@ def signal(std: Any, noise: float) -> Any:
 
     Args:
         std: standard deviations, an array or a tensor.
-        noise: that of the scorer (``siop_scorer_noise``), in the unit of a turn reward.
+        noise: that of the scorer in a turn reward (:attr:`SiopConfig.reward_noise`).
     """
     return (std / (NOISE_STDS * noise) - 1.0).clip(0.0, 1.0) if noise > 0 else (std * 0.0 + 1.0)
 
@@ -57,8 +57,8 @@ class Turns:
 
     @property
     def noise(self) -> float:
-        """The scorer's noise in a turn reward (``siop_scorer_noise``)."""
-        return self.config.siop_scorer_noise
+        """The scorer's noise in a turn reward."""
+        return self.config.reward_noise
 
     @property
     def at(self) -> tuple[np.ndarray, np.ndarray]:

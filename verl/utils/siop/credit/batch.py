@@ -12,8 +12,9 @@ import numbers
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from verl.utils.siop.credit.config import GAP_OFFSET, finite_number
 from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout, SiopScorer, SupportRequest
 from verl.utils.siop.errors import RolloutError, ScorerError
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from verl.utils.siop.credit.config import SiopConfig
 
 OBSERVATION_CHARACTERS = 2000
-# TRACE's epsilon, in nats: what is missing of a reference that is certain.
-GAP_OFFSET = 0.1
 # Log-probs are at most 0; a scorer in half precision may round a probability of 1 to slightly above.
 LOG_PROB_TOLERANCE = 1e-3
 
@@ -135,9 +134,8 @@ class CreditBatch:
                 member_pairs = [(text[:OBSERVATION_CHARACTERS], cluster.references[0]) for text in observations]
                 pairs_of_member[index] = member_pairs
                 pairs.update(dict.fromkeys(member_pairs))
-        scores: list[float] = await self.scorer.entailment(list(pairs)) if pairs else []
-        if len(scores) != len(pairs):
-            raise ScorerError(f"entailment: {len(pairs)} pairs sent, {len(scores)} scores returned")
+        answered: Any = await self.scorer.entailment(list(pairs)) if pairs else []
+        scores = _returned(answered, len(pairs), "entailment", "pairs", "scores ")
         score_of = {
             pair: _checked_number(score, f"entailment of hypothesis {pair[1]!r}", 0.0, 1.0)
             for pair, score in zip(pairs, scores, strict=True)
@@ -167,9 +165,7 @@ class CreditBatch:
             return {}
         prober = Prober(self.tokenizer, self.config)
         requests = [self._request(self.parsed[index], references_of[index], prober) for index in indices]
-        log_probs = await self.scorer.support(requests)
-        if len(log_probs) != len(requests):
-            raise ScorerError(f"support: {len(requests)} rollouts sent, {len(log_probs)} returned")
+        log_probs = _returned(await self.scorer.support(requests), len(requests), "support", "rollouts")
         return {
             index: _probabilities(log_probs_TR, request, self.parsed[index].rollout.uid)
             for index, request, log_probs_TR in zip(indices, requests, log_probs, strict=True)
@@ -270,41 +266,43 @@ def _group_by_question(parsed: Sequence[ParsedRollout]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _checked_cluster_ids(ids: Sequence[int], question: str, expected: int) -> list[int]:
-    if len(ids) != expected:
-        raise ScorerError(f"cluster of {question!r}: {expected} answers sent, {len(ids)} cluster ids returned")
+def _returned(values: Any, sent: int, what: str, unit: str, noun: str = "") -> Sequence[Any]:
+    """What a scorer returned for ``sent`` things, one value for each; ScorerError if it is no list of that length."""
+    sequence = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if not sequence and not getattr(values, "ndim", 0):  # an array is one too
+        raise ScorerError(f"{what}: {sent} {unit} sent, which gives a list of {sent}, got {values!r:.80}")
+    if len(values) != sent:
+        raise ScorerError(f"{what}: {sent} {unit} sent, {len(values)} {noun}returned")
+    return values
+
+
+def _checked_cluster_ids(ids: Any, question: str, expected: int) -> list[int]:
+    ids = _returned(ids, expected, f"cluster of {question!r}", "answers", "cluster ids ")
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise ScorerError(f"cluster of {question!r}: cluster ids are whole numbers, got {value!r}")
     return [int(value) for value in ids]
 
 
-def _checked_number(value: float, what: str, low: float, high: float) -> float:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+def _checked_number(value: object, what: str, low: float, high: float) -> float:
+    number = finite_number(value)
+    if number is None or not low <= number <= high:
         raise ScorerError(f"{what} must be a finite number from {low} to {high}, got {value!r}")
-    return float(value)
+    return number
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _probabilities(log_probs_TR: Sequence[Sequence[float]], request: SupportRequest, uid: str) -> list[float]:
+def _probabilities(log_probs_TR: Any, request: SupportRequest, uid: str) -> list[float]:
     """p at each boundary from one rollout's mean log-probs [boundary][reference], checked."""
-    if len(log_probs_TR) != len(request.boundaries):
-        raise ScorerError(
-            f"support of a rollout of question {uid!r}: {len(request.boundaries)} boundaries sent, "
-            f"{len(log_probs_TR)} returned"
-        )
+    of = f"support of a rollout of question {uid!r}"
+    log_probs_TR = _returned(log_probs_TR, len(request.boundaries), of, "boundaries")
     support = []
     for boundary, log_probs_R in zip(request.boundaries, log_probs_TR, strict=True):
-        if len(log_probs_R) != len(request.references):
-            raise ScorerError(
-                f"support of a rollout of question {uid!r} at boundary {boundary}: {len(request.references)} "
-                f"references sent, {len(log_probs_R)} returned"
-            )
+        values = _returned(log_probs_R, len(request.references), f"{of} at boundary {boundary}", "references")
         what = f"mean log-prob of a reference of question {uid!r} at boundary {boundary}"
-        checked = [_checked_number(value, what, -math.inf, LOG_PROB_TOLERANCE) for value in log_probs_R]
+        checked = [_checked_number(value, what, -math.inf, LOG_PROB_TOLERANCE) for value in values]
         support.append(_mean([math.exp(value) for value in checked]))
     return support

@@ -17,11 +17,24 @@ from verl.utils.siop.turn_utils import BOUNDARY_MODES
 
 # Of the texts around a reference: from the chat template (:class:`~verl.utils.siop.credit.probe.Prober`).
 AUTO = "auto"
+# TRACE's epsilon, in nats: what is missing of a reference that is certain (``siop_gain=gap``).
+GAP_OFFSET = 0.1
 # Keys of the first release that belong to the scorer here.
 RELEASED = {
     "siop_nli_model": "the scorer holds the NLI model; start it with SIOP_NLI_MODEL",
     "siop_nli_device": "the scorer holds the NLI model; start it with SIOP_NLI_DEVICE",
 }
+
+
+def finite_number(value: object) -> float | None:
+    """The value as a float; None of what is no real number (a bool is none), not finite or beyond any float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _choice(*values: str) -> Any:
@@ -99,6 +112,10 @@ class SiopConfig:
             raise SiopConfigError(
                 f"siop_scorer_url={self.siop_scorer_url!r} is not allowed; an address starts with http:// or https://"
             )
+        for key in ("siop_reference_prefix", "siop_reference_suffix"):
+            value = getattr(self, key)
+            if value.strip().lower() == AUTO != value:
+                raise SiopConfigError(f"{key}={value!r} is not allowed; choose {AUTO}, or a text of your own")
         if self.siop_use_gold_ref and self.siop_reward_mode != "process":
             raise SiopConfigError(
                 f"siop_use_gold_ref=True is not allowed with siop_reward_mode={self.siop_reward_mode!r}: the gold "
@@ -120,9 +137,29 @@ class SiopConfig:
         """Whether the method asks for clusters, evidence or support at all, and reads answers."""
         return self.siop_use_gold_ref or self.siop_reward_mode not in CREDIT_METHODS.without_scorer
 
+    @property
+    def measures_support(self) -> bool:
+        """Whether the method asks for the probability of references; a method of the user's own may."""
+        if self.siop_reward_mode == "query_consensus":
+            return self.siop_consensus_terminal == "support"
+        return self.needs_scorer and self.siop_reward_mode not in ("majority_binary", "cluster_frequency")
+
+    @property
+    def reward_noise(self) -> float:
+        """Standard deviation of the scorer's noise in a turn reward.
+
+        ``siop_scorer_noise``, which is one in log p and bounds the one in p and in log(p + eps). A gap's logarithm
+        makes up to 1 / 0.1 times as much of it. 0 where no support enters the rewards: they are exact.
+        """
+        if not self.measures_support:
+            return 0.0
+        return self.siop_scorer_noise / (GAP_OFFSET if self.siop_gain == "gap" else 1.0)
+
     def _import_module(self) -> None:
         if self.siop_import and isinstance(self.siop_import, str):
             try:
+                if self.siop_import.startswith("."):
+                    raise ImportError("a module by its full name")
                 importlib.import_module(self.siop_import)
             except ImportError as error:
                 raise SiopConfigError(
@@ -164,11 +201,10 @@ def _validated(spec: dataclasses.Field[Any], value: Any) -> Any:
         low, high, above = (spec.metadata[name] for name in ("low", "high", "above"))
         kind = "a whole number" if spec.type == "int" else "a number"
         wanted = f"{kind} {'above' if above else 'from'} {low}" + (f" to {high}" if math.isfinite(high) else "")
-        accepted = numbers.Integral if spec.type == "int" else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, accepted):
+        number = finite_number(value)
+        if number is None or not low <= number <= high or (above and number == low):
             raise refuse(wanted)
-        number = float(value)
-        if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        if spec.type == "int" and not isinstance(value, numbers.Integral):
             raise refuse(wanted)
         return int(number) if spec.type == "int" else number
     return value

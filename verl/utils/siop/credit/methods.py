@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 
 from verl.utils.siop.credit.answers import f1_score
 from verl.utils.siop.credit.batch import Cluster, CreditBatch, ParsedRollout
+from verl.utils.siop.credit.config import finite_number
 from verl.utils.siop.credit.registry import register_credit
 from verl.utils.siop.credit.rollouts import GroupRewards
 from verl.utils.siop.errors import RolloutError
@@ -66,9 +66,9 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
     The last turn also gets, if the rollout has an answer, by ``siop_consensus_terminal``:
 
     - ``frequency``: the mass m(c) of its cluster, in [0, 1] (as EMPO); the target is m(c)
-    - ``support``: q(c)·(p_T − p_0), in [−1, 1] (of log(p + eps) with ``siop_gain=log``, 0 or more with ``peak``):
-      SIOP's gains in one sum, so that the support that an answer had before any search earns nothing; 0 for a rollout
-      of one turn
+    - ``support``: q(c)·Σ_t gain_t, SIOP's gains in one sum, so that the support that an answer had before any search
+      earns nothing: q(c)·(max p − p_0) with ``siop_gain=peak``, q(c)·(p_T − p_0) with ``prob``, the difference of logs
+      with ``log`` and ``gap``; 0 for a rollout of one turn
 
     Source: this project.
     """
@@ -82,7 +82,7 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
         clusters = _cluster_of(questions)
         support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
         for index, values in support.items():
-            rewards[index][-1] += clusters[index].target * batch.gains([values[0], values[-1]])[0]
+            rewards[index][-1] += clusters[index].target * math.fsum(batch.gains(values))
     else:
         for index, cluster in _cluster_of(questions).items():
             cluster.target = cluster.mass
@@ -119,7 +119,13 @@ def _queries(item: ParsedRollout, batch: CreditBatch) -> list[list[Query]]:
             f"rollout of question {item.rollout.uid!r}: {len(item.turns)} assistant turns in its mask, but executed "
             f"calls of {len(executed)}"
         )
-    return [[query_of(name, json.loads(arguments)) for name, arguments in turn] for turn in executed]
+    try:
+        return [[query_of(name, json.loads(arguments)) for name, arguments in turn] for turn in executed]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RolloutError(
+            f"rollout of question {item.rollout.uid!r}: executed calls are pairs of a name and its arguments in JSON, "
+            f"for each turn: {error}"
+        ) from error
 
 
 async def gold_reference(batch: CreditBatch) -> GroupRewards:
@@ -130,10 +136,15 @@ async def gold_reference(batch: CreditBatch) -> GroupRewards:
     without an answer, instead of a gain and of (1 − lambda)·q. No clusters are needed, so none are asked for.
 
     Raises:
-        RolloutError: a rollout has no gold answer.
+        RolloutError: a rollout has no gold answer, or something else than a list of texts.
     """
     for item in batch.parsed:
-        if not item.rollout.gold or not item.rollout.gold[0].strip():
+        gold = item.rollout.gold or []
+        if isinstance(gold, str) or not all(isinstance(alias, str) for alias in gold):
+            raise RolloutError(
+                f"gold answers are a list of texts, but a rollout of question {item.rollout.uid!r} has {gold!r}"
+            )
+        if not gold or not gold[0].strip():
             raise RolloutError(
                 f"siop_use_gold_ref=True needs a gold answer, but a rollout of question {item.rollout.uid!r} has none"
             )
@@ -185,9 +196,10 @@ def _turn_scores(item: ParsedRollout) -> list[float]:
 
 
 def _finite(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    number = finite_number(value)
+    if number is None:
         raise RolloutError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def _cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:

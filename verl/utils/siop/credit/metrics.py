@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from verl.utils.siop.credit.answers import exact_match
-from verl.utils.siop.credit.baselines import NOISE_STDS, Turns
+from verl.utils.siop.credit.baselines import NOISE_STDS, STD_FLOOR, Turns
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout
@@ -35,7 +35,8 @@ def group_metrics(
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
         - ``siop/no_answer``: share of rollouts without an answer (not of a method that reads none)
-        - ``siop/zero_variance_groups``: share of questions whose advantages are all within the scorer's noise, so that
+        - ``siop/zero_variance_groups``: share of questions whose advantages are all within the scorer's noise (and
+          rounding), so that
           they give no update
         - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
           mean over questions with an answer (both only where the method clusters)
@@ -117,27 +118,30 @@ def _rows_with_an_update(
     config: SiopConfig,
     gamma: float,
 ) -> set[int]:
-    """The rollouts of which some turn has an advantage that is more than the scorer's noise."""
-    noise = NOISE_STDS * config.siop_scorer_noise
+    """The rollouts of which some turn has an advantage that is more than the scorer's noise, and than rounding."""
+    floor = max(NOISE_STDS * config.reward_noise, STD_FLOOR)
     if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
         sums = [math.fsum(row) for row in turn_rewards]
-        return {row for members in groups if _spread(sums, members) > noise for row in members}
+        with_turns = [[row for row in members if num_turns[row]] for members in groups]
+        return {row for rows in with_turns if _spread([sums[row] for row in rows]) > floor for row in rows}
     group_of = {row: number for number, members in enumerate(groups) for row in members}
     kept = [row for row, number in enumerate(num_turns) if number]
     if not kept:
         return set()
+    if config.siop_baseline == "pooled":  # which has no other floor
+        floor = STD_FLOOR
     rows = [turn_rewards[row] or [0.0] * num_turns[row] for row in kept]
     turns = _turns(rows, np.unique([group_of[row] for row in kept], return_inverse=True)[1], config, gamma)
     return {
         row
         for row, values_T in zip(kept, BASELINES[config.siop_baseline](turns), strict=True)
-        if (abs(values_T) > noise).any()
+        if (abs(values_T) > floor).any()
     }
 
 
-def _spread(values: Sequence[float], members: Sequence[int]) -> float:
-    own = [values[row] for row in members]
-    return max(own) - min(own)
+def _spread(values: Sequence[float]) -> float:
+    """Largest difference; of a single value that from 0, with which GRPO compares it."""
+    return max(values) - min(values) if len(values) > 1 else abs(math.fsum(values))
 
 
 def _returns_by_turn(turn_rewards: Sequence[Sequence[float]], config: SiopConfig, gamma: float) -> list[list[float]]:

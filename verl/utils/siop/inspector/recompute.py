@@ -297,7 +297,7 @@ def _estimate(
     if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
         totals_B = np.cumsum(rewards_BT, axis=1)[:, -1]
         advantages_BT = returns_BT = np.where(
-            reached_BT, _outcome_advantages(totals_B, group_B, scale, config.siop_scorer_noise)[:, None], 0.0
+            reached_BT, _outcome_advantages(totals_B, group_B, scale, config.reward_noise)[:, None], 0.0
         )
     else:
         advantages_BT, returns_BT = BASELINES[config.siop_baseline](turns), turns.returns()
