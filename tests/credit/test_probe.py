@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import string
 
 import pytest
 from method_helpers import Scorer
 from scoring_cases import bpe_tokenizer
 from tiny_models import BYTE_TOKENIZER
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from verl.utils.siop.credit.probe import DONE_THINKING, Prober, turn_form
 from verl.utils.siop.errors import RolloutError, SiopConfigError
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, compute_group_rewards
-from verl.utils.siop.turn_utils import BOUNDARY_MODES, boundaries, get_assistant_turn_ranges
+from verl.utils.siop.turn_utils import BOUNDARY_MODES, boundaries, extract_observations, get_assistant_turn_ranges
 
 # One line each; {O}: what opens the assistant's turn.
 CHATML = (
@@ -27,9 +29,19 @@ HYBRID = CHATML.replace(
     "' }}{% if enable_thinking is defined and not enable_thinking %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ ''",
 )
+SEED = CHATML.replace("THINK", "<seed:think>")
+DEEPSEEK = (
+    "{% for m in messages %}{{ '<User>' if m.role == 'user' else '<Assistant></think>' }}{{ m.content }}"
+    "{% if m.role != 'user' %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<Assistant>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
 LLAMA = (
     "{{ '<|begin|>' }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\\n\\n' + m.content + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\\n\\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
@@ -57,11 +69,25 @@ def rendered(tokenizer, **options):
         (PREFILLED, {}, DONE_THINKING, "\n</answer><|im_end|>"),
         (HYBRID, {}, f"<think>\n{DONE_THINKING}", "\n</answer><|im_end|>"),
         (HYBRID, {"enable_thinking": False}, "<answer>\n", "\n</answer><|im_end|>"),
+        (SEED, {}, DONE_THINKING.replace("</think>", "</seed:think>"), "\n</answer><|im_end|>"),
+        (DEEPSEEK, {}, "<answer>\n", "\n</answer><|im_end|>"),
+        (DEEPSEEK, {"thinking": True}, DONE_THINKING, "\n</answer><|im_end|>"),
         (LLAMA, {}, "<answer>\n", "\n</answer><|eot|>"),
         (MISTRAL, {}, "<answer>\n", "\n</answer></s>"),
         (None, {}, "<answer>\n", "\n</answer>"),
     ],
-    ids=["instruct", "prefilled", "hybrid", "hybrid without thinking", "llama", "mistral", "none"],
+    ids=[
+        "instruct",
+        "prefilled",
+        "hybrid",
+        "hybrid without thinking",
+        "seed",
+        "deepseek",
+        "deepseek thinking",
+        "llama",
+        "mistral",
+        "none",
+    ],
 )
 def test_auto_fits_the_template(template, options, prefix, suffix):
     tokenizer = tokenizer_of(template)
@@ -72,8 +98,10 @@ def test_auto_fits_the_template(template, options, prefix, suffix):
     assert tokenizer.decode(reference.token_ids) == f"{prefix}Paris{suffix}"
     assert tokenizer.decode(reference.token_ids[reference.start : reference.end]) == "Paris"
     # What the policy would write after the prompt closes as much thinking as is open.
-    turn = (tokenizer.decode(prompt).rpartition("Who?")[2] + prefix).replace(" ", "")
-    assert turn.count("<think>") == turn.count("</think>")
+    turn = (
+        (tokenizer.decode(prompt).rpartition("Who?")[2] + prefix).replace(" ", "").removeprefix("<Assistant></think>")
+    )
+    assert turn.count("think>") == 2 * turn.count("/think>") + 2 * turn.count("/seed:think>")
     fixed = Prober(tokenizer, SiopConfig(siop_reference_prefix="So: ", siop_reference_suffix="."))
     assert fixed.texts(prompt) == ("So: ", ".")
 
@@ -81,12 +109,30 @@ def test_auto_fits_the_template(template, options, prefix, suffix):
 def test_the_form_of_a_turn():
     assert turn_form(tokenizer_of(None)) is None
     form = turn_form(tokenizer_of(HYBRID))
-    assert (form.end, form.header, form.thinks) == ("<|im_end|>\n", "<|im_start|>assistant\n", True)
+    assert (form.end, form.header, form.thinking) == (
+        "<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        ("<think>", "</think>"),
+    )
     form = turn_form(tokenizer_of(PREFILLED))
-    assert (form.header, form.thinks) == ("<|im_start|>assistant\n", True)
+    assert (form.header, form.thinking) == ("<|im_start|>assistant\n", ("<think>", "</think>"))
     assert turn_form(tokenizer_of(MISTRAL)).header == ""
     with pytest.raises(RolloutError, match="the chat template cannot render a question and its answer: no assistants"):
         turn_form(tokenizer_of("{{ raise_exception('no assistants') }}"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("m.content", "m.content|lower"),
+        CHATML + "{% if messages[-1].role == 'assistant' %}(about SIOP){% endif %}",
+        "{% if add_generation_prompt %}Think first.{% endif %}" + CHATML,
+    ],
+    ids=["changes the text", "writes the text twice", "another beginning"],
+)
+def test_a_template_whose_turns_cannot_be_told_is_refused(template):
+    with pytest.raises(RolloutError, match="the chat template cannot render a question and its answer: "):
+        turn_form(tokenizer_of(template))
 
 
 OBSERVATION = "\n<|im_start|>user\n<tool_response>\nParis\n</tool_response><|im_end|>\n<|im_start|>assistant\nTHINK"
@@ -175,6 +221,46 @@ def test_a_turn_without_its_end_token_gets_one():
     ends = [end for _, end in get_assistant_turn_ranges(other.response_mask)]
     first, *_ = Prober(tokenizer, SiopConfig()).openings(other.prompt_ids, other.response_ids, ends, ends[:1])
     assert tokenizer.decode(first) == "\n<|im_start|>assistant\n"
+
+
+def test_white_space_before_the_end_token_does_not_repeat_it():
+    tokenizer = tokenizer_of(INSTRUCT.replace("'<|im_end|>", "' <|im_end|>"))
+    for turn, opening in [("I search.<|im_end|>", "\n"), ("I search.", " <|im_end|>\n")]:
+        ids = tokenizer.encode(turn, add_special_tokens=False)
+        (found,) = Prober(tokenizer, SiopConfig()).openings(rendered(tokenizer), ids, [len(ids)], [len(ids)])
+        assert tokenizer.decode(found) == f"{opening}<|im_start|>assistant\n"
+
+
+def test_control_tokens_without_a_role_are_control_tokens():
+    tokenizer = tokenizer_of(PHI)
+    added = [AddedToken(f"<|{name}|>", special=True) for name in ("end", "user", "assistant", "tool")]
+    tokenizer.add_tokens(added)
+    assert "<|end|>" not in tokenizer.all_special_tokens
+    pieces = ["I search.<|end|>", "\n<|tool|>\nA passage<|end|>\n<|assistant|>\n", "<answer>x</answer><|end|>"]
+    ids = [tokenizer.encode(piece, add_special_tokens=False) for piece in pieces]
+    end, start = len(ids[0]), len(ids[0] + ids[1])
+    response = [*ids[0], *ids[1], *ids[2]]
+    (opening,) = Prober(tokenizer, SiopConfig()).openings(rendered(tokenizer), response, [end, len(response)], [end])
+    assert tokenizer.decode(opening) == "\n<|assistant|>\n"
+    (observation,) = extract_observations(response, [(0, end), (start, len(response))], tokenizer)
+    assert observation.split() == ["A", "passage"]
+
+
+def test_a_header_of_plain_text_is_found_by_its_text():
+    # As SentencePiece, the tokenizer marks the beginning of a text and words: the header alone has other tokens.
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], show_progress=False)
+    inner.train_from_iterator([string.printable, *["<|user|>\nWho?", "\n<|assistant|>\n<answer>"] * 50], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = PHI.replace("<|end|>", "</s>")
+    response = tokenizer.encode("search</s>", add_special_tokens=False)
+    end = len(response)
+    (opening,) = Prober(tokenizer, SiopConfig()).openings(rendered(tokenizer), response, [end], [end])
+    assert "".join(tokenizer.convert_ids_to_tokens(opening)).endswith("<|assistant|>\n")
+    assert "</s>" not in tokenizer.convert_ids_to_tokens(opening)
+    assert "Who" not in tokenizer.decode(opening)
 
 
 def test_a_prompt_that_opens_no_turn_is_named():

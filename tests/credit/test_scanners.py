@@ -20,7 +20,7 @@ from verl.utils.siop import nli_clustering, turn_utils
 from verl.utils.siop.credit import answers
 from verl.utils.siop.turn_utils import (
     _CALLS,
-    _outside,
+    THINKING,
     extract_answer,
     get_assistant_turn_ranges,
     opens_thinking,
@@ -52,6 +52,19 @@ MAYBE = "Maybe it is <answer>Lyon</answer> but let me check"
         (f"{CALL}</tool_call> done </tool_call><answer>Paris</answer>", False, "Paris"),
         *((f"{opening}x{MAYBE}{closing}", False, "") for opening, closing in _CALLS),
         *((f"<answer>Paris</answer>{opening}x{MAYBE}", False, "Paris") for opening, _ in _CALLS),
+        # Thinking of all families.
+        *((f"{opening}x{MAYBE}", False, "") for opening, _ in THINKING),
+        *((f"{opening}x{MAYBE}{closing}no answer", False, "") for opening, closing in THINKING),
+        *((f"{opening}x{MAYBE}{closing}<answer>Paris</answer>", False, "Paris") for opening, closing in THINKING),
+        *((f"{MAYBE}{closing}no answer", True, "") for _, closing in THINKING),
+        *((f"{MAYBE}{closing}no answer", False, "") for _, closing in THINKING if closing != "<|end|>"),
+        ("<answer>Paris</answer><|end|>", False, "Paris"),
+        # What opens first owns what is in it.
+        ('<tool_call>{"query": "what is <think>"}</tool_call><answer>Paris</answer>', False, "Paris"),
+        ('<answer>Paris</answer><tool_call>{"query": "</think>"}</tool_call>', False, "Paris"),
+        ("The tag is <answer><think></answer>", False, "<think>"),
+        ("<answer><tool_call></answer>", False, "<tool_call>"),
+        ("<answer><think>Lyon? No.</think> Paris</answer>", False, "Paris"),
         # Cut off while correcting, nothing visible, other spellings of the tag.
         ("<answer>Lyon</answer> No: <answer>Paris", False, "Lyon"),
         ("<answer>\u200b</answer>", False, ""),
@@ -88,6 +101,10 @@ def test_answers(text: str, thinking: bool, answer: str) -> None:
         ("x" * 100 + "<|im_start|>assistant\n<think>\n", True),
         ("<think>", True),
         ("<think>\n\n</think>\n\n", False),
+        ("<|im_start|>assistant\n<think>\nOkay,", True),
+        ("<|im_start|>assistant\n<think>\nOkay.</think>\nSo", False),
+        ("<|im_start|>assistant\n<seed:think>", True),
+        ("<|im_start|>assistant\n<seed:think></seed:think>", False),
         ("Write <think> first.<|im_end|>\n<|im_start|>assistant\n", False),
         ("", False),
     ],
@@ -114,12 +131,23 @@ texts = st.lists(st.sampled_from([*TAGS, "</seed:tool_call>", "a", "b ", "\n", "
 
 
 def answer_by_definition(text: str, thinking: bool) -> str:
-    text = re.sub(r"<think>.*?(?:</think>|\Z)", "", "<think>" * thinking + text, flags=re.DOTALL)
-    text = text.rpartition("</think>")[2]
-    for tag in ("tool_call", "seed:tool_call"):
-        text = re.sub(rf"<{tag}>.*?(?:</{tag}>|\Z)", "", text, flags=re.DOTALL)
-    found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
-    return found[-1].strip() if found else ""
+    if thinking:
+        text = text.partition("</think>")[2]
+    answer, start = "", 0
+    while rest := text[start:]:
+        tag = next((tag for tag in TAGS if rest.startswith(tag)), "")
+        if not tag:
+            start += 1
+            continue
+        start += len(tag)
+        inner, closed, _ = rest[len(tag) :].partition(tag.replace("<", "</", 1))
+        if tag == "</think>":
+            answer = ""
+        elif tag == "<answer>" and closed and tag not in inner:
+            answer, start = inner.strip(), start + len(inner) + len("</answer>")
+        elif tag in ("<think>", "<tool_call>", "<seed:tool_call>"):
+            start += len(inner) + len(tag) + 1
+    return answer
 
 
 @given(texts, st.booleans())
@@ -154,24 +182,6 @@ def test_control_tokens_are_those_of_the_plain_expression(text: str) -> None:
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
-
-
-class Counted(str):
-    """Counts the characters that ``find`` looks at."""
-
-    looked_at = 0
-
-    def find(self, wanted: str, start: int = 0) -> int:  # type: ignore[override]
-        found = super().find(wanted, start)
-        self.looked_at += (found if found >= 0 else len(self)) - start
-        return found
-
-
-@pytest.mark.parametrize("unit", ["<x>", "</x>", "<x></x>", "</x><x>", "<x><x></x>", "<", "a", "<x>a"])
-def test_each_character_is_looked_at_twice_at_most(unit: str) -> None:
-    text = Counted(unit * 2000)
-    _outside(text, "<x>", "</x>")
-    assert text.looked_at <= 2 * len(text)
 
 
 @pytest.mark.parametrize("module", [turn_utils, siop_reward, answers, nli_clustering, tool_calls, control_tokens])

@@ -164,10 +164,15 @@ def test_observation_text(observation: str, expected: list[str]) -> None:
         (
             '<tool_call>{"name": "f", "arguments": {"b": "X", "a": ["y", 1]}}</tool_call>'
             '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
-            [("f", "a", "y 1", "b", "x"), ("g",)],
+            [("f", "a", '["y", 1]', "b", "x"), ("g",)],
         ),
         ('<tool_call>{"name": "search", "arguments": "塔 の"}</tool_call>', [("search", "", "塔 の")]),
         ('<tool_call>{"name": "search", "arguments": {"query": "!"}}</tool_call>', [("search", "query", "!")]),
+        # What computes something else is another query.
+        *(
+            (f'<tool_call>{{"name": "c", "arguments": {{"e": {json.dumps(value)}}}}}</tool_call>', [("c", "e", form)])
+            for value, form in [("3+5", "3+5"), ("3*5", "3*5"), ("3.5", "3.5"), (-1, "-1"), (1, "1"), ("C++", "c++")]
+        ),
         ('<tool_call>{"name": "search"}</tool_call><tool_call>[1]</tool_call><tool_call>{"na</tool_call>', []),
         ('<tool_call>{"name": "search", "arguments": {"query": "cut of', []),
         ('<tool_call>{"name": "search", "arguments": {"query": ' + "7" * 5000 + "}}</tool_call>", []),

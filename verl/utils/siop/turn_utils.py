@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from verl.utils.siop.errors import RolloutError, SiopConfigError
-from verl.utils.siop.nli_clustering import normalize_answer
+from verl.utils.siop.nli_clustering import plain_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BOUNDARY_MODES = ("before_answer", "assistant", "observation")
 
+# What stands around thinking in the formats that verl's tool parsers read, and in others.
+THINKING = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),  # gemma4
+    ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss
+    ("[THINK]", "[/THINK]"),  # mistral
+    ("◁think▷", "◁/think▷"),  # kimi
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+)
 # What stands around tool calls in the formats of verl's tool parsers.
 _CALLS = (
     ("<tool_call>", "</tool_call>"),  # hermes, qwen3_coder, glm
@@ -28,6 +39,21 @@ _CALLS = (
     ("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),  # deepseek_v4
     (" to=functions.", "<|call|>"),  # gpt-oss
 )
+# Closing tags that close thinking which somebody else opened; <|end|> may also end a turn.
+_STRAY = [re.escape(closing) for _, closing in THINKING if closing != "<|end|>"]
+# A piece that opens first owns the text to its closing tag, or to the end. An answer is the innermost pair: a stray
+# opening tag before it does not swallow it.
+_PIECES = re.compile(
+    "|".join(
+        [
+            *(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|\\Z)" for opening, closing in (*THINKING, *_CALLS)),
+            r"<answer>(?P<answer>[^<]*(?:<(?!/?answer>)[^<]*)*)</answer>",
+            f"(?P<stray>{'|'.join(_STRAY)})",
+        ]
+    ),
+    re.DOTALL,
+)
+_THINKING_END = re.compile("|".join(re.escape(closing) for _, closing in THINKING))
 # Tokens before a turn in which the end of its generation prompt is looked for.
 _OPENING_TOKENS = 32
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -102,18 +128,6 @@ def boundaries(turn_ranges: Sequence[tuple[int, int]], mode: str) -> list[int]:
     return [0, *starts[1:], starts[-1] if len(starts) > 1 else 0]
 
 
-def _outside(text: str, opening: str, closing: str) -> str:
-    """The text outside of ``opening … closing``; what is not closed reaches to the end. Linear time."""
-    kept, start = [], 0
-    while (begin := text.find(opening, start)) >= 0:
-        kept.append(text[start:begin])
-        end = text.find(closing, begin)
-        if end < 0:
-            return "".join(kept)
-        start = end + len(closing)
-    return "".join([*kept, text[start:]])
-
-
 def _visible(text: str) -> str:
     """The text without surrounding white space; empty if nothing of it can be seen (a zero-width space)."""
     seen = any(unicodedata.category(character) not in _UNSEEN for character in _BLANK.sub("", text))
@@ -123,30 +137,41 @@ def _visible(text: str) -> str:
 def parse_answer(turn_text: str, thinking: bool = False) -> str:
     """The last ``<answer>…</answer>`` in the text of one assistant turn, without surrounding white space.
 
-    What stands inside ``<think>`` or inside a tool call does not count, closed or not; neither does text before a
-    ``</think>`` without an opening tag. Empty if there is no complete answer, or nothing visible in it. Takes time
-    linear in the length of the text, whatever it is.
+    What stands inside thinking (:data:`THINKING`) or inside a tool call does not count, closed or not; neither does
+    text before the closing tag of thinking that nothing opened. An opening tag alone inside of a complete answer is its
+    text. Empty if there is no complete answer, or nothing visible in it. Takes time linear in the length of the text.
 
     Args:
         turn_text: what the policy wrote.
-        thinking: whether the turn's generation prompt ended in an open ``<think>`` (:func:`opens_thinking`), so that
-            the turn begins inside it.
+        thinking: whether the turn's generation prompt left thinking open (:func:`opens_thinking`), so that the turn
+            begins inside it.
 
     >>> parse_answer("Is it <answer>Lyon</answer>?</think><answer> Paris </answer>")
     'Paris'
     >>> parse_answer("Is it <answer>Lyon</answer>? I am", thinking=True)
     ''
     """
-    # A stray tag closes thinking that somebody else opened.
-    text = _outside("<think>" * thinking + turn_text, "<think>", "</think>").rpartition("</think>")[2]
-    for opening, closing in _CALLS:
-        text = _outside(text, opening, closing)
-    for piece in reversed(text.split("</answer>")[:-1]):
-        # The innermost pair: a stray opening tag before the answer does not swallow it.
-        _, opened, answer = piece.rpartition("<answer>")
-        if opened:
-            return _visible(answer)
-    return ""
+    if thinking:
+        ends = _THINKING_END.search(turn_text)
+        turn_text = turn_text[ends.end() :] if ends else ""
+    answer = ""
+    for piece in _PIECES.finditer(turn_text):
+        if piece["stray"]:
+            answer = ""
+        elif piece["answer"] is not None:
+            answer = piece["answer"]
+    return _visible(_without_thoughts(answer))
+
+
+def _without_thoughts(text: str) -> str:
+    """The text without the thinking in it that is closed. Linear time."""
+    for opening, closing in THINKING:
+        kept, start = [], 0
+        while (begin := text.find(opening, start)) >= 0 and (end := text.find(closing, begin)) >= 0:
+            kept.append(text[start:begin])
+            start = end + len(closing)
+        text = "".join([*kept, text[start:]])
+    return text
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -154,20 +179,38 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """All control tokens of a tokenizer by id, also those that have no role: ``all_special_tokens`` lacks these."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return named | {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    for token in tokenizer.all_special_tokens:
+    for token in special_tokens(tokenizer).values():
         text = text.replace(token, "")
     return _visible(text)
 
 
-def opens_thinking(context_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a turn after these tokens begins inside ``<think>``: chat templates of thinking models write that tag.
+def open_thinking(context_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """The tags (:data:`THINKING`) of the thinking in which a turn after these tokens begins; None if outside.
+
+    Chat templates of thinking models write the opening tag, some with words after it. A control token ends what stands
+    before it: a tag in a user's message opens nothing.
 
     Args:
         context_ids: what the policy saw before the turn; its last tokens are enough.
         tokenizer: the policy's tokenizer.
     """
-    return _decode(tokenizer, context_ids[-_OPENING_TOKENS:]).rstrip().endswith("<think>")
+    text = _decode(tokenizer, context_ids[-_OPENING_TOKENS:])
+    at, tags = max((text.rfind(tags[0]), tags) for tags in THINKING)
+    rest = text[at + len(tags[0]) :]
+    ended = at < 0 or _THINKING_END.search(rest) or any(token in rest for token in special_tokens(tokenizer).values())
+    return None if ended else tags
+
+
+def opens_thinking(context_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a turn after these tokens begins inside thinking, see :func:`open_thinking`."""
+    return open_thinking(context_ids, tokenizer) is not None
 
 
 def extract_answer(
@@ -227,9 +270,9 @@ def parse_queries(turn_text: str) -> list[Query]:
     """The queries of one assistant turn: its tool calls, normalised so that equal ones can be counted.
 
     Reads hermes calls, ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, wherever verl's hermes parser finds
-    them. A query is the tool's name and, sorted by name, each argument with the SQuAD normal form of its text (of its
-    JSON, if it is no text). A call that is not valid JSON, or has no name or no arguments, is none: the tool is not
-    called either.
+    them. A query is the tool's name and, sorted by name, each argument with the plain form of its text
+    (:func:`~verl.utils.siop.nli_clustering.plain_form`), or with its JSON, if it is no text. A call that is not valid
+    JSON, or has no name or no arguments, is none: the tool is not called either.
 
     >>> parse_queries('<tool_call>{"name": "search", "arguments": {"query": "The  Tower!"}}</tool_call>')
     [('search', 'query', 'tower')]
@@ -252,9 +295,10 @@ def query_of(name: str, arguments: Any) -> Query:
     """The normal form of one tool call, see :func:`parse_queries`; ``arguments`` are what its JSON holds."""
     named = arguments if isinstance(arguments, dict) else {"": arguments}
     parts = [
-        (key, value if isinstance(value, str) else json.dumps(value, sort_keys=True)) for key, value in named.items()
+        (key, plain_form(value) or value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True))
+        for key, value in named.items()
     ]
-    return (name, *(part for key, value in sorted(parts) for part in (key, normalize_answer(value) or value.strip())))
+    return (name, *itertools.chain.from_iterable(sorted(parts)))
 
 
 def extract_queries(

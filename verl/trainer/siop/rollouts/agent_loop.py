@@ -22,7 +22,7 @@ from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, json_fault, message
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import opens_thinking
+from verl.utils.siop.turn_utils import opens_thinking, special_tokens
 
 AGENT_LOOP = "siop_tool_agent"
 # verl's own loop, which data sets made for verl name in every row.
@@ -107,7 +107,7 @@ class SiopToolAgentLoop(ToolAgentLoop):
         if last_turn or not found:
             return state
         name = next(iter(tools))
-        special = [token for token in self.tokenizer.all_special_tokens if token]
+        special = [token for token in special_tokens(self.tokenizer).values() if token]
         agent_data.tool_calls = [
             *calls,
             *(

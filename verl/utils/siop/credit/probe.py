@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from verl.utils.siop.credit.config import AUTO
 from verl.utils.siop.credit.rollouts import Reference
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import opens_thinking
+from verl.utils.siop.turn_utils import THINKING, open_thinking, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,19 +39,19 @@ class TurnForm:
     Args:
         end: after its text, the end token first: ``<|im_end|>\\n``.
         header: before it, without thinking: ``<|im_start|>assistant\\n``; empty if the template has no such thing.
-        thinks: whether the model thinks, or would if the template let it.
+        thinking: the tags around the model's thinking, if the template opens it or leaves it empty; else None.
     """
 
     end: str
     header: str
-    thinks: bool
+    thinking: tuple[str, str] | None
 
 
 def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm | None:
     """The form of the assistant's turns by the tokenizer's chat template; None if it has none.
 
     Raises:
-        RolloutError: the template cannot render a question with its answer.
+        RolloutError: the template cannot render a question with its answer, or not so that the two can be found.
     """
     template = getattr(tokenizer, "chat_template", None)
     return _rendered_form(tokenizer, str(template)) if template else None
@@ -68,14 +68,22 @@ def _rendered_form(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnFor
 
     def opening(**options: Any) -> str:
         closed = render(question, **options)
-        return render(question, add_generation_prompt=True, **options).removeprefix(closed)
+        opened = render(question, add_generation_prompt=True, **options)
+        if not opened.startswith(closed):
+            raise RolloutError("add_generation_prompt changes more than the end of the text")
+        return opened.removeprefix(closed)
 
     try:
-        end = render(answered).rpartition(_MARK)[2]
+        whole = render(answered)
+        if whole.count(_MARK) != 2:
+            raise RolloutError(f"messages {_MARK!r} and {_MARK!r} become {whole!r}")
+        end = whole.rpartition(_MARK)[2]
         opened, unthinking = opening(), opening(enable_thinking=False)
     except Exception as error:  # a template is a program that came with the model, and may raise anything
         raise RolloutError(f"the chat template cannot render a question and its answer: {error}") from error
-    return TurnForm(end, opened.partition("<think>")[0], "<think>" in opened + unthinking)
+    # A template without thinking may write the closing tag alone.
+    header = min((opened.partition(tag)[0] for tags in THINKING for tag in tags), key=len)
+    return TurnForm(end, header, next((tags for tags in THINKING if tags[0] in opened + unthinking), None))
 
 
 class Prober:
@@ -96,7 +104,7 @@ class Prober:
             )
         self._tokenizer, self._config = tokenizer, config
         self._form = turn_form(tokenizer)
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = frozenset(special_tokens(tokenizer))
         self._built: dict[tuple[str, str, str], Reference] = {}
         self._texts: dict[tuple[int, ...], tuple[str, str]] = {}  # by the end of the prompt
 
@@ -117,11 +125,13 @@ class Prober:
     def _texts_after(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
         prefix, suffix = self._config.siop_reference_prefix, self._config.siop_reference_suffix
         if prefix == AUTO:
-            if opens_thinking(prompt_ids, self._tokenizer):
-                prefix = DONE_THINKING
+            own = self._form.thinking if self._form else None
+            if opened := open_thinking(prompt_ids, self._tokenizer):
+                prefix = DONE_THINKING.replace("</think>", opened[1])
+            elif own and own[1] not in self._opening_text(prompt_ids):
+                prefix = f"{own[0]}\n{DONE_THINKING.replace('</think>', own[1])}"
             else:
-                own = self._form is not None and self._form.thinks and "</think>" not in self._opening_text(prompt_ids)
-                prefix = f"<think>\n{DONE_THINKING}" if own else ANSWER
+                prefix = ANSWER
         if suffix == AUTO:
             suffix = "\n</answer>" + (self._form.end.strip() if self._form else "")
         return prefix, suffix
@@ -192,11 +202,12 @@ class Prober:
             return []
         opening = self._opening(prompt_ids)
         end = self._encode(self._form.end)
+        # After the end token, before which a template may write white space.
+        rest = next((end[index + 1 :] for index, token in enumerate(end) if token in self._special), end)
 
         def at(boundary: int) -> list[int]:
             # The policy writes the end token itself; a model may have several.
-            closed = end[:1] and end[0] in self._special and response_ids[boundary - 1] in self._special
-            return [*(end[1:] if closed else end), *opening]
+            return [*(rest if response_ids[boundary - 1] in self._special else end), *opening]
 
         return [at(boundary) if boundary in ends else [] for boundary in boundaries]
 
@@ -214,6 +225,10 @@ class Prober:
             for start in range(len(tail) - len(header), -1, -1):
                 if tail[start : start + len(header)] == header:
                     return tail[start:]
+        # A header of plain text has other tokens in a text than alone where a tokenizer marks the beginning of words.
+        for start in range(len(tail) - 1, -1, -1):
+            if str(self._tokenizer.decode(tail[start:])).lstrip().startswith(self._form.header.strip()):
+                return tail[start:]
         raise RolloutError(
             f"a prompt does not end with the opening of the assistant's turn, {self._form.header!r} in the tokenizer's "
             f"chat template, but with {self._tokenizer.decode(tail)!r}; if it was rendered otherwise, set "
