@@ -7,7 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny_models import BYTE_TOKENIZER, tiny_causal_lm
+
+# A busy machine is no failure: no deadline for an example, no limit to the time that drawing one takes.
+settings.register_profile("siop", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("siop")
 
 # Ignored in the background of a shell, and then in what the tests start, which may be sent one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

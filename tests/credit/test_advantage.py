@@ -12,7 +12,7 @@ import pytest
 import torch
 import verl  # noqa: F401  (loads the plugin that registers the estimator)
 from golden_cases import GoldenScorer, golden, golden_rollouts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from method_helpers import mixed_batch, run
 from omegaconf import OmegaConf
@@ -178,7 +178,6 @@ batches = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(batches, st.sampled_from(BASELINE_NAMES), st.sampled_from([1.0, 0.9, 0.0]), st.booleans())
 def test_the_estimator_equals_its_definition(
     batch: list[tuple[str, list[float]]], baseline: str, gamma: float, scale: bool
@@ -194,7 +193,6 @@ def test_the_estimator_equals_its_definition(
         assert got == pytest.approx(return_to_go(rewards, gamma), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["q1", "q2"]), st.lists(st.floats(-3, 3), max_size=4)), min_size=1, max_size=10),
     st.sampled_from([*BASELINE_NAMES, "broadcast"]),
@@ -384,7 +382,6 @@ def test_token_rewards_inside_a_turn_and_after_it_count_for_the_turn() -> None:
     assert returns[0].tolist() == [0, 15, 15, 0, 0, 8]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=8), min_size=1, max_size=6),
     st.randoms(use_true_random=False),

@@ -76,7 +76,6 @@ def test_min_form_by_hand() -> None:
     assert by_turn(advantages, mask) == [[-2.0, -2.0, 1.0], [-3.5, 2.0], [5.5]]
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=5), min_size=1, max_size=6))
 def test_min_form_is_the_lowest_reward_from_the_turn_on(rewards: list[list[float]]) -> None:
     rewards_BL, mask_BL, index = batch_of(rewards, ["a"] * len(rewards))
@@ -137,7 +136,6 @@ def population_gains(rewards: list[list[float]], t: int) -> list[float | None]:
     return [(row[t] - mean) / spread if len(row) - 1 > t else None for row in rewards]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=1, max_size=5), min_size=1, max_size=6),
 )
@@ -301,7 +299,7 @@ def _trace_by_the_paper(log_probs: list[list[float]], outcomes: list[float], gam
     return found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_trace_is_that_of_the_paper(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.lists(st.floats(-20, -0.01), min_size=1, max_size=7), min_size=2, max_size=5))

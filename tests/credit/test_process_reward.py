@@ -536,7 +536,7 @@ def test_references_that_differ_in_white_space() -> None:
     assert rewards.target_mass == [1.0] * 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from(["one", "two", "Two", None]), st.integers(0, 3)), max_size=9

@@ -200,4 +200,4 @@ def test_queries_are_those_that_verls_parser_calls() -> None:
     ids = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
     _, calls = asyncio.run(ToolParser.get_tool_parser("hermes", byte_tokenizer()).extract_tool_calls(ids))
     assert [(call.name, json.loads(call.arguments)["query"]) for call in calls] == [("search", "a b"), ("search", "c")]
-    assert parse_queries(text) == [("search", "query", "b"), ("search", "query", "c")]
+    assert parse_queries(text) == [("search", "query", "a b"), ("search", "query", "c")]

@@ -125,7 +125,7 @@ def test_tictactoe_ends_with_a_win_a_draw_or_a_loss() -> None:
     assert lost.done and not lost.success and lost.score == 0.0
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10**6), st.sampled_from(["sudoku", "tictactoe", "minesweeper"]))
 def test_whatever_is_played_the_numbers_keep_their_meaning(seed: int, name: str) -> None:
     rng = random.Random(seed)

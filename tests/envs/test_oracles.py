@@ -77,7 +77,7 @@ def test_there_are_288_grids_of_size_4() -> None:
         all_grids(6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 9))
 def test_sudoku_is_the_only_solution_among_all_grids(seed: int, blanks: int) -> None:
     rng = random.Random(seed)
@@ -110,7 +110,7 @@ def _by_all_layouts(game: Minesweeper) -> dict[int, Fraction]:
     return {cell: Fraction(sum(cell in layout for layout in layouts), len(layouts)) for cell in closed}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(3, 4), st.integers(1, 4))
 def test_minesweeper_is_the_share_of_all_layouts(seed: int, size: int, mines: int) -> None:
     rng = random.Random(seed)

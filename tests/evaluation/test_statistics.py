@@ -34,7 +34,7 @@ def assert_is_interval_of(ends: np.ndarray, means: np.ndarray) -> None:
     assert np.mean(means > high + 1e-9) <= tail + TOLERANCE and np.mean(means >= high - 1e-9) >= tail - TOLERANCE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(VALUES, min_size=1, max_size=2))
 def test_intervals_are_those_of_all_resamples(sets: list[list[float]]) -> None:
     ends, average = bootstrap({str(i): column(values) for i, values in enumerate(sets)})

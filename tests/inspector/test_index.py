@@ -65,7 +65,7 @@ def test_a_question_whose_answer_changed_since_it_was_last_asked(index: RunIndex
 BOUNDS = st.none() | st.integers(-2, 6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(["step", "clusters", "outcome", "reward", "advantage", "turns"]),
                        st.tuples(BOUNDS, BOUNDS), max_size=3),
        st.lists(st.sampled_from(sorted(FLAGS)), max_size=2, unique=True))  # fmt: skip

@@ -64,7 +64,7 @@ words = st.sampled_from(["a", "b", "c", "d", "e", "f", "the"])
 texts = st.lists(st.lists(words, max_size=12).map(" ".join), min_size=1, max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.lists(words, min_size=1, max_size=6), st.integers(1, 50), st.sampled_from([1, 3, 64]))
 def test_results_are_exactly_those_of_the_formula(passages: list[str], query: list[str], k: int, scale: int) -> None:
     asked = [word for word in query if word not in STOP_WORDS] or query

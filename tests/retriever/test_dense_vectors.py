@@ -25,7 +25,7 @@ def unit(count: int, dimension: int, seed: int) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 5)),
     cuts=st.lists(st.integers(1, 39), max_size=3),

@@ -102,7 +102,6 @@ def fuzz(operation, mode: GenerationMode) -> Counter[int]:
         max_examples=CASES,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -76,7 +76,7 @@ def test_chunks_that_end_inside_branches(model, expected):
         assert_agrees(engine.support(case.rollouts), expected(case), case.too_long)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(requests(), st.sampled_from([1, 3, 7, 256]))
 def test_any_request(model, rollouts, chunk_tokens):
     result = TransformersEngine(model, chunk_tokens=chunk_tokens, self_test=False).support(rollouts)

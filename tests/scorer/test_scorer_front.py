@@ -131,7 +131,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.data(), st.sampled_from(list(BODIES)))
 def test_whatever_is_not_valid_as_a_whole_is_not_in_parts(data, model):
     body = json.dumps(BODIES[model], indent=data.draw(st.sampled_from([None, 1]))).encode()

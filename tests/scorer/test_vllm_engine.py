@@ -73,7 +73,7 @@ def test_case(engine, model, case):
     assert_agrees(result, plain_support(model, case.rollouts, case.too_long), case.too_long)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(requests())
 def test_scores_are_those_of_full_sequences(engine, model, rollouts):
     assert_agrees(engine.support(rollouts), plain_support(model, rollouts))

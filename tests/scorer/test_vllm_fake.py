@@ -53,7 +53,7 @@ def test_cases(model):
             assert_agrees(engine.support(case.rollouts), expected, case.too_long)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(requests(), st.sampled_from(sorted(VERSIONS)), st.sampled_from([1, 2, 4]), st.sampled_from([12, 1000]))
 def test_scores_are_those_of_full_sequences(model, rollouts, version, block_size, num_blocks):
     # Blocks of one to four tokens, so that references part inside, at and after their edges.

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from search_calls import QUERY_LIST_SCHEMA, search_all
 from verl.tools.http_tool import SearchRefused, SearchUnavailable
@@ -108,7 +108,6 @@ def test_what_is_missing_is_called_by_the_name_in_the_schema() -> None:
 PASSAGES = st.lists(st.text("ab \n", max_size=60), max_size=3)
 
 
-@settings(deadline=None)
 @given(st.lists(PASSAGES, min_size=1, max_size=6), st.integers(1, 300))
 def test_the_length_is_shared(results: list[list[str]], max_chars: int) -> None:
     text, _ = format_results(results, max_chars)

@@ -143,7 +143,7 @@ def test_a_cut_turn_has_the_invalid_score(tokenizer: Any, config: Any) -> None:
     assert (found["truncated"], found["invalid"], found["success"], found["completion"]) == (1.0, 0.0, 0.0, 0.5)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     turns=st.lists(st.sampled_from([RIGHT, WRONG, LAST, INVALID, "1 2 3 " * 30, f"{END}"]), min_size=2, max_size=2),
     length=st.integers(1, 90),
