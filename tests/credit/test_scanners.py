@@ -62,7 +62,8 @@ MAYBE = "Maybe it is <answer>Lyon</answer> but let me check"
         # What opens first owns what is in it.
         ('<tool_call>{"query": "what is <think>"}</tool_call><answer>Paris</answer>', False, "Paris"),
         ('<answer>Paris</answer><tool_call>{"query": "</think>"}</tool_call>', False, "Paris"),
-        ("The tag is <answer><think></answer>", False, "<think>"),
+        ("The tag is <answer><think></answer>", False, ""),
+        ("<answer>Lyon? No.</think> Paris</answer>", False, ""),
         ("<answer><tool_call></answer>", False, "<tool_call>"),
         ("<answer><think>Lyon? No.</think> Paris</answer>", False, "Paris"),
         # Cut off while correcting, nothing visible, other spellings of the tag.

@@ -40,7 +40,7 @@ _CALLS = (
     (" to=functions.", "<|call|>"),  # gpt-oss
 )
 # Closing tags that close thinking which somebody else opened; <|end|> may also end a turn.
-_STRAY = [re.escape(closing) for _, closing in THINKING if closing != "<|end|>"]
+_STRAY = [closing for _, closing in THINKING if closing != "<|end|>"]
 # A piece that opens first owns the text to its closing tag, or to the end. An answer is the innermost pair: a stray
 # opening tag before it does not swallow it.
 _PIECES = re.compile(
@@ -48,7 +48,7 @@ _PIECES = re.compile(
         [
             *(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|\\Z)" for opening, closing in (*THINKING, *_CALLS)),
             r"<answer>(?P<answer>[^<]*(?:<(?!/?answer>)[^<]*)*)</answer>",
-            f"(?P<stray>{'|'.join(_STRAY)})",
+            f"(?P<stray>{'|'.join(map(re.escape, _STRAY))})",
         ]
     ),
     re.DOTALL,
@@ -138,8 +138,8 @@ def parse_answer(turn_text: str, thinking: bool = False) -> str:
     """The last ``<answer>…</answer>`` in the text of one assistant turn, without surrounding white space.
 
     What stands inside thinking (:data:`THINKING`) or inside a tool call does not count, closed or not; neither does
-    text before the closing tag of thinking that nothing opened. An opening tag alone inside of a complete answer is its
-    text. Empty if there is no complete answer, or nothing visible in it. Takes time linear in the length of the text.
+    text before the closing tag of thinking that nothing opened, and an answer in which thinking only opens or ends.
+    Empty if there is no complete answer, or nothing visible in it. Takes time linear in the length of the text.
 
     Args:
         turn_text: what the policy wrote.
@@ -159,8 +159,12 @@ def parse_answer(turn_text: str, thinking: bool = False) -> str:
         if piece["stray"]:
             answer = ""
         elif piece["answer"] is not None:
-            answer = piece["answer"]
-    return _visible(_without_thoughts(answer))
+            words = _without_thoughts(piece["answer"])
+            if any(closing in words for closing in _STRAY):
+                answer = ""
+            elif not any(opening in words for opening, _ in THINKING):
+                answer = words
+    return _visible(answer)
 
 
 def _without_thoughts(text: str) -> str:
