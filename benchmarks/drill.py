@@ -33,6 +33,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.marked import marked  # noqa: E402
 from benchmarks.step import read_steps  # noqa: E402
 from benchmarks.toy_services import toy_services  # noqa: E402
 
@@ -80,18 +81,6 @@ class End:
     left: list[str]
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Every process that has ``SIOP_DRILL=mark`` in its environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SIOP_DRILL") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -111,7 +100,7 @@ def training(env: dict[str, str], folder: Path, mark: str) -> Iterator[subproces
     try:
         yield run
     finally:
-        for process in marked(mark):
+        for process in marked("SIOP_DRILL", mark):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
@@ -132,7 +121,7 @@ def disturbed(env: dict[str, str], folder: Path, victim: str) -> End:
         else:
             sys.exit("the training ended before step 2:\n" + "\n".join(printed))
         time.sleep(0.3)  # the rollouts of step 3 are on their way
-        candidates = marked(env["SIOP_DRILL"] if victim in SERVICES else mark)
+        candidates = marked("SIOP_DRILL", env["SIOP_DRILL"] if victim in SERVICES else mark)
         chosen = [process for process in candidates if word in command_line(process)]
         if not chosen:
             sys.exit(f"{victim}: no process {word!r} found")
@@ -147,7 +136,9 @@ def disturbed(env: dict[str, str], folder: Path, victim: str) -> End:
         printed += rest.splitlines()
         time.sleep(5)
         said = [line for line in printed if line.startswith(("error:", "stopped", "done"))]
-        return End(seconds, run.returncode, said[-1] if said else "", [command_line(p) for p in marked(mark)])
+        return End(
+            seconds, run.returncode, said[-1] if said else "", [command_line(p) for p in marked("SIOP_DRILL", mark)]
+        )
 
 
 def finished(env: dict[str, str], folder: Path) -> dict[int, dict[str, float]]:

@@ -10,6 +10,7 @@ size, so that shared pages count once). ``--slow-scorer``: how much of a slow sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.marked import marked  # noqa: E402
 from benchmarks.slow_scorer import slow_scorer  # noqa: E402
 from benchmarks.toy_results import read_rows  # noqa: E402
 from benchmarks.toy_services import toy_services  # noqa: E402
@@ -42,12 +44,9 @@ PARTS = {
 def memory_gb(mark: str) -> float:
     """Memory of every process that carries ``mark`` in its environment, in GB."""
     total = 0
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SIOP_BENCHMARK") == mark:
-                total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
+    for process in marked("SIOP_BENCHMARK", mark):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
     return total / 1e9
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 from fake_retriever import FakeRetriever
-from marked import marked
 from scorer_process import ROOT
 
+from benchmarks.marked import marked
 from examples.toy_world import build
 
 
@@ -101,7 +101,7 @@ class ToyTraining:
         return "\n".join([*self.printed, "--- log", log])
 
     def alive(self) -> list[psutil.Process]:
-        return marked(self._mark)
+        return marked("SIOP_TEST_MARK", self._mark)
 
     def nothing_is_left(self, timeout_s: float = 5.0) -> bool:
         end = time.monotonic() + timeout_s

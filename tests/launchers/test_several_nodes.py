@@ -21,11 +21,11 @@ import numpy as np
 import psutil
 import pytest
 from launching import OWN, ROOT, write_script
-from marked import marked
 from scorer_process import eventually, free_port
 from verl.utils.siop.scoring_client import ScoringClient
 from verl.utils.siop.siop_process_reward import Reference, SupportRequest
 
+from benchmarks.marked import marked
 from examples.toy_world import build
 
 HEAD, NODE = "127.0.0.2", "127.0.0.3"
@@ -99,7 +99,7 @@ class Nodes:
         return log.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        return marked(self.mark)
+        return marked("SIOP_TEST_MARK", self.mark)
 
     def raylet(self, address: str) -> psutil.Process:
         (raylet,) = [process for process in self.processes() if _is_raylet(process, address)]

@@ -24,7 +24,6 @@ import pytest
 import torch
 from dumps import rows_of
 from find_browser import open_browser
-from marked import marked
 from transformers import AutoTokenizer
 from verl.trainer.siop.report import read_metrics
 from verl.utils.siop.inspector.dump import Dump
@@ -34,6 +33,7 @@ from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngin
 from verl.utils.siop.siop_process_reward import SiopConfig, build_reference
 from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
 
+from benchmarks.marked import marked
 from benchmarks.step import read_steps
 from benchmarks.toy_services import toy_services
 from examples.toy_world.tokenizer import ASSISTANT, END, REFERENCE_PREFIX, REFERENCE_SUFFIX
@@ -81,7 +81,7 @@ class Quickstart:
     def alive(self) -> list[str]:
         """Command lines of what is left of this quickstart."""
         found = []
-        for process in marked(self.mark):
+        for process in marked("SIOP_TEST_MARK", self.mark):
             with contextlib.suppress(psutil.Error):
                 found.append(" ".join(process.cmdline()))
         return found
