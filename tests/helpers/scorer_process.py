@@ -117,10 +117,6 @@ class ScorerProcess:
             self.process.terminate()
         try:
             code = self.process.wait(60)
-            # Workers that Ray was just starting notice only then that they are alone.
-            deadline = time.monotonic() + 60
-            while self.members() and time.monotonic() < deadline:
-                time.sleep(0.1)
             left = self.members()
         finally:
             self.kill()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from verl.utils.siop.errors import SiopError
 from verl.utils.siop.http.server import bind
+from verl.utils.siop.processes import adopt_orphans, end_started
 from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.guard import Guard
 from verl.utils.siop.scorer.pool import WorkerPool
@@ -61,5 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             pool.close()
 
 
+def _alone() -> int:
+    """:func:`main` in a process of its own, which leaves none behind."""
+    adopt_orphans()
+    try:
+        return main()
+    finally:
+        end_started()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_alone())

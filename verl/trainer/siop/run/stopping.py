@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import time
@@ -12,9 +11,9 @@ import psutil
 import ray
 from verl.trainer.siop.run.progress import Progress
 from verl.utils.siop.errors import SiopConfigError
+from verl.utils.siop.processes import adopt_orphans, end_started
 
 GRACE_VARIABLE = "SIOP_STOP_GRACE_S"
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # What a private Ray cannot be without.
 _RAY_DAEMONS = ("gcs_server", "raylet")
 
@@ -80,8 +79,7 @@ class StartedProcesses:
     """What this process starts, and what that starts: a private Ray with its workers."""
 
     def __init__(self) -> None:
-        # Workers that outlive their Ray become children of this process, so that they can be found and ended.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         self._daemons: dict[str, psutil.Process] = {}
 
     def ray_is_up(self) -> None:
@@ -100,22 +98,4 @@ class StartedProcesses:
         """End them all, by force after ``patience`` seconds; in a cluster that was joined, leave."""
         if ray.is_initialized() and not self._daemons:
             ray.shutdown()
-        started = psutil.Process().children(recursive=True)
-        for process in started:
-            _signal(process, signal.SIGTERM)
-        psutil.wait_procs(started, timeout=patience)
-        # Again and again: a look around while parents die misses some of their children, which come to be ours.
-        end = time.monotonic() + patience
-        left = psutil.Process().children(recursive=True)
-        while left and time.monotonic() < end:
-            for process in left:
-                _signal(process, signal.SIGKILL)
-            _, dying = psutil.wait_procs(left, timeout=0.5)
-            left = psutil.Process().children(recursive=True) or dying
-
-
-def _signal(process: psutil.Process, signum: signal.Signals) -> None:
-    try:
-        process.send_signal(signum)
-    except psutil.NoSuchProcess:
-        return
+        end_started(patience)
