@@ -7,7 +7,7 @@ r"""Builds a small game with one command: boards, tokenizer, and a model that is
 
 Writes train.parquet, eval.parquet, overrides.yaml and manifest.json (``python -m verl.utils.siop.envs.build``) and
 model/. Sudoku is 4x4, Minesweeper 4x4 with 3 mines and reveals alone. A folder that holds the same build is left as it
-is; --init copies a model instead of training one.
+is, an interrupted one is made again; --init copies a model instead of training one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from examples.games.tokenizer import game_tokenizer
 from examples.toy_world.warm_start import Example, batches, new_model, train
 
 # Raise when the same arguments would build something else than before.
-VERSION = 3
+VERSIONS = {"sudoku": 3, "tictactoe": 3, "minesweeper": 4}
 GAMES = ("sudoku", "tictactoe", "minesweeper")
 OPTIONS = {"sudoku": ["--size", "4"], "tictactoe": [], "minesweeper": ["--size", "4", "--mines", "3"]}
 # The warm start of Sudoku sees boards of all these, whatever the data's number of blanks is.
@@ -43,7 +43,7 @@ STEPS = {"sudoku": (700, 200), "tictactoe": (300, 150), "minesweeper": (500, 200
 # To write down the next board is to look up every cell of the last one: without it the small model is slow to learn
 # which cells a move concerns (right first moves after 1,000 steps on 4x4 Sudoku with 8 blanks: .80, without .43).
 _OBSERVATION_WEIGHT = 0.3
-_META = "build.json"
+_META, _UNFINISHED = "build.json", "unfinished"
 
 
 def data_arguments(game: str, blanks: str, seed: int, train_boards: int, eval_boards: int, out: Path) -> list[str]:
@@ -132,22 +132,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     out: Path = args.out
     wanted: dict[str, Any] = {
-        "version": VERSION,
+        "version": VERSIONS[args.game],
         **{name: getattr(args, name) for name in ("game", "blanks", "seed", "train_boards", "eval_boards")},
         "init": str(args.init) if args.init else None,
         "steps": None if args.init else list(args.steps),
     }
     known = json.loads((out / _META).read_text()) if (out / _META).is_file() else None
-    if known == wanted:
+    unfinished = known is not None and bool(known.pop(_UNFINISHED, False))
+    if known == wanted and not unfinished:
         print(f"{out} is up to date")
         return 0
-    if args.keep and known and known["game"] == args.game:
+    if args.keep and known and known["game"] == args.game and not unfinished:
         print(f"using {out}: {', '.join(f'{key} {value}' for key, value in known.items() if value is not None)}")
         return 0
-    if out.exists() and any(out.iterdir()):
-        what = f"another build ({known})" if known else f"files that no {_META} describes"
+    if known != wanted and out.exists() and any(out.iterdir()):
+        begun = "an unfinished build" if unfinished else "another build"
+        what = f"{begun} ({known})" if known else f"files that no {_META} describes"
         print(f"error: {out} holds {what}, not the one asked for ({wanted}); choose another --out", file=sys.stderr)
         return 2
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _META).write_text(json.dumps({**wanted, _UNFINISHED: True}, indent=1) + "\n")
     status = boards.main(data_arguments(args.game, args.blanks, args.seed, args.train_boards, args.eval_boards, out))
     if status:
         return status
@@ -162,4 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: the same command begins this build again", file=sys.stderr)
+        sys.exit(130)

@@ -33,13 +33,34 @@ def test_held_out_openings_are_no_turned_or_mirrored_training_openings() -> None
     assert canonical("X........") == canonical("........X") != canonical(".X.......")
 
 
-def test_held_out_layouts_are_others() -> None:
-    train, held_out = minesweeper_boards(4, 3, False, False, 0, 200, 50)
-    assert len({json.dumps(spec) for spec in train + held_out}) == 250
+def test_held_out_layouts_are_no_turned_or_mirrored_training_layouts() -> None:
+    train, held_out = minesweeper_boards(4, 3, False, False, 0, 1024, 256)
+    kinds = [
+        {canonical("".join(".*"[cell in spec["mines"]] for cell in range(16))) for spec in part}
+        for part in (train, held_out)
+    ]
+    assert not kinds[0] & kinds[1] and len(kinds[1]) > 10
+    games = {(tuple(spec["mines"]), make("minesweeper").reset(spec)) for spec in train + held_out}
+    assert len(games) == 1280
     centre, _ = minesweeper_boards(5, 5, True, True, 0, 50, 10)
     for spec in centre:
         assert spec["start"] == 12
         assert make("minesweeper").reset(spec).split("\n")[2].split()[2] == "0"
+
+
+def test_data_are_not_written_over_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--game", "tictactoe", "--train", "4", "--eval", "4", "--out"]
+    (tmp_path / "notes.txt").touch()
+    assert build.main([*words, str(tmp_path)]) == 0
+    before = (tmp_path / "train.parquet").read_bytes()
+    assert build.main([*words, str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert build.main([*words, str(tmp_path), "--seed", "1"]) == 2
+    assert "holds other data than these boards" in capsys.readouterr().err
+    assert (tmp_path / "train.parquet").read_bytes() == before
+    for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "data"):
+        assert build.main([*words, str(out)]) == 2
+        assert f"{tmp_path / 'notes.txt'}" in capsys.readouterr().err
 
 
 def test_rows_are_played_as_they_are_written(tmp_path: Path) -> None:
@@ -68,10 +89,14 @@ def test_rows_are_played_as_they_are_written(tmp_path: Path) -> None:
         ("--game tictactoe --flags", "does not read --flags and --start"),
         ("--game tictactoe --eval 0", "--eval must be at least 1"),
         ("--game sudoku --size 5 --blanks 3", "size=5 is not allowed"),
-        ("--game sudoku --size 4 --blanks 16", "blanks=16 is not allowed; choose from 1 to 15"),
-        ("--game sudoku --size 4 --blanks 14", "only 0 different boards of sudoku of size 4 with 14 blanks"),
+        ("--game sudoku --size 4 --blanks 13", "blanks=13 is not allowed with size=4; choose from 1 to 12"),
+        ("--game sudoku --size 9 --blanks 65", "blanks=65 is not allowed with size=9; choose from 1 to 64"),
+        ("--game sudoku --size 4 --blanks 8,8", "'8,8' names a number twice"),
+        ("--game sudoku --size 4 --blanks many", "'many' is not allowed; needs numbers, as 8 or 2,4,6"),
+        ("--game sudoku --size 4 --blanks 1 --eval 5000", "boards of sudoku of size 4 with 1 blanks to hold out"),
         ("--game minesweeper --size 4 --mines 15", "mines=15 is not allowed; choose from 1 to 14"),
-        ("--game minesweeper --size 4 --mines 3 --start centre", "choose an odd size"),
+        ("--game minesweeper --size 4 --mines 3 --start centre", "choose 5, 7 or 9"),
+        ("--game minesweeper --size 3 --mines 1 --start centre", "size=3 is not allowed with a start in the centre"),
         ("--game minesweeper --size 2 --mines 1", "different boards of minesweeper"),
     ],
 )

@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verl.utils.siop.envs.base import InvalidAction, read_action
-from verl.utils.siop.envs.games import GAMES, Env, Game, Judge, find, make, prompt_of, register_game, written
+from verl.utils.siop.envs.base import Action, InvalidAction, Rules, read_action
+from verl.utils.siop.envs.games import (
+    GAMES,
+    Env,
+    Game,
+    Judge,
+    find,
+    make,
+    oracle_play,
+    prompt_of,
+    register_game,
+    written,
+)
 from verl.utils.siop.envs.tictactoe import TicTacToe
 from verl.utils.siop.errors import GameError
 
@@ -176,7 +187,12 @@ def test_a_tree_search_can_give_the_scores() -> None:
         ("sudoku", {"size": 4, "board": "5234341221434321"}, "needs 16 characters of .1234"),
         ("sudoku", {"size": 4, "board": "11.............."}, "row 1, column 1 holds 1"),
         ("sudoku", {"size": 4, "board": "123....4........"}, "no solution"),
-        ("sudoku", {"size": 4, "board": "." * 16}, "several solutions"),
+        ("sudoku", {"size": 4, "board": "." * 16}, "16 blank cells, and so several solutions"),
+        ("sudoku", {"size": 4, "board": "1" * 200_000}, "needs 16 characters"),
+        ("sudoku", {"size": 9, "board": "123456789" + "." * 72}, "several solutions"),
+        ("minesweeper", {**MINES, "mines": [[1]]}, "mines=[[1]]"),
+        ("minesweeper", {**MINES, "mines": [1.0]}, "mines=[1.0]"),
+        ("minesweeper", {**MINES, "mines": [True]}, "mines=[True]"),
         ("sudoku", {"size": 4, "board": "1234341221434321"}, "no blank cell"),
         ("sudoku", {"board": "." * 16}, "size=None"),
         ("tictactoe", {"board": "XXX......", "seed": 1}, "impossible"),
@@ -194,6 +210,7 @@ def test_a_tree_search_can_give_the_scores() -> None:
 def test_an_impossible_board_is_one_clear_message(name: str, spec: Mapping[str, Any], message: str) -> None:
     with pytest.raises(GameError) as error:
         make(name).reset(spec)
+    assert len(str(error.value)) < 400
     assert message in str(error.value) and name in str(error.value)
 
 
@@ -206,6 +223,12 @@ def test_an_impossible_board_is_one_clear_message(name: str, spec: Mapping[str, 
         ({"oracle": "search", "simulations": 0}, "simulations=0"),
         ({"flip": 1.5}, "flip=1.5"),
         ({"invalid_score": 1.0}, "invalid_score=1.0"),
+        ({"oracle": "search", "simulations": 100.5}, "simulations=100.5 is not allowed; choose a whole number"),
+        ({"oracle": "search", "simulations": True}, "simulations=True"),
+        ({"flip": True}, "flip=True"),
+        ({"flip": "0.2"}, "flip='0.2'"),
+        ({"flip": float("nan")}, "flip=nan"),
+        ({"invalid_score": None}, "invalid_score=None"),
     ],
 )
 def test_a_wrong_judge_is_refused(values: dict[str, Any], message: str) -> None:
@@ -219,6 +242,68 @@ def test_games_have_names() -> None:
     register_game("tictactoe", GAMES["tictactoe"])
     with pytest.raises(GameError, match="belongs to another game"):
         register_game("sudoku", Game(TicTacToe, lambda game: frozenset()))
+    mine = type("Sudoku", (Counting,), {})  # the same name, of another module
+    with pytest.raises(GameError, match=r"belongs to another game, verl\.utils\.siop\.envs\.sudoku\.Sudoku"):
+        register_game("sudoku", Game(mine, lambda game: frozenset()))
+
+
+class Counting(Rules):
+    """A game of a user's: count to three. Its spec may have it over at the start."""
+
+    name = "counting"
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.form, self.turns, self.count = "NUMBER", 3, 3 if spec.get("over") else 0
+
+    def instructions(self) -> str:
+        return "Count."
+
+    def show(self) -> str:
+        return str(self.count)
+
+    def parse(self, words: list[str]) -> tuple[int]:
+        return (int(words[0]),)
+
+    def play(self, action: Action) -> str:
+        self.count += 1
+        return "on"
+
+    @property
+    def finished(self) -> bool:
+        return self.count >= 3
+
+    success = finished
+
+    @property
+    def completion(self) -> float:
+        return self.count / 3
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        (lambda game: frozenset(), "must give a frozenset of actions"),
+        (lambda game: frozenset({"1"}), "must give a frozenset of actions"),
+        (lambda game: [(1,)], "must give a frozenset of actions"),
+        (lambda game: frozenset({("1",)}), r"names \('1',\), and '<action> 1 </action>' is read as another action"),
+        (lambda game: frozenset({("one",)}), "its rules raise ValueError"),
+    ],
+)
+def test_a_game_that_breaks_its_word_is_named(best: Any, message: str) -> None:
+    with pytest.raises(GameError, match=f"counting: .*{message}"):
+        oracle_play(Game(Counting, best), {}, random.Random(0))
+
+
+def test_a_game_of_ones_own_is_played() -> None:
+    game = Game(Counting, lambda game: frozenset({(game.count + 1,)}))
+    assert oracle_play(game, {}, random.Random(0)) == (True, 1.0)
+    with pytest.raises(GameError, match="over before the first turn"):
+        Env(game).reset({"over": True})
+    env = Env(game)
+    env.reset({})
+    assert not env.step("<action> </action>").valid
+    with pytest.raises(GameError, match="its rules raise ValueError"):
+        env.step("<action> one </action>")
 
 
 def test_the_prompt_says_what_to_do_and_how() -> None:

@@ -9,10 +9,11 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verl.utils.siop.envs import minesweeper_oracle, sudoku_oracle, tictactoe_oracle
+from verl.utils.siop.envs import minesweeper_oracle, sudoku, sudoku_oracle, tictactoe_oracle
+from verl.utils.siop.envs.boards import minesweeper_boards
 from verl.utils.siop.envs.games import find, oracle_play
 from verl.utils.siop.envs.minesweeper import Minesweeper, around
-from verl.utils.siop.envs.sudoku import BLANK, Sudoku, all_grids, dig, random_grid, solutions
+from verl.utils.siop.envs.sudoku import BLANK, Sudoku, all_grids, dig, only_solution, random_grid, solutions
 from verl.utils.siop.envs.tictactoe import TicTacToe, states
 from verl.utils.siop.errors import GameError
 
@@ -96,6 +97,30 @@ def test_larger_sudokus_have_one_solution_too(size: int, blanks: int) -> None:
     board = dig(grid, blanks, rng)
     assert board is not None
     assert list(itertools.islice(solutions(board, size), 2)) == [grid]
+
+
+def test_a_board_that_is_hard_to_solve_is_solved_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Made to take the longest when cells are tried one after another.
+    hard = "..............3.85..1.2.......5.7.....4...1...9.......5......73..2.1........4...9"
+    game = Sudoku({"size": 9, "board": hard})
+    assert all(a in (BLANK, b) for a, b in zip(hard, game.solution, strict=True))
+    only_solution.cache_clear()
+    monkeypatch.setattr(sudoku, "MAX_STEPS", 10)
+    with pytest.raises(GameError, match="more than 10 steps"):
+        Sudoku({"size": 9, "board": hard})
+
+
+def test_large_minefields_stay_within_the_budget() -> None:
+    rng = random.Random(0)
+    for mines in (10, 20, 30):
+        (spec,), _ = minesweeper_boards(9, mines, False, False, mines, 1, 1)
+        game = Minesweeper(spec)
+        while not game.finished:
+            chances = minesweeper_oracle.posterior(game)
+            # The mines that are there are as many as are expected.
+            assert sum(chances.values()) == mines
+            cell = rng.choice([cell for cell in chances if cell not in game.mines])
+            game.play(("reveal", cell // 9 + 1, cell % 9 + 1))
 
 
 def _by_all_layouts(game: Minesweeper) -> dict[int, Fraction]:

@@ -55,7 +55,13 @@ def _tictactoe() -> Any:
     return TicTacToe({"board": "XX.OO....", "seed": 0})
 
 
-def test_a_build_is_kept_and_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_build_is_kept_and_never_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--game", "tictactoe", "--train-boards", "8", "--eval-boards", "4", "--out", str(tmp_path / "a")]
     steps = ["--right-steps", "1", "--faulty-steps", "1"]
     assert build.main([*words, *steps]) == 0
@@ -66,6 +72,16 @@ def test_a_build_is_kept_and_never_replaced(tmp_path: Path, capsys: pytest.Captu
     assert build.main(copied) == 0
     weights = "model/model.safetensors"
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+    # Interrupted in the warm start: the same command makes it again, another one is refused.
+    monkeypatch.setattr(build, "write_model", _interrupted)
+    unfinished = [*words[:-1], str(tmp_path / "d"), *steps]
+    with pytest.raises(KeyboardInterrupt):
+        build.main(unfinished)
+    monkeypatch.undo()
+    assert build.main([*words[:-1], str(tmp_path / "d"), "--keep"]) == 2
+    assert "an unfinished build" in capsys.readouterr().err
+    assert build.main([*unfinished, "--keep"]) == 0
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "d" / weights).read_bytes()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "mine").touch()
     assert build.main([*words[:-1], str(tmp_path / "c")]) == 2

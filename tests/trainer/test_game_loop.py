@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from agent_loops import agent_loop
 from hydra import compose, initialize_config_module
@@ -17,7 +19,7 @@ from omegaconf import OmegaConf
 from verl.trainer.siop.checks.data import Use
 from verl.trainer.siop.checks.policy import load_policy
 from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
-from verl.trainer.siop.rollouts.rows import outcomes_of
+from verl.trainer.siop.rollouts.rows import outcomes_of, turn_scores_of
 from verl.utils.siop.envs.build import row_of
 from verl.utils.siop.errors import GameError, RolloutError, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -175,6 +177,21 @@ def test_what_cannot_be_played_is_refused(tokenizer: Any, config: Any) -> None:
         _play([RIGHT], tokenizer, config, flip=2.0)
 
 
+def test_scores_of_turns_are_a_list() -> None:
+    for scores, expected in (
+        (None, None),
+        ([], None),
+        ([1.0, 0.0], [1.0, 0.0]),
+        (np.array([0.0]), [0.0]),
+        ((np.float32(0.5),), [0.5]),
+    ):
+        assert turn_scores_of({"turn_scores": scores}) == expected
+    assert type(turn_scores_of({"turn_scores": [np.float32(0.5)]})[0]) is float  # type: ignore[index]
+    for wrong in (1.0, "1", {0: 1.0}, np.array(1.0)):
+        with pytest.raises(RolloutError, match="needs a list, one score a turn"):
+            turn_scores_of({"turn_scores": wrong})
+
+
 # ---------------------------------------------------------------------- before the start
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
@@ -205,10 +222,25 @@ def test_rows_of_games_need_no_label_and_a_board_that_can_be_played(config: Any,
     assert "game='chess' is not allowed; choose one of sudoku" in told(game="chess")
     assert "several solutions" in told(spec=json.dumps({"size": 4, "board": "." * 16}))
     assert "is not JSON" in told(spec=None)
+    assert "is not JSON" in told(spec="[" * 100_000)
     assert "extra_info.ceiling_success is None" in told(ceiling_success=None)
+    assert "extra_info.ceiling_success is nan" in told(ceiling_success=math.nan)
+    assert told(ceiling_success=1) == ""
+    assert "extra_info is None, needs a struct" in use.check({**row, "extra_info": None})
     told_of_agent = use.check({**row, "agent_name": "tool_agent"})
     assert "siop_reward_mode=verifiable needs an agent loop that scores turns" in told_of_agent
     assert "choose verified_game" in told_of_agent
+
+
+def test_a_search_is_refused_for_games_that_have_none(config: Any, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "loop.yaml"
+    text = Path(LOOP).read_text()
+    file.write_text(text.replace("oracle: exact", "oracle: search").replace("simulations: null", "simulations: 30"))
+    made, policy = _policy(config, model, agent_loop_config_path=str(file))
+    use = Use.of("data.train_files", made, SiopConfig(siop_reward_mode="verifiable"), policy)
+    told = use.check(row_of("sudoku", "s", SPEC, 0, "train", bare=True))
+    assert "oracle=search is not allowed with the game 'sudoku', which has no tree search; use exact" in told
+    assert use.check(row_of("tictactoe", "t", {"board": "." * 9, "seed": 1}, 0, "train", bare=True)) == ""
 
 
 def test_a_wrong_agent_loop_file_is_refused(config: Any, model: Path, tmp_path: Path) -> None:
@@ -218,6 +250,9 @@ def test_a_wrong_agent_loop_file_is_refused(config: Any, model: Path, tmp_path: 
         ("flip: 0.0", "flip: -1", "flip=-1"),
         ('module: ""', "module: no.such.module", "No module named 'no'"),
         ("VerifiedGameLoop", "Nothing", "Nothing"),
+        ("flip: 0.0", "flipp: 0.2", "flipp=0.2 is no option; choose one of oracle, simulations, flip, invalid_score"),
+        ("flip: 0.0", "flip: true", "flip=True is not allowed"),
+        ('module: ""', "module: 5", "module=5 is not allowed; needs the name of a Python module"),
     ):
         file = tmp_path / "loop.yaml"
         file.write_text(text.replace(old, new))

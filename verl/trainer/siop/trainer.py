@@ -22,7 +22,16 @@ from verl.trainer.siop.report import METRICS_FILE, core_metrics
 from verl.trainer.siop.rollouts import dump
 from verl.trainer.siop.rollouts.alarms import NothingLearntAlarm, Step
 from verl.trainer.siop.rollouts.metrics import tool_metrics
-from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, SUCCESS, TURN_SCORES, outcomes_of, question_of, session_of
+from verl.trainer.siop.rollouts.rows import (
+    ACTIONS,
+    GAME,
+    SUCCESS,
+    TURN_SCORES,
+    outcomes_of,
+    question_of,
+    session_of,
+    turn_scores_of,
+)
 from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.liveness import Liveness
@@ -149,9 +158,11 @@ class SiopTrainer(SupervisedTrainer):
         for key, fields in zip(keys, column(data, "extra_fields"), strict=True):
             outcome = outcomes_of(fields)
             self._records[key] = dict(outcome)
-            for name in (FIELD, ACTIONS, TURN_SCORES, GAME):
+            for name in (FIELD, ACTIONS, GAME):
                 if fields.get(name):
                     self._records[key][name] = fields[name]
+            if (turn_scores := turn_scores_of(fields)) is not None:
+                self._records[key][TURN_SCORES] = turn_scores
             for name, value in outcome.items():
                 found.setdefault(name, []).append(value)
         metrics.update({f"siop/outcome/{name}": float(np.mean(values)) for name, values in found.items()})
@@ -245,8 +256,7 @@ class SiopTrainer(SupervisedTrainer):
                 response_mask=masks[i].tolist(),
                 gold=parse_aliases(labels[i]) if self.siop.siop_use_gold_ref else None,
                 executed_calls=fields[i].get(FIELD, {}).get("executed_calls"),
-                # verl's own agent loops leave an empty list.
-                turn_scores=fields[i].get(TURN_SCORES) or None,
+                turn_scores=turn_scores_of(fields[i]),
                 outcome=outcomes_of(fields[i]).get(SUCCESS),
             )
             for i in range(len(keys))

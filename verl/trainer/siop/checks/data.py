@@ -112,8 +112,7 @@ class Use:
     def _wrong_game(self, row: Mapping[str, Any]) -> str:
         """What an agent loop that scores itself has against the row; VPR needs such an agent loop."""
         if self._agent(row) in self.policy.scoring_agents:
-            loop = self.policy.scoring_agents[self._agent(row)]
-            return str(loop.wrong_row(row.get("extra_info"))) if hasattr(loop, "wrong_row") else ""
+            return self.policy.scoring_agents[self._agent(row)](row.get("extra_info"))
         if self.verified:
             return (
                 f"algorithm.siop_reward_mode=verifiable needs an agent loop that scores turns, and 'agent_name' is "

@@ -5,9 +5,8 @@ Everything is built by the functions of verl that the run uses, from the same ke
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from verl.tools.local_read_tool import LocalReadTool
 from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
 from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
 from verl.utils.siop.data.chat import MULTI_TURN, Chat, build_tools, first_cause
-from verl.utils.siop.envs.games import Judge
 from verl.utils.siop.errors import SiopConfigError
+
+# What is wrong with the ``extra_info`` of a row, or nothing.
+RowCheck = Callable[[Any], str]
 
 # Agent loops that call tools: verl's, and ours on it.
 TOOL_AGENTS = (UPSTREAM, AGENT_LOOP)
-
-# Options of a game's agent loop that say who gives the scores.
-JUDGE = tuple(spec.name for spec in fields(Judge))
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler")  # which trainers leave beside them
@@ -39,15 +37,14 @@ class Policy(Chat):
         agent: verl's agent loop for rows that name none (``rollout.agent.default_agent_loop``).
         agents: all that are registered.
         scoring_agents: the classes of those that give each rollout its outcome themselves (``SCORES_ITSELF``), as games
-            do: they need neither labels nor answers. ``wrong_row(extra_info)``, where one has it, says what is wrong
-            with a row.
+            do: they need neither labels nor answers. Each with what is wrong with a row's ``extra_info``, or nothing.
         limit: tokens at which the run cuts a prompt, on the left (``rollout.prompt_length``).
         takes_media: whether the model takes images, videos or sounds beside texts.
     """
 
     agent: str
     agents: frozenset[str]
-    scoring_agents: Mapping[str, Any]
+    scoring_agents: Mapping[str, RowCheck]
     limit: int
     takes_media: bool
 
@@ -143,47 +140,50 @@ def _check_heads(hf_config: Any, key: str) -> None:
         )
 
 
-def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, Any]]:
+def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
     """Names of the agent loops, which must include the default one; and those that score rollouts themselves."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.utils.import_utils import resolve_config_path
 
-    targets = {name: str(loop["_target_"]) for name, loop in _agent_loop_registry.items()}
+    known: dict[str, Any] = dict(_agent_loop_registry)
     if path := rollout.agent.get("agent_loop_config_path"):
         key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
         try:
             loops: Any = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)))
-            targets |= {str(loop["name"]): str(loop["_target_"]) for loop in loops}
+            known |= {str(loop["name"]): loop for loop in loops if loop["_target_"]}
         except (OSError, ValueError, TypeError, KeyError, OmegaConfBaseException) as error:
             raise SiopConfigError(f"{key}: not a list of agent loops: {error}") from error
         for loop in loops:
-            _check_loop(key, loop)
-    if rollout.agent.default_agent_loop not in targets:
+            _row_check(loop, key)
+    if rollout.agent.default_agent_loop not in known:
         raise SiopConfigError(
             f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop} is not allowed; "
-            f"choose one of {', '.join(sorted(targets))}"
+            f"choose one of {', '.join(sorted(known))}"
         )
-    classes = {name: _class_of(target) for name, target in targets.items()}
-    return frozenset(targets), {name: c for name, c in classes.items() if getattr(c, "SCORES_ITSELF", False)}
+    checks = {name: _row_check(loop, f"agent loop {name}") for name, loop in known.items()}
+    return frozenset(known), {name: check for name, check in checks.items() if check is not None}
 
 
-def _class_of(target: str) -> Any:
+def _row_check(loop: Mapping[str, Any], key: str) -> RowCheck | None:
+    """What an agent loop that scores rollouts itself has against a row; None for one that does not.
+
+    Raises:
+        SiopConfigError: it cannot be loaded, or its options are not allowed; the message begins with ``key``.
+    """
     from verl.utils.import_utils import load_class_from_fqn
 
-    return load_class_from_fqn(target)
-
-
-def _check_loop(key: str, loop: dict[str, Any]) -> None:
-    """Refuse an agent loop that cannot be loaded, or a verifier that its options do not give."""
     try:
-        found = _class_of(str(loop["_target_"]))
-        if issubclass(found, VerifiedGameLoop):
-            options = {name: value for name, value in loop.items() if name in JUDGE}
-            Judge(**options)
-            if module := loop.get("module"):
-                importlib.import_module(module)
+        found: Any = load_class_from_fqn(str(loop["_target_"]))
+        judge = found.judge_of(loop) if issubclass(found, VerifiedGameLoop) else None
     except Exception as error:  # the user's code may raise anything
-        raise SiopConfigError(f"{key}: the agent loop {loop['name']} cannot be used: {first_cause(error)}") from error
+        raise SiopConfigError(
+            f"{key}: the agent loop {loop.get('name', loop['_target_'])} cannot be used: {first_cause(error)}"
+        ) from error
+    if not getattr(found, "SCORES_ITSELF", False):
+        return None
+    if judge is not None:
+        return lambda extra: str(found.wrong_row(extra, judge))
+    return getattr(found, "wrong_row", lambda _extra: "")
 
 
 def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:

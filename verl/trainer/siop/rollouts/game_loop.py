@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, TURN_SCORES
 from verl.utils.profiler import simple_timer
+from verl.utils.siop.credit.config import finite_number
 from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
 from verl.utils.siop.errors import GameError, RolloutError
 
@@ -75,25 +77,45 @@ class VerifiedGameLoop(AgentLoopBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if module:
-            importlib.import_module(module)
-        self.judge = Judge(oracle, simulations, flip, invalid_score)
+        given = {"oracle": oracle, "simulations": simulations, "flip": flip, "invalid_score": invalid_score}
+        self.judge = self.judge_of({**given, "module": module})
         self.response_length = self.rollout_config.response_length
         context = self.rollout_config.max_model_len
         self.context = context or self.rollout_config.prompt_length + self.response_length
 
     @staticmethod
-    def wrong_row(extra: Mapping[str, Any] | None) -> str:
-        """What is wrong with a row's ``extra_info``, or nothing: it must hold a game that can be played."""
+    def wrong_row(extra: Mapping[str, Any] | None, judge: Judge | None = None) -> str:
+        """What is wrong with a row's ``extra_info``, or nothing: it must hold a game that can be played and judged."""
+        if not isinstance(extra, Mapping):
+            return f"extra_info is {extra!r:.100}, needs a struct with a game and its spec (see envs.build)"
+        for name in ("ceiling_success", "ceiling_completion"):
+            number = finite_number(extra.get(name))
+            if number is None or not 0 <= number <= 1:
+                return f"extra_info.{name} is {extra.get(name)!r:.100}, needs a number from 0 to 1 (see envs.build)"
         try:
-            for name in ("ceiling_success", "ceiling_completion"):
-                if not isinstance((extra or {}).get(name), float):
-                    return f"extra_info.{name} is {(extra or {}).get(name)!r}, needs a number (see envs.build)"
-            game, spec = _game(extra or {})
-            game.rules(spec)
+            game, spec = _game(extra)
+            Env(game, judge).reset(spec)
         except GameError as error:
             return str(error)
         return ""
+
+    @staticmethod
+    def judge_of(options: Mapping[str, Any]) -> Judge:
+        """Who judges, by the options of this agent loop's entry in the YAML; imports ``module``.
+
+        Raises:
+            GameError: an option that there is not, or a value that is not allowed.
+        """
+        own = [spec.name for spec in fields(Judge)]
+        known = ("name", "_target_", *own, "module")
+        if unknown := [name for name in options if name not in known]:
+            raise GameError(f"{unknown[0]}={options[unknown[0]]!r} is no option; choose one of {', '.join(known[2:])}")
+        module = options.get("module") or ""
+        if not isinstance(module, str):
+            raise GameError(f"module={module!r} is not allowed; needs the name of a Python module")
+        if module:
+            importlib.import_module(module)
+        return Judge(**{name: options[name] for name in own if name in options})
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         extra = kwargs["extra_info"]
@@ -141,7 +163,8 @@ class VerifiedGameLoop(AgentLoopBase):
             play.truncated = True
             play.scores.append(self.judge.invalid_score)
             return False
-        step = env.step(text)
+        # An oracle may take a while, and others' rollouts go on meanwhile.
+        step = await asyncio.to_thread(env.step, text)
         play.steps.append(step)
         play.scores.append(step.score)
         return not step.done and await self._observe(play, text, step.observation)
@@ -201,8 +224,8 @@ def _game(extra: Mapping[str, Any]) -> tuple[Game, dict[str, Any]]:
     """
     try:
         spec = json.loads(extra.get("spec") or "")
-    except (TypeError, ValueError) as error:
-        raise GameError(f"extra_info.spec={extra.get('spec')!r:.100} is not JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GameError(f"extra_info.spec={extra.get('spec')!r:.100} is not JSON: {error!s:.100}") from error
     if not isinstance(spec, dict):
         raise GameError(f"extra_info.spec={spec!r:.100} is not allowed; needs an object")
     return find(str(extra.get("game"))), spec

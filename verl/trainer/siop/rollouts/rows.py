@@ -7,7 +7,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl.utils.siop.errors import SiopError
+import numpy as np
+from verl.utils.siop.errors import RolloutError, SiopError
 
 # Keys of a rollout's extra_fields: a verifier's score of each turn, what the policy wrote in each, and the game and its
 # spec, with which each score can be looked at again.
@@ -37,6 +38,25 @@ def question_of(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, 
     if not users or not isinstance(users[-1], str):
         raise SiopError(f"no user message with text in the prompt, and no extra_info.question: {messages!r}")
     return users[-1]
+
+
+def turn_scores_of(fields: Mapping[str, Any]) -> list[Any] | None:
+    """A verifier's scores of the turns in a rollout's ``extra_fields``; None if there are none.
+
+    Raises:
+        RolloutError: they are no list, tuple or array.
+    """
+    scores = fields.get(TURN_SCORES)
+    if isinstance(scores, np.ndarray):
+        scores = scores.tolist()
+    if scores is None:
+        return None
+    if not isinstance(scores, list | tuple):
+        raise RolloutError(
+            f"an agent loop gave extra_fields[{TURN_SCORES!r}]={scores!r:.100}; needs a list, one score a turn"
+        )
+    # verl's own agent loops leave an empty list.
+    return [score.item() if isinstance(score, np.generic) else score for score in scores] or None
 
 
 def outcomes_of(fields: Mapping[str, Any]) -> dict[str, float]:

@@ -88,9 +88,10 @@ def read_action(text: str) -> list[str]:
     ['reveal', '2', '03']
     """
     found = _ACTION.findall(text.rpartition("</think>")[2])
-    if not found:
+    words = found[-1].replace(",", " ").lower().split() if found else []
+    if not words:
         raise InvalidAction("no action")
-    return found[-1].replace(",", " ").lower().split()
+    return words
 
 
 def whole(word: str, low: int, high: int) -> int:
@@ -117,5 +118,5 @@ def field(spec: Mapping[str, Any], name: str, kind: type, game: str) -> Any:
     """
     value = spec.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise GameError(f"{game}: {name}={value!r} is not allowed; the spec needs a value of type {kind.__name__}")
+        raise GameError(f"{game}: {name}={value!r:.100} is not allowed; the spec needs a value of type {kind.__name__}")
     return value

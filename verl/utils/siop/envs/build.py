@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 from verl.utils.siop.envs.boards import Spec, minesweeper_boards, sudoku_boards, tictactoe_boards
 from verl.utils.siop.envs.games import GAMES, find, oracle_play, prompt_of
 from verl.utils.siop.errors import GameError
@@ -36,6 +37,7 @@ OVERRIDES = {
     "actor_rollout_ref.rollout.multi_turn.max_assistant_turns": None,
     "actor_rollout_ref.rollout.multi_turn.tool_config_path": None,
 }
+_FILES = ("train.parquet", "eval.parquet", "overrides.yaml", "manifest.json")
 # Games of oracle play for a board's ceiling; of a game of chance several.
 _PLAYS = {"minesweeper": 8}
 
@@ -87,6 +89,24 @@ def write(out: Path, rows: dict[str, list[dict[str, Any]]], settings: dict[str, 
     (out / "manifest.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to write over other data.
+
+    Raises:
+        GameError: there is a file, or a folder with other data.
+    """
+    manifest = out / "manifest.json"
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() else set()
+    if not names & {"", *_FILES}:
+        return
+    try:
+        if json.loads(manifest.read_text(encoding="utf-8")) == settings:
+            return
+    except (OSError, ValueError):
+        pass
+    raise GameError(f"--out {out} exists and holds other data than these boards; choose another folder, or remove it")
+
+
 def boards(args: argparse.Namespace) -> dict[str, tuple[list[Spec], list[Spec]]]:
     """Data source -> training and held-out boards.
 
@@ -107,7 +127,13 @@ def boards(args: argparse.Namespace) -> dict[str, tuple[list[Spec], list[Spec]]]
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; needs numbers, as 8 or 2,4,6") from None
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return found
 
 
 # Option -> games that read it.
@@ -127,7 +153,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval", type=int, default=256, help="held-out boards, of each number of blanks (256)")
     parser.add_argument("--seed", type=int, default=0, help="of the boards (0)")
     parser.add_argument("--size", type=int, help="sudoku: 4, 6 or 9; minesweeper: 2 to 9")
-    parser.add_argument("--blanks", type=_numbers, help="sudoku: blank cells, as 8 or 2,4,6")
+    parser.add_argument("--blanks", type=_numbers, help="sudoku: blank cells, as 8 or 2,4,6; up to 12, 28, 64 by size")
     parser.add_argument("--mines", type=int, help="minesweeper: number of mines")
     parser.add_argument("--flags", action="store_true", help="minesweeper: cells can be flagged")
     parser.add_argument(
@@ -155,17 +181,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    settings = {key: value for key, value in vars(args).items() if key != "out" and value is not None}
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     try:
+        _check_folder(args.out, settings)
         for source, parts in boards(args).items():
             for split, specs in zip(rows, parts, strict=True):
-                for spec in specs:
+                for spec in tqdm(specs, desc=f"{source} {split}", unit=" boards", leave=False, disable=None, delay=1):
                     rows[split].append(row_of(args.game, source, spec, len(rows[split]), split, args.bare))
-    except GameError as error:
+        write(args.out, rows, settings)
+    except (GameError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    settings = {key: value for key, value in vars(args).items() if key != "out" and value is not None}
-    write(args.out, rows, settings)
     ceiling = fmean(row["extra_info"]["ceiling_success"] for row in rows["eval"])
     sys.stdout.write(
         f"wrote {len(rows['train'])} training and {len(rows['eval'])} held-out boards to {args.out}; "

@@ -47,13 +47,19 @@ GAMES: dict[str, Game] = {
 def register_game(name: str, game: Game) -> None:
     """Add a game under a name of its own; the same class may come again (a module that is loaded twice).
 
+    The class is known by its module and its name.
+
     Raises:
         GameError: the name belongs to another game.
     """
     known = GAMES.get(name)
-    if known is not None and getattr(known.rules, "__qualname__", known) != getattr(game.rules, "__qualname__", game):
-        raise GameError(f"the name {name!r} belongs to another game")
+    if known is not None and _origin(known.rules) != _origin(game.rules):
+        raise GameError(f"the name {name!r} belongs to another game, {'.'.join(_origin(known.rules))}")
     GAMES[name] = game
+
+
+def _origin(rules: Callable[..., Rules]) -> tuple[str, str]:
+    return rules.__module__, getattr(rules, "__qualname__", repr(rules))
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,27 @@ class Judge:
                 f"simulations={self.simulations} is not allowed with oracle={self.oracle}: a number for {SEARCH}, none "
                 f"for {EXACT}"
             )
-        if self.simulations is not None and not 1 <= self.simulations <= 100_000:
-            raise GameError(f"simulations={self.simulations} is not allowed; choose from 1 to 100000")
-        if not 0 <= self.flip <= 1:
-            raise GameError(f"flip={self.flip} is not allowed; choose a share from 0 to 1")
-        if not -10 <= self.invalid_score <= 0:
-            raise GameError(f"invalid_score={self.invalid_score} is not allowed; choose a number from -10 to 0")
+        if self.simulations is not None and not _within(self.simulations, 1, 100_000, int):
+            raise GameError(f"simulations={self.simulations!r} is not allowed; choose a whole number from 1 to 100000")
+        if not _within(self.flip, 0, 1, int | float):
+            raise GameError(f"flip={self.flip!r} is not allowed; choose a share from 0 to 1")
+        if not _within(self.invalid_score, -10, 0, int | float):
+            raise GameError(f"invalid_score={self.invalid_score!r} is not allowed; choose a number from -10 to 0")
+
+    def check(self, name: str, game: Game) -> None:
+        """Refuse a tree search that the game does not have.
+
+        Raises:
+            GameError: it has none.
+        """
+        if self.oracle == SEARCH and game.search is None:
+            raise GameError(
+                f"oracle={SEARCH} is not allowed with the game {name!r}, which has no tree search; use {EXACT}"
+            )
+
+
+def _within(value: Any, low: float, high: float, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True)
@@ -128,17 +149,18 @@ class Env:
 
     def __init__(self, game: Game, judge: Judge | None = None, seed: int | str = 0) -> None:
         self.game, self.judge = game, judge or Judge()
-        if self.judge.oracle == SEARCH and game.search is None:
-            raise GameError(f"oracle={SEARCH} is not allowed: this game has no tree search; choose {EXACT}")
+        self.judge.check(getattr(game.rules, "name", str(game.rules)), game)
         self._rng = random.Random(str(seed))
 
     def reset(self, spec: Mapping[str, Any]) -> str:
         """Begin the game of a spec; returns the first observation.
 
         Raises:
-            GameError: see :class:`~verl.utils.siop.envs.base.Rules`.
+            GameError: see :class:`~verl.utils.siop.envs.base.Rules`; or nothing is left to do.
         """
         self.rules, self.turns = self.game.rules(spec), 0
+        if self.done:
+            raise GameError(f"{self.rules.name}: the game of this spec is over before the first turn")
         return self.rules.show()
 
     @property
@@ -149,18 +171,18 @@ class Env:
         """Play the action in the text of a turn.
 
         Raises:
-            GameError: the game is over.
+            GameError: the game is over, or its rules or its oracle break their word.
         """
         if self.done:
             raise GameError("the game is over; reset it")
         self.turns += 1
         score, right, valid = self.judge.invalid_score, False, True
         try:
-            action = self.rules.parse(read_action(text))
+            action = self._parsed(read_action(text))
         except InvalidAction as error:
             note, valid = f"invalid : {error} ; write <action> {self.rules.form} </action>", False
         else:
-            exact = self.game.best(self.rules)
+            exact = self.right_actions()
             right = action in exact
             score = float(action in self._paid(exact))
             if self.judge.flip and self._rng.random() < self.judge.flip:
@@ -175,6 +197,31 @@ class Env:
             valid=valid,
             right=right,
         )
+
+    def _parsed(self, words: list[str]) -> Action:
+        try:
+            return self.rules.parse(words)
+        except GameError:
+            raise
+        except Exception as error:  # of a game of the user's
+            raise GameError(
+                f"{self.rules.name}: its rules raise {type(error).__name__} ({error}) at the action "
+                f"{' '.join(words):.80}; what is no action is an InvalidAction"
+            ) from error
+
+    def right_actions(self) -> frozenset[Action]:
+        """What the exact oracle calls right now.
+
+        Raises:
+            GameError: it names nothing, or not actions, which are tuples.
+        """
+        found = self.game.best(self.rules)
+        if not isinstance(found, frozenset) or not found or not all(isinstance(action, tuple) for action in found):
+            raise GameError(
+                f"{self.rules.name}: its oracle must give a frozenset of actions (tuples, as parse gives them), one at "
+                f"least, got {found!r:.100}"
+            )
+        return found
 
     def _paid(self, exact: frozenset[Action]) -> frozenset[Action]:
         if self.judge.simulations is None:
@@ -217,9 +264,19 @@ def written(action: Action) -> str:
 
 
 def oracle_play(game: Game, spec: Mapping[str, Any], rng: random.Random) -> tuple[bool, float]:
-    """Success and completion of one game in which every action is right, by chance among those."""
+    """Success and completion of one game in which every action is right, by chance among those.
+
+    Raises:
+        GameError: the spec cannot be played, or what the oracle names is something else when it is written and read.
+    """
     env = Env(game)
     env.reset(spec)
     while not env.done:
-        step = env.step(written(rng.choice(sorted(game.best(env.rules)))))
+        action = rng.choice(sorted(env.right_actions()))
+        step = env.step(written(action))
+        if not step.right:
+            raise GameError(
+                f"{env.rules.name}: its oracle names {action!r}, and {written(action)!r} is "
+                + ("read as another action" if step.valid else f"refused: {step.observation.splitlines()[0]}")
+            )
     return step.success, step.completion

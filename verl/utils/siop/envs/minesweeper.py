@@ -30,8 +30,14 @@ class Minesweeper(Rules):
         if not 2 <= self.size <= MAX_SIZE:
             raise GameError(f"minesweeper: size={self.size} is not allowed; choose from 2 to {MAX_SIZE}")
         cells = range(self.size * self.size)
-        if len(set(mines)) != len(mines) or not mines or any(mine not in cells for mine in mines):
-            raise GameError(f"minesweeper: mines={mines} is not allowed; needs distinct cells of 0 to {cells[-1]}")
+        if (
+            not mines
+            or any(type(mine) is not int or mine not in cells for mine in mines)
+            or len(set(mines)) < len(mines)
+        ):
+            raise GameError(
+                f"minesweeper: mines={mines!r:.100} is not allowed; needs distinct cells of 0 to {cells[-1]}"
+            )
         if start not in cells or start in mines:
             raise GameError(
                 f"minesweeper: start={start} is not allowed; needs a cell of 0 to {cells[-1]} without a mine"

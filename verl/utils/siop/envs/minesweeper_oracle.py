@@ -120,35 +120,60 @@ def _components(constraints: Sequence[Constraint]) -> list[tuple[list[int], list
 def _count(
     cells: Sequence[int], constraints: Sequence[Constraint], budget: _Budget
 ) -> tuple[dict[int, int], dict[int, dict[int, int]]]:
-    """Number of mines -> layouts of a component, and the same for the layouts with a mine under each cell."""
-    total: defaultdict[int, int] = defaultdict(int)
-    of_cell: dict[int, defaultdict[int, int]] = {cell: defaultdict(int) for cell in cells}
+    """Number of mines -> layouts of a component, and the same for the layouts with a mine under each cell.
+
+    Cell by cell, from the first and from the last: layouts after which every constraint misses as many mines as after
+    others go on alike, so they are counted together (the forward-backward algorithm). The counts by number of mines are
+    the digits of one whole number in base 2^shift; one mine more is a shift to the left.
+    """
+    shift = len(cells) + 1  # 2^cells layouts at most
     touching = {cell: [i for i, (members, _) in enumerate(constraints) if cell in members] for cell in cells}
-    missing = [number for _, number in constraints]
     room = [len(members) for members, _ in constraints]
-    chosen: list[int] = []
+    # One entry for each number of cells placed: missing mines by constraint -> layouts.
+    before: list[dict[tuple[int, ...], int]] = [{tuple(number for _, number in constraints): 1}]
+    moves: list[dict[tuple[int, ...], list[tuple[int, ...] | None]]] = []
+    for cell in cells:
+        for i in touching[cell]:
+            room[i] -= 1
+        following: defaultdict[tuple[int, ...], int] = defaultdict(int)
+        moves.append({})
+        for missing, ways in before[-1].items():
+            budget.spend()
+            pair = [_placed(missing, mine, touching[cell], room) for mine in (0, 1)]
+            moves[-1][missing] = pair
+            for mine, state in enumerate(pair):
+                if state is not None:
+                    following[state] += ways << shift * mine
+        before.append(dict(following))
+    after = {state: 1 for state in before[-1]}
+    of_cell: dict[int, dict[int, int]] = {}
+    for position in reversed(range(len(cells))):
+        ways_to_end: dict[tuple[int, ...], int] = {}
+        with_mine = 0
+        for missing, ways in before[position].items():
+            without, mine = (0 if state is None else after[state] for state in moves[position][missing])
+            ways_to_end[missing] = without + (mine << shift)
+            with_mine += ways * (mine << shift)
+        of_cell[cells[position]] = _digits(with_mine, shift)
+        after = ways_to_end
+    return _digits(sum(before[-1].values()), shift), of_cell
 
-    def place(position: int) -> None:
-        budget.spend()
-        if position == len(cells):
-            total[len(chosen)] += 1
-            for cell in chosen:
-                of_cell[cell][len(chosen)] += 1
-            return
-        cell = cells[position]
-        for mine in (0, 1):
-            for i in touching[cell]:
-                room[i] -= 1
-                missing[i] -= mine
-            if all(0 <= missing[i] <= room[i] for i in touching[cell]):
-                if mine:
-                    chosen.append(cell)
-                place(position + 1)
-                if mine:
-                    chosen.pop()
-            for i in touching[cell]:
-                room[i] += 1
-                missing[i] += mine
 
-    place(0)
-    return dict(total), {cell: dict(counts) for cell, counts in of_cell.items()}
+def _placed(missing: tuple[int, ...], mine: int, touched: Sequence[int], room: Sequence[int]) -> tuple[int, ...] | None:
+    """What the constraints miss after one more cell; None if one of them cannot come out any more."""
+    left = list(missing)
+    for i in touched:
+        left[i] -= mine
+        if not 0 <= left[i] <= room[i]:
+            return None
+    return tuple(left)
+
+
+def _digits(number: int, shift: int) -> dict[int, int]:
+    """Digits that are not 0, by their place."""
+    found, place = {}, 0
+    while number:
+        if digit := number & ((1 << shift) - 1):
+            found[place] = digit
+        number, place = number >> shift, place + 1
+    return found

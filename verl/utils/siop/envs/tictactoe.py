@@ -85,7 +85,7 @@ def mover(board: str) -> str:
         GameError: no game leads to such a board.
     """
     if len(board) != 9 or set(board) - set("XO."):
-        raise GameError(f"tictactoe: board={board!r} is not allowed; needs 9 characters of X, O and {EMPTY}")
+        raise GameError(f"tictactoe: board={board!r:.100} is not allowed; needs 9 characters of X, O and {EMPTY}")
     ahead = board.count("X") - board.count("O")
     lines = {board[a] for a, b, c in LINES if board[a] == board[b] == board[c] != EMPTY}
     # Who has won has moved last.
