@@ -78,12 +78,17 @@ METHODS: Mapping[str, Method] = {
     "vpr_loo": Method(("ablation=vpr_loo",)),
     "vpr_outcome": Method(("ablation=vpr_return", "algorithm.siop_outcome_weight=1")),
     "vpr_unscaled": Method(("ablation=vpr", "algorithm.norm_adv_by_std_in_grpo=false")),
+    # A rollout for every turn, as many actions a board and as many updates a step.
+    "states": Method(
+        ("ablation=vpr_loo", "actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.ppo_mini_batch_size=512"),
+        {"_target_": "verl.trainer.siop.rollouts.state_loop.VerifiedStateLoop", "candidates": 8},
+    ),
     "shuffled": Method(("ablation=vpr_loo", _CONTROLS, "algorithm.siop_reward_mode=shuffled")),
     **{f"vpr_loo-{name}": Method(("ablation=vpr_loo",), loop) for name, loop in _ERRING.items()},
 }
 _ARMS = ("grpo", "outcome_loo", "vpr", "vpr_loo", "vpr_outcome")
 SETTINGS: Mapping[str, Setting] = {
-    "sudoku-8": Setting("sudoku", 8, (*_ARMS, "vpr_unscaled", "shuffled")),
+    "sudoku-8": Setting("sudoku", 8, (*_ARMS, "vpr_unscaled", "states", "shuffled")),
     **{f"sudoku-{blanks}": Setting("sudoku", blanks, _ARMS) for blanks in (2, 4, 6, 10)},
     "minesweeper": Setting("minesweeper", None, _ARMS),
     "tictactoe": Setting("tictactoe", None, ("grpo", "vpr_loo", *(f"vpr_loo-{name}" for name in _ERRING), "shuffled")),

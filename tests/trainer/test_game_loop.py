@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from verl.trainer.siop.checks.data import Use
 from verl.trainer.siop.checks.policy import load_policy
 from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
-from verl.trainer.siop.rollouts.rows import outcomes_of, turn_scores_of
+from verl.trainer.siop.rollouts.rows import VALIDATES, group_of, outcomes_of, turn_scores_of
+from verl.trainer.siop.rollouts.state_loop import VerifiedStateLoop, _opening
 from verl.utils.siop.envs.build import row_of
 from verl.utils.siop.errors import GameError, RolloutError, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
@@ -192,6 +193,66 @@ def test_scores_of_turns_are_a_list() -> None:
             turn_scores_of({"turn_scores": wrong})
 
 
+# ---------------------------------------------------------------------- a rollout for every turn
+def _play_states(turns: Sequence[str], tokenizer: Any, config: Any, validates: bool = False, **options: Any) -> Any:
+    model, row = Model(tokenizer, turns), row_of("sudoku", "s", SPEC, 0, "train", bare=True)
+
+    async def play() -> Any:
+        VALIDATES.set(validates)
+        loop = agent_loop(VerifiedStateLoop, config, tokenizer, model, name="verified_game", **options)
+        return await loop.run({}, raw_prompt=row["prompt"], extra_info=row["extra_info"])
+
+    return asyncio.run(play()), model
+
+
+def test_at_each_state_actions_are_compared_and_a_right_one_is_played(tokenizer: Any, config: Any) -> None:
+    outputs, model = _play_states([WRONG, RIGHT, INVALID, LAST, WRONG, LAST], tokenizer, config, candidates=3)
+    assert [output.extra_fields["group"] for output in outputs] == [0, 0, 0, 1, 1, 1]
+    # What was played comes last in its group.
+    scores = [score for output in outputs for score in _scores(output)]
+    assert scores[:3] == [0.0, 0.0, 1.0] and sum(scores[3:]) == 2 and scores[-1] == 1.0
+    assert [output.extra_fields["game"]["played"] for output in outputs] == [[]] * 3 + [
+        [RIGHT.removesuffix(f" {END}")]
+    ] * 3
+    # All of a state have its prompt, and the second state's is the board alone.
+    assert len(set(model.prompts[:3])) == len(set(model.prompts[3:])) == 1
+    assert "1 2 3 4" in model.prompts[3] and "right" not in model.prompts[3] and "action" not in model.prompts[3]
+    found = outcomes_of(outputs[-1].extra_fields)
+    assert outputs[-1].reward_score == found["success"] == found["completion"] == 1.0
+    assert (found["oracle_rate"], found["invalid"]) == (pytest.approx(3 / 6), pytest.approx(1 / 6))
+
+
+def test_an_evaluation_draws_one_action_at_a_state(tokenizer: Any, config: Any) -> None:
+    outputs, _ = _play_states([RIGHT, LAST], tokenizer, config, validates=True)
+    assert len(outputs) == 2 and outputs[-1].reward_score == 1.0
+    assert outputs[-1].extra_fields["actions"] == ["<action> 1 2 2 </action>", "<action> 4 4 1 </action>"]
+
+
+def test_a_state_whose_actions_are_all_cut_ends_the_game(tokenizer: Any, config: Any) -> None:
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    config.actor_rollout_ref.rollout.response_length = 12
+    long = "1 " * 40
+    outputs, _ = _play_states([long, RIGHT, long, long], tokenizer, config, candidates=2, invalid_score=-1.0)
+    assert [_scores(output) for output in outputs] == [[-1.0], [1.0], [-1.0], [-1.0]]
+    found = outcomes_of(outputs[-1].extra_fields)
+    assert (found["success"], found["completion"], found["truncated"], found["invalid"]) == (0.0, 0.5, 1.0, 0.75)
+
+
+def test_actions_of_a_state_are_judged_apart(tokenizer: Any, config: Any) -> None:
+    outputs, _ = _play_states([RIGHT] * 64 + [LAST] * 64, tokenizer, config, candidates=64, flip=0.5)
+    scores = [_scores(output)[0] for output in outputs[:64]]
+    assert 10 < sum(scores) < 54  # each has a chance of its own to be turned round
+    with pytest.raises(GameError, match="candidates=1 is not allowed; choose a whole number from 2"):
+        _play_states([RIGHT], tokenizer, config, candidates=1)
+    with pytest.raises(RolloutError, match="does not end with its board"):
+        _opening([{"role": "user", "content": "Play."}], "1 . 3 4")
+
+
+def test_groups_are_within_a_session() -> None:
+    assert group_of("q_3_5", {}) == ("q", 3)
+    assert group_of("q_3_5", {"group": 0}) == ("q_3_0", 5)
+
+
 # ---------------------------------------------------------------------- before the start
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
@@ -230,6 +291,23 @@ def test_rows_of_games_need_no_label_and_a_board_that_can_be_played(config: Any,
     told_of_agent = use.check({**row, "agent_name": "tool_agent"})
     assert "siop_reward_mode=verifiable needs an agent loop that scores turns" in told_of_agent
     assert "choose verified_game" in told_of_agent
+
+
+def test_states_are_compared_by_verified_turns_alone(config: Any, model: Path) -> None:
+    states = str(ROOT / "config" / "game_states.yaml")
+    made, _ = _policy(config, model, agent_loop_config_path=LOOP)
+    for name, value in (("adv_estimator", "grpo"), ("siop_reward_mode", "siop"), ("siop_outcome_weight", 0.5)):
+        made.algorithm = {
+            "adv_estimator": "siop",
+            "siop_reward_mode": "verifiable",
+            "siop_outcome_weight": 0,
+            name: value,
+        }
+        with pytest.raises(SiopConfigError, match=rf"algorithm\.{name}={value} is not allowed with it"):
+            _policy(made, model, agent_loop_config_path=states)
+        made.trainer.val_only = True
+        assert _policy(made, model, agent_loop_config_path=states)[1].scores_itself
+        made.trainer.val_only = False
 
 
 def test_a_search_is_refused_for_games_that_have_none(config: Any, model: Path, tmp_path: Path) -> None:

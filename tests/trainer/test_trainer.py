@@ -179,7 +179,7 @@ def test_labels_reach_the_method_only_when_asked_for() -> None:
 def test_several_trajectories_of_a_session_are_refused_by_name() -> None:
     trainer = object.__new__(SiopTrainer)
     with pytest.raises(SiopError, match=r"several trajectories for one session .*u_0_1.*one trajectory per session"):
-        trainer._rollouts(["u_0_0", "u_0_1"], {})  # type: ignore[arg-type]
+        trainer._rollouts(["u_0_0", "u_0_1"], {"extra_fields": [{}, {}]})  # type: ignore[arg-type]
 
 
 def test_question_is_the_bare_one() -> None:

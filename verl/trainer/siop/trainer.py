@@ -25,8 +25,10 @@ from verl.trainer.siop.rollouts.metrics import tool_metrics
 from verl.trainer.siop.rollouts.rows import (
     ACTIONS,
     GAME,
+    GROUP,
     SUCCESS,
     TURN_SCORES,
+    group_of,
     outcomes_of,
     question_of,
     session_of,
@@ -44,11 +46,11 @@ from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.files import write_whole
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, SiopScorer
 from verl.utils.siop.turn_utils import extract_answer, get_assistant_turn_ranges
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 logger = logging.getLogger(__name__)
 
 _ROLLOUT_FIELDS = (
-    "uid",
     "prompts",
     "responses",
     "response_mask",
@@ -155,15 +157,17 @@ class SiopTrainer(SupervisedTrainer):
         """What the reward function or the agent loop says of the outcome (EM and F1, the success of a game), under its
         own names: ``critic/score`` shows the turn rewards."""
         found: dict[str, list[float]] = {}
+        last = {session_of(key)[:2]: key for key in keys}
         for key, fields in zip(keys, column(data, "extra_fields"), strict=True):
             outcome = outcomes_of(fields)
             self._records[key] = dict(outcome)
-            for name in (FIELD, ACTIONS, GAME):
-                if fields.get(name):
+            for name in (FIELD, ACTIONS, GAME, GROUP):
+                if fields.get(name) not in (None, [], {}):
                     self._records[key][name] = fields[name]
             if (turn_scores := turn_scores_of(fields)) is not None:
                 self._records[key][TURN_SCORES] = turn_scores
-            for name, value in outcome.items():
+            # Of several trajectories of a session, all have the outcome of the session.
+            for name, value in outcome.items() if last[session_of(key)[:2]] == key else ():
                 found.setdefault(name, []).append(value)
         metrics.update({f"siop/outcome/{name}": float(np.mean(values)) for name, values in found.items()})
 
@@ -182,6 +186,10 @@ class SiopTrainer(SupervisedTrainer):
             partition_id=partition_id,
             fields=TensorDict({"rm_scores": _jagged(placed)}, batch_size=len(keys)),
         )
+        if any(rollout.uid != session_of(key)[0] for key, rollout in zip(keys, rollouts, strict=True)):
+            # The estimator compares what has the same uid.
+            uids = list_of_dict_to_tensordict([{"uid": rollout.uid} for rollout in rollouts])
+            tq.kv_batch_put(keys=keys, partition_id=partition_id, fields=uids)
         if dropped:
             rows = [row for row, rollout in enumerate(rollouts) if rollout.uid in dropped]
             nothing = _jagged([torch.zeros_like(masks[row]) for row in rows])
@@ -236,20 +244,20 @@ class SiopTrainer(SupervisedTrainer):
         return stream.collect(rollouts)
 
     def _rollouts(self, keys: list[str], data: TensorDict) -> list[Rollout]:
-        several = [key for key in keys if session_of(key)[2] > 0]
+        fields = column(data, "extra_fields")
+        several = [key for i, key in enumerate(keys) if session_of(key)[2] > 0 and GROUP not in fields[i]]
         if several:
             raise SiopError(
-                f"the agent loop returned several trajectories for one session (for example {several[0]}); SIOP needs "
-                "one trajectory per session"
+                f"the agent loop returned several trajectories for one session (for example {several[0]}) and no "
+                f"extra_fields[{GROUP!r}] that says which of them are compared; SIOP needs one trajectory per session"
             )
-        uids, prompts, responses, masks, messages, extras, labels = (
+        prompts, responses, masks, messages, extras, labels = (
             column(data, name)
-            for name in ("uid", "prompts", "responses", "response_mask", "raw_prompt", "extra_info", "reward_model")
+            for name in ("prompts", "responses", "response_mask", "raw_prompt", "extra_info", "reward_model")
         )
-        fields = column(data, "extra_fields")
         return [
             Rollout(
-                uid=str(uids[i]),
+                uid=group_of(keys[i], fields[i])[0],
                 question=question_of(messages[i], extras[i]),
                 prompt_ids=prompts[i].tolist(),
                 response_ids=responses[i].tolist(),

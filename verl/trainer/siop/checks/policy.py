@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.tools.local_read_tool import LocalReadTool
 from verl.trainer.siop.rollouts.agent_loop import AGENT_LOOP, UPSTREAM  # (registers it)
 from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
+from verl.trainer.siop.rollouts.state_loop import VerifiedStateLoop
 from verl.utils.siop.data.chat import MULTI_TURN, Chat, build_tools, first_cause
 from verl.utils.siop.errors import SiopConfigError
 
@@ -70,7 +71,7 @@ def load_policy(config: DictConfig) -> Policy:
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     loaded = _load_model(model)
-    agents, scoring = _agents(rollout)
+    agents, scoring = _agents(config)
     if rollout.name == "vllm" and config.trainer.device == "cpu":
         _check_heads(loaded.hf_config, f"actor_rollout_ref.model.path={model.path}")
     try:
@@ -140,11 +141,12 @@ def _check_heads(hf_config: Any, key: str) -> None:
         )
 
 
-def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
+def _agents(config: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
     """Names of the agent loops, which must include the default one; and those that score rollouts themselves."""
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     from verl.utils.import_utils import resolve_config_path
 
+    rollout = config.actor_rollout_ref.rollout
     known: dict[str, Any] = dict(_agent_loop_registry)
     if path := rollout.agent.get("agent_loop_config_path"):
         key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
@@ -155,6 +157,8 @@ def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
             raise SiopConfigError(f"{key}: not a list of agent loops: {error}") from error
         for loop in loops:
             _row_check(loop, key)
+            if not config.trainer.get("val_only"):
+                _check_comparison(loop, key, config.algorithm)
     if rollout.agent.default_agent_loop not in known:
         raise SiopConfigError(
             f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop} is not allowed; "
@@ -162,6 +166,21 @@ def _agents(rollout: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
         )
     checks = {name: _row_check(loop, f"agent loop {name}") for name, loop in known.items()}
     return frozenset(known), {name: check for name, check in checks.items() if check is not None}
+
+
+def _check_comparison(loop: Mapping[str, Any], key: str, algorithm: DictConfig) -> None:
+    """Refuse to learn whole games from an agent loop that compares the actions of a state."""
+    from verl.utils.import_utils import load_class_from_fqn
+
+    if not issubclass(load_class_from_fqn(str(loop["_target_"])), VerifiedStateLoop):
+        return
+    for name, allowed in (("adv_estimator", "siop"), ("siop_reward_mode", "verifiable"), ("siop_outcome_weight", 0)):
+        if algorithm.get(name) != allowed:
+            raise SiopConfigError(
+                f"{key}: the agent loop {loop['name']} compares the actions of one state, of which the outcome of the "
+                f"game says nothing: algorithm.{name}={algorithm.get(name)} is not allowed with it; take {allowed} "
+                "(ablation=vpr_loo), or config/game_loop.yaml"
+            )
 
 
 def _row_check(loop: Mapping[str, Any], key: str) -> RowCheck | None:

@@ -20,6 +20,7 @@ from verl.experimental.agent_loop.tool_parser import FunctionCall
 from verl.tools.control_tokens import neutralise
 from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.trainer.siop.rollouts.rows import VALIDATES
 from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, json_fault, message
 from verl.utils.siop.errors import RolloutError
 from verl.utils.siop.turn_utils import opens_thinking, special_tokens
@@ -249,6 +250,7 @@ class AgentLoopWorkerTQ(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modifie
         self, sampling_params: dict[str, Any], trajectory: dict[str, Any], *, agent_name: str, **kwargs: Any
     ) -> Any:
         agent_name = AGENT_LOOP if agent_name == UPSTREAM else agent_name
+        VALIDATES.set(bool(trajectory["validate"]))  # of this session's task alone
         try:
             return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **kwargs)
         except Exception as error:

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from verl.trainer.siop.replay_buffer import column
-from verl.trainer.siop.rollouts.rows import question_of, session_of
+from verl.trainer.siop.rollouts.rows import group_of, question_of
 from verl.utils.siop.credit.batch import gains
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.files import write_whole
@@ -102,10 +102,11 @@ def columns(
     """The fields of the rollouts ``keys``, each a column, but for ``step``, which verl adds.
 
     Args:
-        keys: ``{group}_{session}_{trajectory}``, in the order of the lines.
+        keys: ``{uid}_{session}_{trajectory}``, in the order of the lines.
         data: their :data:`FIELDS`, and :data:`KL_FIELD` where the reward has a KL penalty.
         turns: the assistant turns of each, as they were before a question was dropped.
-        records: what the step noted of each: the stages of the method, outcome, tool calls.
+        records: what the step noted of each: the stages of the method, outcome, tool calls, and the group, where
+            the agent loop made some.
         tokenizer: the policy's.
         settings: of the training.
         siop: the method's keys; None with another estimator.
@@ -115,12 +116,12 @@ def columns(
     fields = {name: column(data, name) for name in (*FIELDS, KL_FIELD) if name in data.keys()}  # noqa: SIM118
     rows = [_row(i, fields, turns[i], records[i], tokenizer, siop) for i in range(len(keys))]
     found.update({name: [row[name] for row in rows] for name in rows[0]})
-    sessions = [session_of(key) for key in keys]
+    places = [group_of(key, record) for key, record in zip(keys, records, strict=True)]
     found.update(
         dump_version=[DUMP_VERSION] * len(keys),
         uid=list(keys),
-        group=[group for group, _, _ in sessions],
-        session=[session for _, session, _ in sessions],
+        group=[group for group, _ in places],
+        session=[number for _, number in places],
         method=[settings.method] * len(keys),
         settings=[settings.hash] * len(keys),
         seed=[settings.seed] * len(keys),

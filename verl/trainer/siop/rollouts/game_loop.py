@@ -39,7 +39,7 @@ class _Play:
 
 
 class VerifiedGameLoop(AgentLoopBase):
-    """``agent_name=verified_game``. The row's ``extra_info`` holds ``game`` and ``spec`` (JSON).
+    """``agent_name=verified_game``: a game is one rollout. The row's ``extra_info`` holds ``game`` and ``spec`` (JSON).
 
     ``extra_fields`` gets ``turn_scores``, one for each assistant turn in the mask whatever became of it: a turn without
     a valid action, and one that the length limit cut, has the invalid score. ``reward_score`` is the outcome, 1 with a
@@ -63,6 +63,8 @@ class VerifiedGameLoop(AgentLoopBase):
 
     # The loop gives each rollout its own outcome; labels and answers are not needed.
     SCORES_ITSELF = True
+    # Those in the YAML, beside the judge's and the module.
+    OPTIONS: tuple[str, ...] = ()
 
     tokenizer: Any
 
@@ -99,15 +101,15 @@ class VerifiedGameLoop(AgentLoopBase):
             return str(error)
         return ""
 
-    @staticmethod
-    def judge_of(options: Mapping[str, Any]) -> Judge:
+    @classmethod
+    def judge_of(cls, options: Mapping[str, Any]) -> Judge:
         """Who judges, by the options of this agent loop's entry in the YAML; imports ``module``.
 
         Raises:
             GameError: an option that there is not, or a value that is not allowed.
         """
         own = [spec.name for spec in fields(Judge)]
-        known = ("name", "_target_", *own, "module")
+        known = ("name", "_target_", *own, "module", *cls.OPTIONS)
         if unknown := [name for name in options if name not in known]:
             raise GameError(f"{unknown[0]}={options[unknown[0]]!r} is no option; choose one of {', '.join(known[2:])}")
         module = options.get("module") or ""
@@ -140,7 +142,12 @@ class VerifiedGameLoop(AgentLoopBase):
         return env
 
     async def _turn(self, env: Env, play: _Play, sampling_params: dict[str, Any], request_id: str) -> bool:
-        """One turn with its score; whether the game goes on."""
+        """One turn with its score, and what comes next; whether the game goes on."""
+        step = await self._act(env, play, sampling_params, request_id)
+        return step is not None and not step.done and await self._observe(play, play.texts[-1], step.observation)
+
+    async def _act(self, env: Env, play: _Play, sampling_params: dict[str, Any], request_id: str) -> Step | None:
+        """One turn with its score; None if the length limit cut it."""
         room = min(self.response_length - len(play.mask), self.context - len(play.ids))
         with simple_timer("generate_sequences", play.metrics):
             output = await self.server_manager.generate(
@@ -162,12 +169,12 @@ class VerifiedGameLoop(AgentLoopBase):
         if len(output.token_ids) >= room and output.token_ids[-1] != self.tokenizer.eos_token_id:
             play.truncated = True
             play.scores.append(self.judge.invalid_score)
-            return False
+            return None
         # An oracle may take a while, and others' rollouts go on meanwhile.
         step = await asyncio.to_thread(env.step, text)
         play.steps.append(step)
         play.scores.append(step.score)
-        return not step.done and await self._observe(play, text, step.observation)
+        return step
 
     async def _observe(self, play: _Play, text: str, observation: str) -> bool:
         """Show the player what comes next; whether a turn fits after it."""

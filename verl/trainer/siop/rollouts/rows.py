@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ from verl.utils.siop.errors import RolloutError, SiopError
 # Keys of a rollout's extra_fields: a verifier's score of each turn, what the policy wrote in each, and the game and its
 # spec, with which each score can be looked at again.
 TURN_SCORES, ACTIONS, GAME = "turn_scores", "actions", "game"
+# Of one that an agent loop returned several of in a session: what it is compared with, within its session.
+GROUP = "group"
+# Whether the rollouts of a task are a validation's; the workers set it, for an agent loop is not told.
+VALIDATES: ContextVar[bool] = ContextVar("VALIDATES", default=False)
 # The outcome that siop_outcome_weight weighs, among a rollout's outcomes.
 SUCCESS = "success"
 
@@ -21,6 +26,14 @@ def session_of(key: str) -> tuple[str, int, int]:
     """(uid, session, trajectory) of a TransferQueue key ``{uid}_{session}_{trajectory}``."""
     uid, session, trajectory = key.rsplit("_", 2)
     return uid, int(session), int(trajectory)
+
+
+def group_of(key: str, fields: Mapping[str, Any]) -> tuple[str, int]:
+    """What a rollout is compared with, and its number in there: its question and its session, unless its agent loop
+    made groups within the session (:data:`GROUP` in ``extra_fields``)."""
+    uid, session, trajectory = session_of(key)
+    group = fields.get(GROUP)
+    return (uid, session) if group is None else (f"{uid}_{session}_{group}", trajectory)
 
 
 def question_of(messages: Sequence[Mapping[str, Any]], extra_info: Mapping[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ step = env.step("<action> 1 2 2 </action>")     # step.observation, .score, .don
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -162,6 +163,12 @@ class Env:
         if self.done:
             raise GameError(f"{self.rules.name}: the game of this spec is over before the first turn")
         return self.rules.show()
+
+    def branch(self) -> Env:
+        """The same game as it is now, to try an action with; the chances of its judge are its own."""
+        other = copy.copy(self)
+        other.rules, other._rng = copy.deepcopy(self.rules), random.Random(self._rng.random())
+        return other
 
     @property
     def done(self) -> bool:
