@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from verl.utils.siop.data.manifest import read_manifest, rows_of
 from verl.utils.siop.data.prompts import PROMPTS, QUESTION, SYSTEM, overrides, prompt_of
 from verl.utils.siop.data.select import Options
 from verl.utils.siop.errors import ScorerUnavailable, SiopConfigError
+from verl.utils.siop.turn_utils import THINKING
 
 INSTRUCT = TOOL_TEMPLATE.replace("CALL", HERMES)
 OPEN = "<|im_start|>assistant\n{% endif %}"
@@ -74,6 +76,26 @@ def test_the_template_says_which_preset_fits(model: Model, tools: str, template:
     fitted = fit(chat, None)
     assert (fitted.prompt.name, fitted.chat.format) == (preset, "hermes")
     assert fitted.chat.builder.chat_template_kwargs == PROMPTS[preset].template_kwargs
+
+
+@pytest.mark.parametrize("tags", THINKING)
+@pytest.mark.parametrize(
+    ("template", "preset"), [(HYBRID, "hermes-thinking"), (PREFILLED, "hermes-prefilled"), (CLOSED, "hermes-direct")]
+)
+def test_templates_with_other_tags_around_thinking(
+    model: Model, tools: str, template: str, preset: str, tags: tuple[str, str]
+) -> None:
+    def own(text: str) -> str:
+        return text.replace("<think>", tags[0]).replace("</think>", tags[1])
+
+    chat = load_chat(model(own(template)), tools)
+    fitted, named = fit(chat, None), fit(chat, PROMPTS[preset])
+    assert fitted.prompt == named.prompt and fitted.prompt.name == preset
+    assert fitted.prompt.reference_prefix == own(str(PROMPTS[preset].reference_prefix))
+    # The other presets leave a thought open, or close one that is not open.
+    if template == PREFILLED:
+        with pytest.raises(SiopConfigError, match=re.escape(f"with 1 {tags[0]} and 0 {tags[1]}")):
+            fit(chat, PROMPTS["hermes-instruct"])
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_a_path_that_is_no_utf8_is_written_and_read(tmp_path: Path, made: Made, 
 @pytest.mark.parametrize(
     ("section", "key", "value", "named"),
     [
-        ("metrics", None, 2, r"metrics: 1 \| 2"),
+        ("metrics", None, 3, r"metrics: 2 \| 3"),
         ("data", "sha256", ["9b"], r"data\.sha256: \['1b'\] \| \['9b'\]"),
         ("data", "ids_sha256", "9c", r"data\.ids_sha256: '2c' \| '9c'"),
         ("tokenizer", "sha256", "9d", r"tokenizer\.sha256: '3d' \| '9d'"),

@@ -159,7 +159,8 @@ def write_game(folder: Path, steps: int = 2) -> Path:
         lines = rewrite(path, **dict.fromkeys(own), answer="", outcome={"solved": 0.25})
         scored = [{**line, "turn_scores": [0.125] * len(line["turn_advantages"])} for line in lines]
         path.write_text("".join(f"{json.dumps(line)}\n" for line in scored))
-        dump.append_step(folder / "rollouts", step, {"siop/no_answer": 1.0})
+        unasked = {"siop/tokens/computed": 0.0, "siop/seconds/busy": 0.003, "siop/seconds/exposed": 0.003}
+        dump.append_step(folder / "rollouts", step, {"siop/no_answer": 1.0, **unasked})
     return folder
 
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import uvicorn
-from verl.utils.siop.http.server import TimedHttpProtocol
+from verl.utils.siop.http.server import TimedHttpProtocol, bind, is_exposed
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
@@ -23,6 +23,14 @@ async def app(scope, receive, send) -> None:
     await asyncio.sleep(0.6)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    ("host", "exposed"), [("127.0.0.1", False), ("127.0.0.2", False), ("localhost", False), ("0.0.0.0", True)]
+)
+def test_whether_other_machines_reach_a_socket(host: str, exposed: bool) -> None:
+    with bind(host, 0, listen=False) as sock:
+        assert is_exposed(sock) == exposed
 
 
 def served(talk: Callable[[Stream], Awaitable[None]]) -> float:

@@ -189,18 +189,22 @@ def test_it_ends_quietly(run: Path, stop: signal.Signals) -> None:
     assert said == "" and process.returncode in (0, 130, -stop)
 
 
-def test_everybody_may_ask_an_open_address_but_is_warned_of(run: Path) -> None:
+def test_an_open_address_needs_a_token(run: Path) -> None:
     """And the address that is printed is one that can be opened."""
-    process = started(run, "--host", "0.0.0.0")
-    assert process.stdout is not None and process.stderr is not None
-    try:
-        assert "set SIOP_API_TOKEN" in process.stderr.readline()
-        url = process.stdout.readline().strip()
+    host = "0.0.0.0"
+    done = once(run, "--host", host, "--port", "0")
+    message = f"error: --host {host} shows the rollouts to whoever reaches it: set SIOP_API_TOKEN"
+    assert (done.returncode, done.stderr.splitlines(), done.stdout) == (1, [message], "")
+    with serving(run, "--host", host, env={"SIOP_API_TOKEN": "t"}) as (url, _):
         assert url.startswith("http://127.0.0.1:")
-        assert httpx.get(f"{url}health").status_code == 200
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+        assert httpx.get(url, follow_redirects=True).status_code == 200
+        assert httpx.get(f"{url.split('?')[0]}api/runs").status_code == 401
+
+
+def test_every_own_address_of_the_machine_is_a_local_one(run: Path) -> None:
+    with serving(run, "--host", "127.0.0.2") as (url, _):
+        assert url.startswith("http://127.0.0.2:") and httpx.get(f"{url}api/runs").status_code == 200
+        assert httpx.get(f"{url}api/runs", headers={"Host": "evil.example"}).status_code == 400
 
 
 def test_a_port_in_use_is_told(run: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from dumped_run import lines_of, questions, write_game, write_run, write_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from verl.trainer.siop.rollouts import dump
 from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.index import INDEX_FILE, RunIndex, Search
@@ -267,6 +268,23 @@ def test_a_game_asks_for_no_answer(tmp_path: Path) -> None:
     curves = index.curves()
     assert all("siop/no_answer" not in values for values in curves.values())
     assert alarms(curves) == []
+
+
+def test_curves_of_a_scorer_are_those_of_a_run_that_asks_one(tmp_path: Path) -> None:
+    folders = [write_game(tmp_path / "game"), *(write_run(tmp_path / name, steps=2) for name in ("votes", "siop"))]
+    logged = {"siop/seconds/busy": 0.5, "siop/seconds/cluster": 0.5, "siop/tokens/computed": 0.0}
+    for step in (1, 2):
+        dump.append_step(tmp_path / "votes" / "rollouts", step, logged)
+        dump.append_step(tmp_path / "siop" / "rollouts", step, {**logged, "siop/tokens/computed": 5.0 * (step - 1)})
+    runs = Runs(folders)
+    runs.refresh()
+    shown = {
+        name: {metric for metric in runs.curves(name)["metrics"] if metric.startswith(("siop/seconds", "siop/tokens"))}
+        for name in ("game", "votes", "siop")
+    }
+    seconds = {"siop/seconds/busy", "siop/seconds/cluster"}
+    assert shown == {"game": set(), "votes": seconds, "siop": seconds | {"siop/tokens/computed"}}
+    runs.close()
 
 
 def test_an_index_that_cannot_lie_beside_the_dump_lies_in_the_cache_or_is_temporary(

@@ -375,6 +375,9 @@ def test_a_method_without_clusters_shows_what_it_has(tab: Tab, tmp_path: Path) -
         page = tab.open(url, ".chart")
         outcome = page.locator(".chart", has_text="Outcome")
         expect(outcome).to_contain_text("solved 0.250")
+        titles = page.locator(".chart figcaption").all_inner_texts()
+        assert "Reward by turn" in titles
+        assert not any(word in title for title in titles for word in ("scorer", "Support", "luster", "answer")), titles
         page = first_question(tab, url, "run=game&step_from=2")
         assert page.locator(".cluster, .support").count() == 0
         header = page.locator(".rollout header").first.inner_text()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from verl.utils.siop.inspector.alarms import alarms
 from verl.utils.siop.inspector.export import spread
 from verl.utils.siop.inspector.segments import segments
+from verl.utils.siop.turn_utils import THINKING
 
 
 def kinds(text: str, thinking: bool = False) -> list[tuple[str, str]]:
@@ -24,6 +25,22 @@ def test_the_pieces_of_a_turn_and_of_its_results() -> None:
     assert kinds("so it is</think><answer>x</answer>", thinking=True) == [("think", "so it is"), ("answer", "x")]
     assert kinds("<tool_call>search 1</tool_call>") == [("call", "search 1")]
     assert kinds("<think>cut") == [("think", "cut")]
+
+
+@pytest.mark.parametrize("tags", THINKING)
+def test_thinking_of_all_families(tags: tuple[str, str]) -> None:
+    opening, closing = tags
+    assert kinds(f"{opening} so {closing} hm <answer>x</answer>") == [("think", "so"), ("text", "hm"), ("answer", "x")]
+    assert kinds(f"{opening}cut") == [("think", "cut")]
+    expected = [("think", "so <answer>y</answer>"), ("answer", "x")]
+    for start in ("", opening):
+        assert kinds(f"{start}so <answer>y</answer>{closing}<answer>x</answer>", thinking=True) == expected
+    assert kinds("so it", thinking=True) == [("think", "so it")]
+
+
+def test_a_result_that_the_policy_writes_is_text() -> None:
+    (piece,) = segments("<tool_response> [1] made up </tool_response>", own=True)
+    assert (piece.kind, piece.text, piece.keys) == ("text", "<tool_response> [1] made up </tool_response>", [])
 
 
 def test_keys_are_the_normal_form() -> None:

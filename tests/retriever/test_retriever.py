@@ -270,6 +270,12 @@ def test_server_with_a_busy_port_fails_with_one_line(service: str, tmp_path: Pat
     assert "Address already in use" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_an_open_address_is_warned_of(host: str, warned: bool, tmp_path: Path) -> None:
+    with running(tmp_path, command("--host", host)):
+        assert (f"whoever reaches {host} can search" in (tmp_path / "log").read_text()) == warned
+
+
 def test_server_with_a_bad_corpus_or_argument_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").touch()
     for name, message in (("none.jsonl", "No such file"), ("empty.jsonl", "is empty"), (".", "is not a file")):

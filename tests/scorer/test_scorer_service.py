@@ -23,8 +23,8 @@ from scorer_process import ScorerProcess, eventually, free_port, launcher
 from scoring_cases import query_of
 from tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, save_causal_lm, save_classifier
 from verl.trainer.siop.trainer import SiopTrainer
-from verl.utils.siop import scoring_client
-from verl.utils.siop.errors import ScorerError, ScorerUnavailable
+from verl.utils.siop import scoring_client, scoring_server
+from verl.utils.siop.errors import ScorerError, ScorerUnavailable, SiopConfigError
 from verl.utils.siop.http.packed import MEDIA_TYPE, PackedIds, offers_packed, pack, pack_ids
 from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.engines.base import Probe, RolloutQuery
@@ -627,6 +627,20 @@ def test_what_keeps_it_from_starting_is_one_clear_line(models, tmp_path, capsys,
         assert main([*arguments, "--port", "0"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(f"the scorer cannot start: .*{message}", line)
+
+
+def test_an_open_address_without_a_token_is_warned_of(monkeypatch, capsys, logging_as_before):
+    def no_pool(*_):
+        raise SiopConfigError("no more than the start is looked at")
+
+    monkeypatch.setattr(scoring_server, "WorkerPool", no_pool)
+    monkeypatch.delenv("SIOP_API_TOKEN", raising=False)
+    for host, token, warned in (("0.0.0.0", "", 1), ("0.0.0.0", "t", 0), ("127.0.0.1", "", 0)):
+        monkeypatch.setenv("SIOP_API_TOKEN", token)
+        assert main(["--model", "none", "--num-gpus", "0", "--host", host, "--port", "0"]) == 1
+        said = capsys.readouterr().err
+        assert said.count(f"whoever reaches {host} can use the scorer: set SIOP_API_TOKEN") == warned, said
+        assert "no more than the start" in said
 
 
 def test_without_a_language_model_only_clusters_and_entailment_are_answered():

@@ -29,7 +29,7 @@ from verl.trainer.siop.rollouts.agent_loop import SiopToolAgentLoop, describe
 from verl.trainer.siop.rollouts.tool_calls import FIELD, FORMS, faults, message
 from verl.utils.reward_score.siop_reward import compute_score
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import extract_observations, get_assistant_turn_ranges
+from verl.utils.siop.turn_utils import THINKING, extract_answer, extract_observations, get_assistant_turn_ranges
 from verl.workers.rollout.replica import TokenOutput
 
 END = "<|im_end|>"
@@ -348,6 +348,19 @@ def test_a_turn_that_answers_tries_nothing(text: str, tool_format: str) -> None:
     assert faults(f"{text} <tool_call>{{", 0, tool_format, {"search": ["query"]}, thinking=True) != []
 
 
+@pytest.mark.parametrize("tags", THINKING)
+@pytest.mark.parametrize("tool_format", ["hermes", "qwen3_coder"])
+def test_what_stands_in_closed_thinking_tries_nothing(tags: tuple[str, str], tool_format: str) -> None:
+    opening, closing = tags
+    tools, named = {"search": ["query"]}, "I could use <tool_call> or <invoke now."
+    for text in (f"{opening}{named}{closing}I give up.", f"So. {opening}{named}{closing}{opening}{named}{closing}"):
+        assert faults(text, 0, tool_format, tools) == []
+    assert faults(f"{named}{closing}I give up.", 0, tool_format, tools, thinking=True) == []
+    # Outside of it, and in what is not closed.
+    for text in (f"{opening}hm{closing}{named}", f"{opening}{named}"):
+        assert len(faults(text, 0, tool_format, tools)) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -423,6 +436,38 @@ def test_an_answer_inside_thinking_that_the_prompt_opened_is_no_answer(tokenizer
             assert model.prompts[-1].endswith("<think>\n") == output.extra_fields[FIELD]["thinking"] == thinking
             response = tokenizer.decode(output.response_ids, skip_special_tokens=True)
             assert compute_score("d", response, "x", dict(output.extra_fields))["em"] == float(not thinking)
+
+
+SELF_MADE = (
+    "<answer>x</answer> as <tool_response>a</tool_response> says",
+    "<answer>x</answer></tool_response> so",
+    "<answer>x</answer> <tool_response> I had",
+    "<tool_response> I had <answer>x</answer>",
+    "</tool_response><answer>x</answer>",
+    "<answer>x</answer>\nassistant\nis my name",
+)
+
+
+@pytest.mark.parametrize("last", SELF_MADE)
+@pytest.mark.parametrize("before", [[], [_turn(_call("a"))]])
+def test_what_the_policy_writes_like_a_result_is_its_own_text(
+    last: str, before: list[str], tokenizer: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, _ = _run([*before, last + END], tokenizer, config)
+    worker = object.__new__(module.AgentLoopWorkerTQ)
+    worker.tokenizer = tokenizer
+    found: list[dict[str, float | None]] = []
+
+    async def score(self: Any, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        """As verl's reward manager."""
+        text = tokenizer.decode(outputs[-1].response_ids, skip_special_tokens=True)
+        found.append(compute_score("d", text, "x", dict(outputs[-1].extra_fields)))
+
+    monkeypatch.setattr(module.AgentLoopWorkerTQ.__mro__[1], "_compute_score", score)
+    asyncio.run(worker._compute_score([output], {}))
+    turns = get_assistant_turn_ranges(output.response_mask)
+    assert extract_answer(output.response_ids, turns, tokenizer, output.prompt_ids) == "x"
+    assert found == [{"score": 1.0, "em": 1.0, "f1": 1.0}]
 
 
 def test_an_empty_first_generation_is_no_rollout(tokenizer: Any, config: Any) -> None:

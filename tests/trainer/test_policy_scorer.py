@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from method_helpers import Scorer, run, search_rollout
+from method_helpers import Scorer, byte_tokenizer, run, search_rollout
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from tiny_models import VOCAB_SIZE, tiny_causal_lm
 from verl.protocol import BatchData
 from verl.trainer.siop import policy_scorer as module
 from verl.trainer.siop.policy_scorer import PolicyScorer
+from verl.trainer.siop.scoring import measure_noise
 from verl.utils import tensordict_utils as tu
 from verl.utils.siop.errors import ScorerError
-from verl.utils.siop.siop_process_reward import Reference, SupportRequest
+from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest
 
 DYNAMIC = OmegaConf.create({"log_prob_use_dynamic_bsz": True, "log_prob_max_token_len_per_gpu": 100})
 
@@ -131,6 +132,23 @@ def test_every_distinct_sequence_is_computed_once() -> None:
         for b in r.boundaries
         for reference in r.references
     )
+
+
+@pytest.mark.parametrize("noise", [0.0, 4e-3])
+def test_the_noise_of_the_policy_can_be_measured(noise: float) -> None:
+    class Rounding(Actor):
+        """Gives a little more where it scores several sequences at once."""
+
+        def compute_log_prob(self, data: TensorDict) -> TensorDict:
+            rows = super().compute_log_prob(data)["log_probs"].unbind()
+            more = noise * (len(rows) > 1)
+            return tu.get_tensordict({"log_probs": _jagged([row + more for row in rows])}, {"metrics": {}})
+
+    actor = Rounding(model=tiny_causal_lm(max_position_embeddings=1024))
+    scorer = PolicyScorer(Scorer(), actor, DYNAMIC)
+    found = asyncio.run(measure_noise(scorer, byte_tokenizer(), SiopConfig(), "where is the tower ?"))
+    assert found == pytest.approx(noise, abs=1e-5)
+    assert len(actor.calls) == 6  # five texts alone, then all of them
 
 
 def test_balancing_and_padding_put_the_same_work_on_every_rank() -> None:

@@ -23,10 +23,11 @@ from verl.trainer.siop.checks.data import KEYS, DataError, check_files, check_ro
 from verl.trainer.siop.checks.policy import Policy, check_tool_length, load_policy
 from verl.trainer.siop.checks.prompts import check_instructions, check_round_trips
 from verl.trainer.siop.checks.retrievers import check_replicas, healths_of, retrievers_of
-from verl.trainer.siop.checks.services import check_scorer, check_search, measure_noise
+from verl.trainer.siop.checks.services import check_scorer, check_search
 from verl.trainer.siop.checks.settings import check_settings
 from verl.trainer.siop.checks.values import check_dataclasses, check_values
 from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.scoring import measure_noise, open_client
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.config import validate_config
 from verl.utils.siop import cpu
@@ -280,11 +281,16 @@ def _scorer(run: Run) -> str:
     found = asyncio.run(check_scorer(run.siop, run.policy, run.warn, SCORER_WAIT_S, say=run.say))
     if run.siop.siop_scorer == "policy" or not run.siop.measures_support:
         return found
-    noise = asyncio.run(measure_noise(run.siop, run.policy, run.sample))
+    noise = asyncio.run(_noise_of_service(run))
     if noise > run.siop.siop_scorer_noise:
         # The estimator and the metrics read it there.
         OmegaConf.update(run.config, "algorithm.siop_scorer_noise", noise)
     return f"{found}; noise {noise:.1e}"
+
+
+async def _noise_of_service(run: Run) -> float:
+    async with open_client(run.siop) as client:
+        return await measure_noise(client, run.policy.tokenizer, run.siop, run.sample)
 
 
 # What the user should see of them, and its label.

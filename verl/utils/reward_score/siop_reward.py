@@ -15,8 +15,9 @@ from verl.utils.siop.credit.answers import exact_match, f1_score, parse_aliases
 from verl.utils.siop.errors import RolloutError
 from verl.utils.siop.turn_utils import parse_answer
 
-# What the agent loop noted of a rollout (ToolRecord); verl hands it to the reward function inside of extra_info.
-_RECORD = "siop_tools"
+# Keys of a rollout's extra_fields, which verl hands to the reward function inside of extra_info: the answer that the
+# response mask says, by the agent loop worker; and what our agent loop noted (ToolRecord).
+ANSWER, _RECORD = "siop_answer", "siop_tools"
 
 _OBSERVATION = re.compile(r"<tool_response>.*?(?:</tool_response>|\Z)", re.DOTALL)
 _ASSISTANT_HEADER = "<|im_start|>assistant"
@@ -29,7 +30,7 @@ def last_assistant_text(solution_str: str) -> str:
     """The last assistant turn of a decoded response, which also holds tool output and chat headers.
 
     Works on text decoded with special tokens (``<|im_start|>assistant``) and without (a line ``assistant``). Text
-    cannot tell a tag that a tool returned from a real one as token masks can, so training rewards use the masks.
+    cannot tell a tag that a tool returned, or that the policy wrote, from a real one; token masks can.
     """
     segments = _OBSERVATION.split(solution_str)
     with_text = [segment for segment in segments if _CHAT_MARKERS.sub("", segment).strip()]
@@ -39,13 +40,16 @@ def last_assistant_text(solution_str: str) -> str:
 
 
 def final_answer(solution_str: str, extra_info: Mapping[str, Any] | None = None) -> str:
-    """The answer in :func:`last_assistant_text`, empty if there is none; see :func:`parse_answer`.
+    """The final answer of a rollout, empty if there is none; see :func:`parse_answer`.
 
     Args:
-        solution_str: the decoded response.
-        extra_info: whether the prompt opened the thinking stands in ``extra_info["siop_tools"]["thinking"]``, by the
-            agent loop of this project; without it, the turn begins outside.
+        solution_str: the decoded response. Read (:func:`last_assistant_text`) only where ``extra_info`` has no answer.
+        extra_info: in a run of this project ``siop_answer``, the answer by the response mask, the same that is
+            clustered. Else whether the prompt opened the thinking may stand in ``["siop_tools"]["thinking"]``; without
+            it, the turn begins outside.
     """
+    if isinstance(known := (extra_info or {}).get(ANSWER), str):
+        return known
     record = (extra_info or {}).get(_RECORD) or {}
     return parse_answer(last_assistant_text(solution_str), thinking=bool(record.get("thinking")))
 
@@ -57,7 +61,7 @@ def compute_score(
 
     Args:
         data_source: not used; verl passes it.
-        solution_str: the decoded response, tool output included; see :func:`last_assistant_text`.
+        solution_str: the decoded response, tool output included; see :func:`final_answer`.
         ground_truth: see :func:`parse_aliases`.
         extra_info: see :func:`final_answer`.
         **kwargs: not used.

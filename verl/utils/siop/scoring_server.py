@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from verl.utils.siop.errors import SiopError
-from verl.utils.siop.http.server import bind
+from verl.utils.siop.http.server import bind, is_exposed
 from verl.utils.siop.processes import adopt_orphans, end_started
 from verl.utils.siop.scorer.app import create_app
 from verl.utils.siop.scorer.guard import Guard
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, num_workers, gpus_per_worker = worker_settings(args)
         sock = bind(args.host, args.port, listen=True)
+        token = os.environ.get("SIOP_API_TOKEN") or None
+        if is_exposed(sock) and token is None:
+            # No error: on several nodes it is asked over their inner network.
+            logger.warning("whoever reaches %s can use the scorer: set SIOP_API_TOKEN, for the trainer too", args.host)
         if settings.nli_backend == "lexical":
             logger.warning(
                 "NLI backend: lexical. It compares words: answers that say the same in other words are different "
@@ -49,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         pool = WorkerPool(settings, num_workers, gpus_per_worker)
         pool.start()
         app, metrics = create_app(pool, args.max_items, args.max_item_tokens)
-        token = os.environ.get("SIOP_API_TOKEN") or None
         guard = Guard(app, metrics, int(args.max_body_mb * 2**20), args.max_concurrency, token)
         logger.info("listening on http://%s:%d", args.host, sock.getsockname()[1])
         asyncio.run(serve(pool, guard, sock))

@@ -54,6 +54,19 @@ _PIECES = re.compile(
     re.DOTALL,
 )
 _THINKING_END = re.compile("|".join(re.escape(closing) for _, closing in THINKING))
+# Thinking alone: what no tag closes matches to the end and has no group.
+_THOUGHT = re.compile(
+    "|".join(
+        [
+            *(
+                f"{re.escape(opening)}.*?(?:(?P<closed{n}>{re.escape(closing)})|\\Z)"
+                for n, (opening, closing) in enumerate(THINKING)
+            ),
+            f"(?P<stray>{'|'.join(map(re.escape, _STRAY))})",
+        ]
+    ),
+    re.DOTALL,
+)
 # Tokens before a turn in which the end of its generation prompt is looked for.
 _OPENING_TOKENS = 32
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
@@ -152,8 +165,7 @@ def parse_answer(turn_text: str, thinking: bool = False) -> str:
     ''
     """
     if thinking:
-        ends = _THINKING_END.search(turn_text)
-        turn_text = turn_text[ends.end() :] if ends else ""
+        _, turn_text = leave_thinking(turn_text)
     answer = ""
     for piece in _PIECES.finditer(turn_text):
         if piece["stray"]:
@@ -176,6 +188,54 @@ def _without_thoughts(text: str) -> str:
             start = end + len(closing)
         text = "".join([*kept, text[start:]])
     return text
+
+
+def leave_thinking(turn_text: str) -> tuple[str, str]:
+    """The two parts of a turn that begins inside thinking: the thought, and what follows its closing tag, of any form.
+
+    >>> leave_thinking("so it is[/THINK]It is.")
+    ('so it is', 'It is.')
+    >>> leave_thinking("so it")
+    ('so it', '')
+    """
+    ends = _THINKING_END.search(turn_text)
+    return (turn_text[: ends.start()], turn_text[ends.end() :]) if ends else (turn_text, "")
+
+
+def without_thinking(turn_text: str, thinking: bool = False) -> str:
+    """What stands outside of the closed thinking (:data:`THINKING`) of a turn; what no tag closes stays. Linear time.
+
+    A closing tag that nothing opens closes what stands before it: a template may put the opening tag into the prompt.
+
+    Args:
+        turn_text: what the policy wrote.
+        thinking: as in :func:`parse_answer`.
+
+    >>> without_thinking("so</think>a[THINK]b[/THINK]c<think>d")
+    'ac<think>d'
+    """
+    ends = _THINKING_END.search(turn_text) if thinking else None
+    kept, at = [], ends.end() if ends else 0
+    for thought in _THOUGHT.finditer(turn_text, at):
+        if thought.lastgroup is None:
+            break
+        if not thought["stray"]:
+            kept.append(turn_text[at : thought.start()])
+        at = thought.end()
+    return "".join([*kept, turn_text[at:]])
+
+
+def unpaired_thinking(text: str) -> tuple[str, str] | None:
+    """The first pair of :data:`THINKING` of which a text does not open as many as it closes; None if there is none.
+
+    >>> unpaired_thinking("<think>a</think>[THINK]b")
+    ('[THINK]', '[/THINK]')
+    """
+    for opening, closing in THINKING:
+        opened, closed = text.count(opening), text.count(closing)
+        if opened > closed or (opened < closed and closing in _STRAY):
+            return opening, closing
+    return None
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,6 @@ from verl.utils.siop.siop_process_reward import SiopConfig, SupportRequest, buil
 from verl.utils.siop.tokenizer_digest import largest_id, tokenizer_digest
 
 NO_MODEL = "none"  # what /health says of a scorer without a language model
-_NOISE_TEXTS = 8
 _PATIENCE_S = 1.0  # before a line says what is being waited for
 # What it cannot do decides what is learnt from its answers.
 LEXICAL_WARNING = (
@@ -81,33 +79,6 @@ async def check_scorer(
             ((score,),) = (await client.support([request]))[0]
             found += f"; mean log-probability of a known text {score:.3f}"
     return found
-
-
-async def measure_noise(siop: SiopConfig, policy: Policy, sample: str) -> float:
-    """The scorer's noise: how much its mean log-probabilities depend on what else is scored with them.
-
-    Some texts are scored one by one, then all in one request with a longer one beside them. Rounding makes the
-    difference: about 3e-6 in float32, 1,000 times as much in bfloat16.
-
-    Args:
-        siop: address of the scorer.
-        policy: whose ids are sent.
-        sample: words of the data.
-
-    Returns:
-        Root mean square of the differences; see :attr:`SiopConfig.reward_noise`.
-    """
-    words = sample.split()
-    texts = [" ".join(words[turn:] + words[:turn]) for turn in range(min(len(words), _NOISE_TEXTS))]
-    reference = build_reference(sample, policy.tokenizer, siop)
-    requests = [
-        SupportRequest(policy.tokenizer(text, add_special_tokens=False)["input_ids"], [], [0], [reference])
-        for text in [*texts, " ".join([sample] * 8)]
-    ]
-    async with ScoringClient(siop.siop_scorer_url, timeout_s=siop.siop_scorer_timeout_s) as client:
-        alone = [(await client.support([request]))[0][0][0] for request in requests[:-1]]
-        together = [row[0][0] for row in (await client.support(requests))[:-1]]
-    return math.sqrt(sum((one - other) ** 2 for one, other in zip(alone, together, strict=True)) / len(alone))
 
 
 def check_tokenizers(health: Mapping[str, Any], siop: SiopConfig, policy: Policy, warn: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from verl.trainer.siop.evaluation.summary import Summary, summarise
 
 MANIFEST_FILE = "manifest.json"
 # Changes with the definition of a score or a count.
-METRICS = 1
+METRICS = 2
 # What tables and comparisons show of a section.
 _SHOWN: dict[str, tuple[str, type]] = {"model": ("checkpoint", str), "decoding": ("n", int)}
 _TOLERANCE = 1e-9

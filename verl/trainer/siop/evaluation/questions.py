@@ -151,7 +151,7 @@ def sample_of(
 ) -> Sample:
     """The scores and counts of one rollout.
 
-    The text is decoded and read as verl's reward manager and ``compute_score`` do, so that EM and F1 are theirs.
+    The answer is that of ``compute_score``, so that EM and F1 are its.
 
     Args:
         question: that was asked.

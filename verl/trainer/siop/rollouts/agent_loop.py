@@ -7,6 +7,7 @@ The training configuration names :class:`SiopAgentLoopManager`
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -22,8 +23,9 @@ from verl.tools.schemas import ToolResponse
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.siop.rollouts.rows import VALIDATES
 from verl.trainer.siop.rollouts.tool_calls import FIELD, ToolRecord, faults, json_fault, message
+from verl.utils.reward_score.siop_reward import ANSWER
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import opens_thinking, special_tokens
+from verl.utils.siop.turn_utils import extract_answer, get_assistant_turn_ranges, opens_thinking, special_tokens
 
 AGENT_LOOP = "siop_tool_agent"
 # verl's own loop, which data sets made for verl name in every row.
@@ -240,7 +242,10 @@ def _metric(metrics: Any, name: str) -> int | None:
 
 
 class AgentLoopWorkerTQ(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[name-defined,misc]
-    """verl's worker (of the same name, which process lists show), with our loop, and the cause of a failed rollout."""
+    """verl's worker (of the same name, which process lists show), with our loop, the answers by the response mask for
+    the reward function, and the cause of a failed rollout."""
+
+    tokenizer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -261,6 +266,15 @@ class AgentLoopWorkerTQ(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modifie
                 tag = {"failure": describe(error), "failed_at": time.time()}
                 await tq.async_kv_put(key=uid, partition_id=partition_id, tag=tag)
             raise
+
+    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        for output in outputs:
+            # The reward function gets text, which does not say who wrote what, nor its control tokens.
+            turns = get_assistant_turn_ranges(output.response_mask)
+            output.extra_fields[ANSWER] = await asyncio.to_thread(
+                extract_answer, output.response_ids, turns, self.tokenizer, output.prompt_ids
+            )
+        await super()._compute_score(outputs, kwargs=kwargs)
 
 
 class SiopAgentLoopManager(agent_loop_tq.AgentLoopManagerTQ):

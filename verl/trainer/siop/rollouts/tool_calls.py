@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from verl.utils.siop.turn_utils import parse_answer
+from verl.utils.siop.turn_utils import parse_answer, without_thinking
 
 # Key of a rollout's record in verl's extra_fields; the reward function knows it too.
 FIELD = "siop_tools"
@@ -29,7 +29,7 @@ class ToolRecord:
             observation.
         truncated: 1 if the budget cut a turn, or left no room for an observation; else 0.
         neutralised: control tokens that tools took out of what they found (their metrics ``…/neutralised``).
-        thinking: the prompt ends in an open ``<think>``, so that each turn begins inside it.
+        thinking: the prompt ends in open thinking, so that each turn begins inside it.
         offered: names of the tools that the rollout had.
         executed_calls: for each assistant turn the executed calls as (name, arguments in JSON), in their order.
     """
@@ -149,14 +149,14 @@ def faults(
         read: number of calls that the parser found in it.
         tool_format: name of the parser.
         tools: the rollout's tools, name -> names of its arguments.
-        thinking: whether the turn begins inside ``<think>``.
+        thinking: whether the turn begins inside thinking.
 
     Returns:
         One reason for each such call; empty if there is none, or if the rollout has no tools.
     """
     if not tools or parse_answer(text, thinking):
         return []
-    outside = _without_answers(_without_thinking(text))
+    outside = _without_answers(without_thinking(text, thinking))
     form = FORMS.get(tool_format)
     pieces = outside.split(form.opening)[1:] if form is not None else []
     if pieces:
@@ -190,12 +190,6 @@ def message(fault: str, tool_format: str, tool: str, arguments: Iterable[str], s
     if any(token in example for token in special_tokens):
         return text + " Nothing was called."
     return f"{text} Nothing was called. Write a call as\n{example}"
-
-
-def _without_thinking(text: str) -> str:
-    """Text outside of closed thinking; a template may put the opening tag into the prompt."""
-    *closed, rest = text.split("</think>")
-    return "".join([*(piece.partition("<think>")[0] if "<think>" in piece else "" for piece in closed), rest])
 
 
 def _without_answers(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,15 @@ from verl.utils.siop.data.chat import (
 from verl.utils.siop.data.prompts import PROMPTS, Prompt
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.tokenizer_digest import tokenizer_digest
-from verl.utils.siop.turn_utils import extract_answer, extract_observations, get_assistant_turn_ranges
+from verl.utils.siop.turn_utils import (
+    THINKING,
+    extract_answer,
+    extract_observations,
+    get_assistant_turn_ranges,
+    open_thinking,
+    unpaired_thinking,
+    without_thinking,
+)
 
 LONGEST_OF = 32  # so many of the questions with the most tokens are rendered to find the longest prompt
 _EXAMPLE: Messages = [{"role": "user", "content": "Who wrote Emma?"}]
@@ -97,7 +104,7 @@ def _with_options(chat: Chat, options: dict[str, Any]) -> Chat:
 
 # ---------------------------------------------------------------------- the preset
 def opening(chat: Chat, messages: Messages) -> str:
-    """What the template writes to open the assistant's turn, ``<think>`` included where it does."""
+    """What the template writes to open the assistant's turn, the opening tag of thinking included where it does."""
     schemas = chat.schemas()
     try:
         closed, opened = chat.render(messages, False, schemas), chat.render(messages, True, schemas)
@@ -109,15 +116,21 @@ def opening(chat: Chat, messages: Messages) -> str:
 def _thinking(chat: Chat) -> str:
     """``open``: the template has opened the thinking; ``closed``: it has written an empty one; else ``none``."""
     text = opening(chat, _EXAMPLE)
-    if re.search(r"<think>\s*\Z", text):
+    if open_thinking(chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.tokenizer):
         return "open"
-    return "closed" if "</think>" in text else "none"
+    return "closed" if any(closing in text for _, closing in THINKING) else "none"
+
+
+def _tags(chat: Chat) -> tuple[str, str]:
+    """Those that the template writes around thinking, of :data:`THINKING`; the first where it writes none."""
+    text = opening(chat, _EXAMPLE) + opening(_with_options(chat, {"enable_thinking": False}), _EXAMPLE)
+    return next((tags for tags in THINKING if any(tag in text for tag in tags)), THINKING[0])
 
 
 def preset_for(chat: Chat) -> Prompt:
     """The preset that a model's chat template asks for.
 
-    By rendering: a turn opened with ``<think>`` → hermes-prefilled; with an empty block → hermes-direct; with neither,
+    By rendering: a turn that opens thinking → hermes-prefilled; with an empty block → hermes-direct; with neither,
     but an empty block if ``enable_thinking=false`` → hermes-thinking; else → hermes-instruct.
     """
     found = _thinking(chat)
@@ -137,6 +150,8 @@ def fit(chat: Chat, prompt: Prompt | None) -> Fit:
         SiopConfigError: prompt and template do not fit; the message says at which step, and which preset does.
     """
     chosen = prompt or preset_for(chat)
+    if chosen.name in PROMPTS:
+        chosen = chosen.with_tags(_tags(chat))
     chat = _with_options(chat, dict(chosen.template_kwargs))
     if chat.tools:
         name, tool = next(iter(chat.tools.items()))
@@ -166,7 +181,7 @@ def _call(chat: Chat, prompt: Prompt, name: str, arguments: dict[str, Any]) -> s
                 f"{name!r}: write the form of a call into a prompt of your own (--prompt FILE.yaml)"
             )
         call = f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-    text = call.rpartition("</think>")[2]
+    text = without_thinking(call)
     end = chat.tokenizer.eos_token
     return (text.partition(end)[0] if end else text).strip()
 
@@ -197,10 +212,9 @@ def _check_rollout(fitted: Fit) -> None:
     ids = chat.prompt_ids(messages, schemas)
     prefix, suffix = prober.texts(ids)
     turn = opening(chat, messages) + prefix + answer + suffix
-    if turn.count("<think>") != turn.count("</think>"):
-        raise SiopConfigError(
-            f"the turn would be {turn!r}, with {turn.count('<think>')} <think> and {turn.count('</think>')} </think>"
-        )
+    if tags := unpaired_thinking(turn):
+        counted = " and ".join(f"{turn.count(tag)} {tag}" for tag in tags)
+        raise SiopConfigError(f"the turn would be {turn!r}, with {counted}")
     start, prompt_ids, mask = len(ids), ids, []
     if chat.tools:
         name, tool = next(iter(chat.tools.items()))

@@ -65,6 +65,14 @@ class Prompt(BaseModel):
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.user.replace(QUESTION, question)}]
 
+    def with_tags(self, tags: tuple[str, str]) -> Prompt:
+        """The same for a model that writes these tags around its thinking, in the place of ``<think>``."""
+        if self.reference_prefix is None:
+            return self
+        opening, closing = tags
+        prefix = self.reference_prefix.replace("<think>", opening).replace("</think>", closing)
+        return self.model_copy(update={"reference_prefix": prefix})
+
     @property
     def asks_for_tags(self) -> bool:
         """Whether it says that the answer goes into ``<answer>``; ``bare`` says nothing, for models that know."""

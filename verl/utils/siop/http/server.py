@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 
 import uvicorn
@@ -90,3 +91,8 @@ def bind(host: str, port: int, *, listen: bool) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise SiopConfigError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
     return sock
+
+
+def is_exposed(sock: socket.socket) -> bool:
+    """Whether other machines may reach a bound socket: its address is not one of this machine's own (loopback)."""
+    return not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback

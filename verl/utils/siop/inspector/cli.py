@@ -25,8 +25,8 @@ from urllib.parse import quote
 
 import uvicorn
 from tqdm import tqdm
-from verl.utils.siop.errors import SiopError
-from verl.utils.siop.http.server import bind, uvicorn_config
+from verl.utils.siop.errors import SiopConfigError, SiopError
+from verl.utils.siop.http.server import bind, is_exposed, uvicorn_config
 from verl.utils.siop.inspector.app import LOCAL_NAMES, create_app
 from verl.utils.siop.inspector.export import EXPORT_MB, export
 from verl.utils.siop.inspector.recompute import read_recipe
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training, or its folder rollouts")
-    add("--host", help=f"address to listen on (default: {HOST})")
+    add("--host", help=f"address to listen on (default: {HOST}); any but this machine's own needs SIOP_API_TOKEN")
     add("--port", type=int, help=f"port to listen on, 0 for any (default: {PORT})")
     what = "show the credit under other siop_* keys beside the training's; ablation=NAME for a file of config/ablation"
     add("--recompute", nargs="+", default=[], metavar="KEY=VALUE", help=what)
@@ -109,11 +109,12 @@ def _ablations() -> Path:
 def _serve(runs: Runs, host: str, port: int) -> int:
     listener = bind(host, port, listen=True)
     token = os.environ.get("SIOP_API_TOKEN") or None
-    local = listener.getsockname()[0] in ("127.0.0.1", "::1")
-    if not local and token is None:
-        logger.warning("whoever reaches %s can read the rollouts: set SIOP_API_TOKEN", host)
-    app = create_app(runs, token, LOCAL_NAMES if local else ("*",))
+    exposed = is_exposed(listener)
+    if exposed and token is None:
+        listener.close()
+        raise SiopConfigError(f"--host {host} shows the rollouts to whoever reaches it: set SIOP_API_TOKEN")
     place, port = listener.getsockname()[:2]
+    app = create_app(runs, token, ("*",) if exposed else (*LOCAL_NAMES, place))
     place = ANY.get(place, place)
     query = f"?token={quote(token, safe='')}" if token else ""
     sys.stdout.write(f"http://{f'[{place}]' if ':' in place else place}:{port}/{query}\n")

@@ -32,6 +32,21 @@ SHOWN = (
 )  # fmt: skip
 
 
+SECONDS, TOKENS = "siop/seconds/", "siop/tokens/"
+# Logged of every method; of one that asks no scorer they are about 0.
+WAITING = {f"{SECONDS}busy", f"{SECONDS}exposed"}
+
+
+def _of_the_method(values: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
+    """The curves without those of a scorer that is asked for nothing, or computes no tokens."""
+    asked = any(name.startswith(SECONDS) and name not in WAITING for name in values)
+    return {
+        name: row
+        for name, row in values.items()
+        if (asked or name not in WAITING) and (any(row) or not name.startswith(TOKENS))
+    }
+
+
 class Runs:
     """One run or several.
 
@@ -132,7 +147,7 @@ class Runs:
         steps = sorted(curves)
         names = sorted({name for step in steps for name in curves[step] if name.startswith(SHOWN)})
         values = {name: [curves[step].get(name) for step in steps] for name in names}
-        return {"steps": steps, "metrics": values, "alarms": alarms(curves)}
+        return {"steps": steps, "metrics": _of_the_method(values), "alarms": alarms(curves)}
 
     def question(self, run: str, step: int, group: str) -> dict[str, Any]:
         """A question with its rollouts, and where else it was asked.

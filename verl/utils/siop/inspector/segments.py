@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from verl.utils.siop.nli_clustering import normalize_answer
-from verl.utils.siop.turn_utils import parse_queries
+from verl.utils.siop.turn_utils import THINKING, leave_thinking, parse_queries
 
-_PIECE = re.compile(
-    r"<think>(?P<think>.*?)(?:</think>|\Z)"
-    r"|<tool_call>(?P<call>.*?)(?:</tool_call>|\Z)"
-    r"|<tool_response>(?P<result>.*?)(?:</tool_response>|\Z)"
-    r"|<answer>(?P<answer>.*?)(?:</answer>|\Z)"
-    r"|<action>(?P<action>.*?)(?:</action>|\Z)",
-    re.DOTALL,
+_TAGS = (
+    *((f"think{place}", *tags) for place, tags in enumerate(THINKING)),
+    ("call", "<tool_call>", "</tool_call>"),
+    ("answer", "<answer>", "</answer>"),
+    ("action", "<action>", "</action>"),
 )
+_RESULT = ("result", "<tool_response>", "</tool_response>")
+
+
+def _pieces(tags: Iterable[tuple[str, str, str]]) -> re.Pattern[str]:
+    """An expression that finds each piece, in the group of its kind; one that is not closed goes to the end."""
+    each = (f"{re.escape(opening)}(?P<{kind}>.*?)(?:{re.escape(closing)}|\\Z)" for kind, opening, closing in tags)
+    return re.compile("|".join(each), re.DOTALL)
+
+
+_PIECE, _OWN_PIECE = _pieces([*_TAGS, _RESULT]), _pieces(_TAGS)
+_THINKS = re.compile("|".join(re.escape(opening) for opening, _ in THINKING))
 # A number or a title before a passage: "[2] …", "Doc 2 (Title: …) …".
 _NUMBER = re.compile(r"^\s*(?:\[\d+\]|doc(?:ument)?\s*\d+\s*:?)\s*", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?=\[\d+\] )|\n")
@@ -40,25 +50,28 @@ class Segment:
     keys: list[str] = field(default_factory=list)
 
 
-def segments(text: str, thinking: bool = False) -> list[Segment]:
+def segments(text: str, thinking: bool = False, own: bool = False) -> list[Segment]:
     """The pieces of one span, in order; white space around each is left out.
 
     Args:
         text: of an assistant turn, or of what is between two.
-        thinking: whether the turn begins inside ``<think>``.
+        thinking: whether the turn begins inside thinking.
+        own: whether the policy wrote it, so that a ``<tool_response>`` in it is text like any other.
 
     >>> [(s.kind, s.text) for s in segments("<think> so </think><answer> Paris </answer>")]
     [('think', 'so'), ('answer', 'Paris')]
     """
     found: list[Segment] = []
-    if thinking and "<think>" not in text.split("</think>")[0]:
-        text = "<think>" + text
+    if thinking:
+        thought, text = leave_thinking(text)
+        if shown := _THINKS.sub("", thought).strip():
+            found.append(Segment("think", shown))
     at = 0
-    for match in _PIECE.finditer(text):
+    for match in (_OWN_PIECE if own else _PIECE).finditer(text):
         _add_text(found, text[at : match.start()])
         at = match.end()
-        kind = match.lastgroup or "text"
-        inner = (match[kind] or "").strip()
+        inner = (match[match.lastgroup or 0] or "").strip()
+        kind = (match.lastgroup or "text").rstrip("0123456789")
         if kind == "result":
             found += _passages(inner)
         elif kind == "call":

@@ -99,14 +99,15 @@ def _turns(rollout: DumpedRollout) -> list[dict[str, Any]]:
     for span in rollout.spans or ():
         text = rollout.text(span)
         cut = max(0, len(text) - MAX_CHARACTERS)
-        shown = [dataclasses.asdict(one) for one in segments(text[:MAX_CHARACTERS], thinking and not _is_tool(span))]
+        own = span.role == "assistant"
+        shown = [dataclasses.asdict(one) for one in segments(text[:MAX_CHARACTERS], thinking and own, own)]
         for one in shown:
             one["text"] = whole_characters(one["text"])  # the arguments of a call are JSON of the model
             # Short, and the same in every rollout.
             one["keys"] = [hashlib.sha256(key.encode()).hexdigest()[:12] for key in one["keys"]]
-        if span.role == "assistant":
-            own = {name: row[number] for name, row in values.items() if row is not None and number < len(row)}
-            found.append({"tokens": span.tokens, "segments": shown, "results": [], "cut": cut, **own})
+        if own:
+            numbers = {name: row[number] for name, row in values.items() if row is not None and number < len(row)}
+            found.append({"tokens": span.tokens, "segments": shown, "results": [], "cut": cut, **numbers})
             number += 1
         elif found:
             found[-1]["results"] += shown
@@ -114,10 +115,6 @@ def _turns(rollout: DumpedRollout) -> list[dict[str, Any]]:
         elif shown:
             found.append({"tokens": span.tokens, "segments": [], "results": shown, "cut": cut, "before": True})
     return found
-
-
-def _is_tool(span: Any) -> bool:
-    return bool(span.role == "tool")
 
 
 def _numbers(values: Sequence[float | list[float]] | None) -> list[float] | None:

@@ -40,7 +40,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from verl.utils.siop.errors import ServiceUnavailable, SiopConfigError, SiopError
 from verl.utils.siop.http.json_body import answer_invalid
 from verl.utils.siop.http.limits import Limits
-from verl.utils.siop.http.server import bind, uvicorn_config
+from verl.utils.siop.http.server import bind, is_exposed, uvicorn_config
 from verl.utils.siop.retriever import dense
 from verl.utils.siop.retriever.batching import CACHE_MB, BatchedIndex
 from verl.utils.siop.retriever.bm25 import Bm25Index
@@ -260,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     where = " ".join(args.shards or [str(args.index or args.corpus)])
     logger.info("serving %d documents of %s at http://%s:%d/retrieve", len(index), where, host, port)
+    if is_exposed(listener):
+        logger.warning("whoever reaches %s can search: Search-R1's wire format has no token", args.host)
     limits = {"max_body_mb": args.max_body_mb, "max_concurrency": args.max_concurrency}
     app = create_app(index, topk=args.topk, facts=facts, metrics=metrics, **limits)
     if documents is not None:
