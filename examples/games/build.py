@@ -121,11 +121,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--init takes a model as it is: it has no --right-steps and --faulty-steps")
     if args.init and not (args.init / "config.json").is_file():
         parser.error(f"--init {args.init}: no model there")
-    for name, value in (("--right-steps", steps[0]), ("--faulty-steps", steps[1]), ("--threads", args.threads)):
+    numbers = {"--right-steps": steps[0], "--faulty-steps": steps[1], "--threads": args.threads}
+    for name, value in {**numbers, "--train-boards": args.train_boards, "--eval-boards": args.eval_boards}.items():
         if value is not None and value < 1:
             parser.error(f"{name} must be at least 1, got {value}")
     args.steps = tuple(given or default for given, default in zip(steps, STEPS[args.game], strict=True))
     return args
+
+
+def _known(meta: Path) -> dict[str, Any]:
+    """What a folder says that it holds; nothing if it says nothing that can be read."""
+    try:
+        known = json.loads(meta.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,22 +147,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "init": str(args.init) if args.init else None,
         "steps": None if args.init else list(args.steps),
     }
-    known = json.loads((out / _META).read_text()) if (out / _META).is_file() else None
-    unfinished = known is not None and bool(known.pop(_UNFINISHED, False))
+    known = _known(out / _META)
+    unfinished = bool(known.pop(_UNFINISHED, False))
     if known == wanted and not unfinished:
         print(f"{out} is up to date")
         return 0
-    if args.keep and known and known["game"] == args.game and not unfinished:
+    kept = (args.game, VERSIONS[args.game])
+    if args.keep and (known.get("game"), known.get("version")) == kept and not unfinished:
         print(f"using {out}: {', '.join(f'{key} {value}' for key, value in known.items() if value is not None)}")
         return 0
     if known != wanted and out.exists() and any(out.iterdir()):
         begun = "an unfinished build" if unfinished else "another build"
         what = f"{begun} ({known})" if known else f"files that no {_META} describes"
-        print(f"error: {out} holds {what}, not the one asked for ({wanted}); choose another --out", file=sys.stderr)
+        print(
+            f"error: {out} holds {what}, not the one asked for ({wanted}); remove it, or choose another --out",
+            file=sys.stderr,
+        )
         return 2
+    words = data_arguments(args.game, args.blanks, args.seed, args.train_boards, args.eval_boards, out)
+    boards.parse_args(words)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
     (out / _META).write_text(json.dumps({**wanted, _UNFINISHED: True}, indent=1) + "\n")
-    status = boards.main(data_arguments(args.game, args.blanks, args.seed, args.train_boards, args.eval_boards, out))
+    status = boards.main(words)
     if status:
         return status
     if args.init:

@@ -13,6 +13,7 @@ from verl.utils.siop.envs import build
 from verl.utils.siop.envs.boards import canonical, minesweeper_boards, sudoku_boards, tictactoe_boards
 from verl.utils.siop.envs.games import make
 from verl.utils.siop.envs.sudoku import only_solution
+from verl.utils.siop.errors import GameError
 
 
 def test_held_out_sudokus_have_other_solutions() -> None:
@@ -53,8 +54,16 @@ def test_data_are_not_written_over_others(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "notes.txt").touch()
     assert build.main([*words, str(tmp_path)]) == 0
     before = (tmp_path / "train.parquet").read_bytes()
-    assert build.main([*words, str(tmp_path)]) == 0
     capsys.readouterr()
+    assert build.main([*words, str(tmp_path)]) == 0 and "is up to date" in capsys.readouterr().out
+    # Interrupted: the same command writes them again.
+    manifest = tmp_path / "manifest.json"
+    settings = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**settings, "unfinished": True}))
+    (tmp_path / "train.parquet").unlink()
+    assert build.main([*words, str(tmp_path)]) == 0 and json.loads(manifest.read_text()) == settings
+    with pytest.raises(GameError, match="holds other data"):
+        build.write(tmp_path, {"train": []}, {"game": "other"})
     assert build.main([*words, str(tmp_path), "--seed", "1"]) == 2
     assert "holds other data than these boards" in capsys.readouterr().err
     assert (tmp_path / "train.parquet").read_bytes() == before

@@ -43,7 +43,7 @@ def test_the_last_complete_action_outside_of_thinking_counts(text: str, words: l
     assert read_action(text) == words
 
 
-@pytest.mark.parametrize("text", ["", "1 2 3", "<action> 1 2 3", "<action> 1 </action> </think> so", "</action> 1"])
+@pytest.mark.parametrize("text", ["", "1 2 3", "<action> 1 2 3", "</action> 1"])
 def test_a_text_without_an_action(text: str) -> None:
     with pytest.raises(InvalidAction, match="no action"):
         read_action(text)
@@ -245,6 +245,9 @@ def test_games_have_names() -> None:
     mine = type("Sudoku", (Counting,), {})  # the same name, of another module
     with pytest.raises(GameError, match=r"belongs to another game, verl\.utils\.siop\.envs\.sudoku\.Sudoku"):
         register_game("sudoku", Game(mine, lambda game: frozenset()))
+    for name, game in ((5, GAMES["sudoku"]), ("", GAMES["sudoku"]), ("mine", TicTacToe)):
+        with pytest.raises(GameError, match="needs a name and a Game"):
+            register_game(name, game)  # type: ignore[arg-type]
 
 
 class Counting(Rules):
@@ -286,12 +289,39 @@ class Counting(Rules):
         (lambda game: frozenset({"1"}), "must give a frozenset of actions"),
         (lambda game: [(1,)], "must give a frozenset of actions"),
         (lambda game: frozenset({("1",)}), r"names \('1',\), and '<action> 1 </action>' is read as another action"),
-        (lambda game: frozenset({("one",)}), "its rules raise ValueError"),
+        (lambda game: frozenset({("one",)}), "its parse, of .*, raises ValueError"),
     ],
 )
 def test_a_game_that_breaks_its_word_is_named(best: Any, message: str) -> None:
     with pytest.raises(GameError, match=f"counting: .*{message}"):
         oracle_play(Game(Counting, best), {}, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"__init__": lambda self, spec: spec["missing"]}, "its constructor raises KeyError"),
+        ({"form": property(lambda self: None, lambda self, value: None)}, "form=None is not allowed; needs str"),
+        ({"turns": property(lambda self: 0, lambda self, value: None)}, r"over before the first turn \(turns=0\)"),
+        ({"show": lambda self: None}, "show=None is not allowed; needs str"),
+        ({"parse": lambda self, words: [1]}, r"action=\[1\] is not allowed; needs tuple"),
+        ({"play": lambda self, action: 1 / 0}, r"its play, of \(1,\), raises ZeroDivisionError"),
+        ({"play": lambda self, action: None}, "play=None is not allowed; needs str"),
+        ({"success": property(lambda self: None)}, "success=None is not allowed; needs bool"),
+        ({"completion": property(lambda self: 7.0)}, "completion=7.0 is not allowed; needs a number from 0 to 1"),
+        ({"completion": property(lambda self: float("nan"))}, "completion=nan is not allowed"),
+    ],
+)
+def test_rules_that_break_their_word_are_named(wrong: dict[str, Any], message: str) -> None:
+    game = Game(type("Broken", (Counting,), wrong), lambda game: frozenset({(1,)}))
+    with pytest.raises(GameError, match=f"counting: .*{message}"):
+        row_of_game(game)
+
+
+def row_of_game(game: Game) -> None:
+    env = Env(game)
+    env.reset({})
+    env.step("<action> 1 </action>")
 
 
 def test_a_game_of_ones_own_is_played() -> None:
@@ -302,7 +332,7 @@ def test_a_game_of_ones_own_is_played() -> None:
     env = Env(game)
     env.reset({})
     assert not env.step("<action> </action>").valid
-    with pytest.raises(GameError, match="its rules raise ValueError"):
+    with pytest.raises(GameError, match=r"its parse, of .*, raises ValueError"):
         env.step("<action> one </action>")
 
 

@@ -82,6 +82,16 @@ def test_a_build_is_kept_and_never_replaced(
     assert "an unfinished build" in capsys.readouterr().err
     assert build.main([*unfinished, "--keep"]) == 0
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "d" / weights).read_bytes()
+    # One of an earlier version is not taken for this one.
+    meta = tmp_path / "a" / "build.json"
+    meta.write_text(meta.read_text().replace('"version": 3', '"version": 2'))
+    assert build.main([*words, "--keep"]) == 2 and "holds another build ({'version': 2" in capsys.readouterr().err
+    for broken in ("{", "[1]"):
+        meta.write_text(broken)
+        assert build.main(words) == 2 and "files that no build.json describes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build.main([*words[:-1], str(tmp_path / "e"), "--train-boards", "0"])
+    assert not (tmp_path / "e").exists()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "mine").touch()
     assert build.main([*words[:-1], str(tmp_path / "c")]) == 2
@@ -112,7 +122,7 @@ def test_the_controls() -> None:
 
 def test_the_plan_and_its_runs_have_names() -> None:
     runs = vpr_table.plan(["sudoku-8", "tictactoe"], None, [1, 2])
-    assert len({run.name for run in runs}) == len(runs) == 2 * (7 + 8)
+    assert len({run.name for run in runs}) == len(runs) == 2 * (8 + 8)
     assert [run.seed for run in runs[:7]] == [1] * 7
     run = vpr_table.named("sudoku-8/vpr_loo-seed3")
     assert (run.setting, run.method, run.seed) == ("sudoku-8", "vpr_loo", 3)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from agent_loops import agent_loop
 from hydra import compose, initialize_config_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from method_helpers import byte_tokenizer
 from omegaconf import OmegaConf
 from verl.trainer.siop.checks.data import Use
 from verl.trainer.siop.checks.policy import load_policy
@@ -22,6 +24,7 @@ from verl.trainer.siop.rollouts.game_loop import VerifiedGameLoop
 from verl.trainer.siop.rollouts.rows import VALIDATES, group_of, outcomes_of, turn_scores_of
 from verl.trainer.siop.rollouts.state_loop import VerifiedStateLoop, _opening
 from verl.utils.siop.envs.build import row_of
+from verl.utils.siop.envs.games import GAMES, make
 from verl.utils.siop.errors import GameError, RolloutError, SiopConfigError
 from verl.utils.siop.siop_process_reward import SiopConfig
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
@@ -158,6 +161,25 @@ def test_scores_and_turns_agree(turns: list[str], length: int, tokenizer: Any, c
     assert set(outcomes_of(output.extra_fields)) >= {"success", "completion", "oracle_rate", "invalid"}
 
 
+@pytest.mark.parametrize(
+    ("turn", "opens", "played"),
+    [
+        ("<think> <action> 1 2 2 </action>", "", None),  # never closed
+        ("[THINK] <action> 1 2 3 </action> [/THINK] <action> 1 2 2 </action>", "", "1 2 2"),
+        ("<action> 1 2 2 </action> <think> or <action> 1 2 3 </action> </think>", "", "1 2 2"),
+        ("<action> 1 2 3 </action> </think> <action> 1 2 2 </action>", "<think>", "1 2 2"),
+        ("<action> 1 2 2 </action>", "<think>", None),  # the template has opened it
+    ],
+)
+def test_an_action_in_thinking_is_none(turn: str, opens: str, played: str | None, config: Any) -> None:
+    loop = object.__new__(VerifiedGameLoop)
+    loop.tokenizer = byte_tokenizer()
+    text = loop._spoken(loop.tokenizer.encode(turn), bool(opens))
+    env = make("sudoku")
+    env.reset(SPEC)
+    assert env.step(text).right == (played is not None)
+
+
 def test_flipped_scores_are_measured(tokenizer: Any, config: Any) -> None:
     output, _ = _play([RIGHT, LAST], tokenizer, config, flip=1.0)
     assert _scores(output) == [0.0, 0.0]
@@ -219,7 +241,8 @@ def test_at_each_state_actions_are_compared_and_a_right_one_is_played(tokenizer:
     assert "1 2 3 4" in model.prompts[3] and "right" not in model.prompts[3] and "action" not in model.prompts[3]
     found = outcomes_of(outputs[-1].extra_fields)
     assert outputs[-1].reward_score == found["success"] == found["completion"] == 1.0
-    assert (found["oracle_rate"], found["invalid"]) == (pytest.approx(3 / 6), pytest.approx(1 / 6))
+    # In the second state the cell of the wrong action is filled.
+    assert (found["oracle_rate"], found["invalid"]) == (pytest.approx(3 / 6), pytest.approx(2 / 6))
 
 
 def test_an_evaluation_draws_one_action_at_a_state(tokenizer: Any, config: Any) -> None:
@@ -310,6 +333,32 @@ def test_states_are_compared_by_verified_turns_alone(config: Any, model: Path) -
         made.trainer.val_only = False
 
 
+class Deeper(VerifiedGameLoop):
+    """A loop of a user's."""
+
+    def __init__(self, *args: Any, depth: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.depth = depth
+
+
+def test_a_subclass_has_options_of_its_own() -> None:
+    assert Deeper.judge_of({"name": "mine", "depth": 4, "flip": 0.5}).flip == 0.5
+    with pytest.raises(GameError, match=r"width=1 is no option; choose one of oracle, .*, module, depth"):
+        Deeper.judge_of({"width": 1})
+    with pytest.raises(GameError, match="depth=4 is no option"):
+        VerifiedGameLoop.judge_of({"depth": 4})
+
+
+def test_an_oracle_that_breaks_its_word_is_known_before_the_start(
+    config: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, policy = _policy(config, model)
+    use = Use.of("data.train_files", made, SiopConfig(siop_reward_mode="verifiable"), policy)
+    row = row_of("sudoku", "s", SPEC, 0, "train", bare=True)
+    monkeypatch.setitem(GAMES, "sudoku", replace(GAMES["sudoku"], best=lambda game: frozenset()))
+    assert "sudoku: its oracle must give a frozenset of actions" in use.check(row)
+
+
 def test_a_search_is_refused_for_games_that_have_none(config: Any, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "loop.yaml"
     text = Path(LOOP).read_text()
@@ -330,10 +379,15 @@ def test_a_wrong_agent_loop_file_is_refused(config: Any, model: Path, tmp_path: 
         ("VerifiedGameLoop", "Nothing", "Nothing"),
         ("flip: 0.0", "flipp: 0.2", "flipp=0.2 is no option; choose one of oracle, simulations, flip, invalid_score"),
         ("flip: 0.0", "flip: true", "flip=True is not allowed"),
+        (
+            'module: ""',
+            'module: ""\n- {name: verified_game, _target_: verl.trainer.siop.rollouts.game_loop.VerifiedGameLoop}',
+            "two agent loops have the same name",
+        ),
         ('module: ""', "module: 5", "module=5 is not allowed; needs the name of a Python module"),
     ):
         file = tmp_path / "loop.yaml"
         file.write_text(text.replace(old, new))
-        with pytest.raises(SiopConfigError, match=r"agent_loop_config_path=.*verified_game cannot be used") as error:
+        with pytest.raises(SiopConfigError, match="agent_loop_config_path=") as error:
             _policy(config, model, agent_loop_config_path=str(file))
         assert message in str(error.value)

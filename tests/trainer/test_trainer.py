@@ -65,6 +65,56 @@ def test_support_comes_from_the_policy_or_the_question_is_dropped(monkeypatch: p
         asyncio.run(trainer._score_batch(ROLLOUTS))
 
 
+class RoundingActor(Actor):
+    """An actor whose log-probs are a little higher where it scores several sequences at once."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__(bad="nobody")
+        self.noise, self.calls = noise, 0
+
+    def compute_log_prob(self, data: TensorDict) -> TensorDict:
+        self.calls += 1
+        rows = super().compute_log_prob(data)["log_probs"].unbind()
+        values = [row + self.noise * (len(rows) > 1) for row in rows]
+        return TensorDict({"log_probs": torch.nested.as_nested_tensor(values, layout=torch.jagged)}, [len(rows)])
+
+
+@pytest.mark.parametrize(
+    ("measured", "keys", "counts"),
+    [
+        (0.0, {}, 1e-5),
+        (4e-3, {}, 4e-3),
+        (4e-3, {"siop_scorer_noise": 0.1}, 0.1),
+        (4e-3, {"siop_reward_mode": "cluster_frequency"}, 1e-5),
+    ],
+)
+def test_the_noise_of_the_policy_as_scorer_is_measured_once(
+    measured: float,
+    keys: dict[str, Any],
+    counts: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = _trainer(monkeypatch, (), siop_scorer="policy", **keys)
+    rollout = {"log_prob_use_dynamic_bsz": True, "log_prob_max_token_len_per_gpu": 1000}
+    algorithm = {"siop_scorer": "policy", "siop_scorer_noise": 1e-5, **keys}
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "algorithm": algorithm})
+    trainer.actor_rollout_wg = RoundingActor(measured)
+    first = asyncio.run(trainer._score_batch(ROLLOUTS))
+    calls = trainer.actor_rollout_wg.calls
+    again = asyncio.run(trainer._score_batch(ROLLOUTS))
+    # The estimator, the metrics.
+    assert trainer.config.algorithm.siop_scorer_noise == pytest.approx(counts, rel=1e-4)
+    assert trainer.siop.siop_scorer_noise == trainer.config.algorithm.siop_scorer_noise
+    supports = trainer.siop.measures_support
+    assert caplog.text.count("the policy as scorer: noise") == supports
+    assert f"noise {measured:.1e}" in caplog.text or not supports
+    # A text alone for each word of "Q a", all of them, the step.
+    assert (calls, trainer.actor_rollout_wg.calls) == ((4, 5) if supports else (0, 0))
+    tokens = "siop/tokens/computed"
+    assert first.cost[tokens] == again.cost[tokens]  # what is measured is no work of the step
+
+
 def test_drop_group_writes_zero_rewards_and_a_zero_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = _trainer(monkeypatch, ("Q b",), siop_on_scorer_error="drop_group")
     trainer._records = {f"{r.uid}_{i % 2}_0": {} for i, r in enumerate(ROLLOUTS)}

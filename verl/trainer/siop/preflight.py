@@ -26,7 +26,7 @@ from verl.trainer.siop.checks.retrievers import check_replicas, healths_of, retr
 from verl.trainer.siop.checks.services import check_scorer, check_search
 from verl.trainer.siop.checks.settings import check_settings
 from verl.trainer.siop.checks.values import check_dataclasses, check_values
-from verl.trainer.siop.rollouts.rows import question_of
+from verl.trainer.siop.rollouts.rows import question_of, sample_of
 from verl.trainer.siop.scoring import measure_noise, open_client
 from verl.trainer.siop.turn_clip import TURN_WEIGHT
 from verl.utils.config import validate_config
@@ -103,16 +103,12 @@ class Run:
 
     @property
     def sample(self) -> str:
-        """The end of the first question without marks of any markup: small vocabularies know no other words.
-
-        A text of ours where there is none, as in data that another check finds wrong.
-        """
+        """Of the first question; a text of ours where there is none, as in data that another check finds wrong."""
         try:
             question = question_of(self.prompt, self._row.get("extra_info"))
         except (SiopError, OmegaConfBaseException):
             question = ""
-        words = re.sub(r"[^\w\s?.,'-]", " ", question).split()
-        return " ".join(words[-12:]) or "who ?"
+        return sample_of(question)
 
     @property
     def steps(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -31,6 +33,7 @@ from verl.trainer.siop.rollouts.rows import (
     group_of,
     outcomes_of,
     question_of,
+    sample_of,
     session_of,
     turn_scores_of,
 )
@@ -38,7 +41,7 @@ from verl.trainer.siop.rollouts.tool_calls import FIELD
 from verl.trainer.siop.run.counting import QuestionCounter
 from verl.trainer.siop.run.liveness import Liveness
 from verl.trainer.siop.run.supervised import SupervisedTrainer
-from verl.trainer.siop.scoring import RewardStream, Scores, TimedScorer, open_client, score_batch
+from verl.trainer.siop.scoring import RewardStream, Scores, TimedScorer, measure_noise, open_client, score_batch
 from verl.utils.debug import marked_timer
 from verl.utils.reward_score.siop_reward import parse_aliases, place_turn_rewards
 from verl.utils.siop.credit.metrics import group_metrics
@@ -49,6 +52,7 @@ from verl.utils.siop.turn_utils import extract_answer, get_assistant_turn_ranges
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)  # verl leaves the root at WARNING
 
 _ROLLOUT_FIELDS = (
     "prompts",
@@ -78,6 +82,8 @@ class SiopTrainer(SupervisedTrainer):
     _told_of_labels = False
     # Of the step whose rollouts are being generated.
     _stream: RewardStream | None = None
+    # Of the policy as its own scorer, once it is measured.
+    _noise: float | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -283,12 +289,26 @@ class SiopTrainer(SupervisedTrainer):
     async def _score_batch(self, rollouts: list[Rollout]) -> Scores:
         """All rollouts at once, at the end of the step."""
         async with open_client(self.siop) as client:
+            if self.siop.siop_scorer == "policy":
+                await self._measure_noise(client, rollouts)
             scorer = TimedScorer(client if self.siop.siop_scorer == "server" else self._policy_scorer(client))
             start = time.perf_counter()
             scores = await score_batch(rollouts, self.tokenizer, self.siop, scorer)
             seconds = time.perf_counter() - start
             scores.cost.update({"siop/seconds/busy": seconds, "siop/seconds/exposed": seconds})
             return scores
+
+    async def _measure_noise(self, nli: SiopScorer, rollouts: list[Rollout]) -> None:
+        """Of the policy, in the first step that it scores; that of a service the checks before the start measure."""
+        if self._noise is not None or not self.siop.measures_support:
+            return
+        sample = sample_of(rollouts[0].question)
+        self._noise = await measure_noise(self._policy_scorer(nli), self.tokenizer, self.siop, sample)
+        logger.info("the policy as scorer: noise %.1e", self._noise)
+        if self._noise > self.siop.siop_scorer_noise:
+            # The estimator reads it there.
+            OmegaConf.update(self.config, "algorithm.siop_scorer_noise", self._noise)
+            self.siop = dataclasses.replace(self.siop, siop_scorer_noise=self._noise)
 
     def _policy_scorer(self, nli: SiopScorer) -> PolicyScorer:
         return PolicyScorer(nli, self.actor_rollout_wg, self.config.actor_rollout_ref.rollout)

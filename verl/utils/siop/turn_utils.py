@@ -202,22 +202,28 @@ def leave_thinking(turn_text: str) -> tuple[str, str]:
     return (turn_text[: ends.start()], turn_text[ends.end() :]) if ends else (turn_text, "")
 
 
-def without_thinking(turn_text: str, thinking: bool = False) -> str:
-    """What stands outside of the closed thinking (:data:`THINKING`) of a turn; what no tag closes stays. Linear time.
+def without_thinking(turn_text: str, thinking: bool = False, keep_open: bool = True) -> str:
+    """What stands outside of the closed thinking (:data:`THINKING`) of a turn. Linear time.
 
     A closing tag that nothing opens closes what stands before it: a template may put the opening tag into the prompt.
 
     Args:
         turn_text: what the policy wrote.
         thinking: as in :func:`parse_answer`.
+        keep_open: whether thinking that no tag closes stays.
 
     >>> without_thinking("so</think>a[THINK]b[/THINK]c<think>d")
     'ac<think>d'
     """
     ends = _THINKING_END.search(turn_text) if thinking else None
-    kept, at = [], ends.end() if ends else 0
+    if thinking and ends is None and not keep_open:
+        return ""
+    kept: list[str] = []
+    at = ends.end() if ends else 0
     for thought in _THOUGHT.finditer(turn_text, at):
         if thought.lastgroup is None:
+            if not keep_open:
+                return "".join([*kept, turn_text[at : thought.start()]])
             break
         if not thought["stray"]:
             kept.append(turn_text[at : thought.start()])

@@ -151,10 +151,13 @@ def _agents(config: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
     if path := rollout.agent.get("agent_loop_config_path"):
         key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
         try:
-            loops: Any = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)))
-            known |= {str(loop["name"]): loop for loop in loops if loop["_target_"]}
+            loops: Any = OmegaConf.to_container(OmegaConf.load(resolve_config_path(path)), resolve=True)
+            own = {str(loop["name"]): loop for loop in loops if loop["_target_"]}
         except (OSError, ValueError, TypeError, KeyError, OmegaConfBaseException) as error:
             raise SiopConfigError(f"{key}: not a list of agent loops: {error}") from error
+        if len(own) < len(loops):
+            raise SiopConfigError(f"{key}: two agent loops have the same name, of which verl would take one")
+        known |= own
         for loop in loops:
             _row_check(loop, key)
             if not config.trainer.get("val_only"):
@@ -200,9 +203,20 @@ def _row_check(loop: Mapping[str, Any], key: str) -> RowCheck | None:
         ) from error
     if not getattr(found, "SCORES_ITSELF", False):
         return None
-    if judge is not None:
-        return lambda extra: str(found.wrong_row(extra, judge))
-    return getattr(found, "wrong_row", lambda _extra: "")
+    wrong_row: RowCheck = getattr(found, "wrong_row", lambda _extra: "")
+    if judge is None:
+        return wrong_row
+    asked: dict[Any, str] = {}  # by game
+
+    def check(extra: Any) -> str:
+        if told := str(wrong_row(extra)):
+            return told
+        game = extra["game"]
+        if game not in asked:
+            asked[game] = str(found.wrong_judge(extra, judge))
+        return asked[game]
+
+    return check
 
 
 def check_tool_length(config: DictConfig, tools: Mapping[str, Any]) -> None:

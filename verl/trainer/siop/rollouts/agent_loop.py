@@ -268,7 +268,7 @@ class AgentLoopWorkerTQ(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modifie
             raise
 
     async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
-        for output in outputs:
+        for output in outputs if outputs[-1].reward_score is None else ():
             # The reward function gets text, which does not say who wrote what, nor its control tokens.
             turns = get_assistant_turn_ranges(output.response_mask)
             output.extra_fields[ANSWER] = await asyncio.to_thread(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from verl.utils.profiler import simple_timer
 from verl.utils.siop.credit.config import finite_number
 from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
 from verl.utils.siop.errors import GameError, RolloutError
+from verl.utils.siop.turn_utils import opens_thinking, special_tokens, without_thinking
 
 
 @dataclass
@@ -30,7 +32,8 @@ class _Play:
     ids: list[int]  # of prompt and response
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # without thinking
+    said: str = ""  # the last turn with it
     scores: list[float] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     truncated: bool = False
@@ -43,7 +46,8 @@ class VerifiedGameLoop(AgentLoopBase):
 
     ``extra_fields`` gets ``turn_scores``, one for each assistant turn in the mask whatever became of it: a turn without
     a valid action, and one that the length limit cut, has the invalid score. ``reward_score`` is the outcome, 1 with a
-    success, else 0. ``reward_extra_info`` holds, the same keys in every row:
+    success, else 0. Thinking, closed or not, is no part of a turn: an action in it is none. ``reward_extra_info``, with
+    the same keys in every row:
 
     - ``success``, ``completion``: of the game
     - ``oracle_rate``: share of the turns whose action the exact oracle calls right, whoever gives the scores
@@ -63,8 +67,6 @@ class VerifiedGameLoop(AgentLoopBase):
 
     # The loop gives each rollout its own outcome; labels and answers are not needed.
     SCORES_ITSELF = True
-    # Those in the YAML, beside the judge's and the module.
-    OPTIONS: tuple[str, ...] = ()
 
     tokenizer: Any
 
@@ -80,14 +82,14 @@ class VerifiedGameLoop(AgentLoopBase):
     ) -> None:
         super().__init__(*args, **kwargs)
         given = {"oracle": oracle, "simulations": simulations, "flip": flip, "invalid_score": invalid_score}
-        self.judge = self.judge_of({**given, "module": module})
+        self.judge = VerifiedGameLoop.judge_of({**given, "module": module})
         self.response_length = self.rollout_config.response_length
         context = self.rollout_config.max_model_len
         self.context = context or self.rollout_config.prompt_length + self.response_length
 
     @staticmethod
-    def wrong_row(extra: Mapping[str, Any] | None, judge: Judge | None = None) -> str:
-        """What is wrong with a row's ``extra_info``, or nothing: it must hold a game that can be played and judged."""
+    def wrong_row(extra: Mapping[str, Any] | None) -> str:
+        """What is wrong with a row's ``extra_info``, or nothing: it must hold a game that can be played."""
         if not isinstance(extra, Mapping):
             return f"extra_info is {extra!r:.100}, needs a struct with a game and its spec (see envs.build)"
         for name in ("ceiling_success", "ceiling_completion"):
@@ -96,24 +98,37 @@ class VerifiedGameLoop(AgentLoopBase):
                 return f"extra_info.{name} is {extra.get(name)!r:.100}, needs a number from 0 to 1 (see envs.build)"
         try:
             game, spec = _game(extra)
-            Env(game, judge).reset(spec)
+            Env(game).reset(spec)
+        except GameError as error:
+            return str(error)
+        return ""
+
+    @staticmethod
+    def wrong_judge(extra: Mapping[str, Any], judge: Judge) -> str:
+        """What keeps a row's game, which can be played, from being judged, or nothing. Asks its oracle once."""
+        try:
+            game, spec = _game(extra)
+            env = Env(game, judge)
+            env.reset(spec)
+            env.right_actions()
         except GameError as error:
             return str(error)
         return ""
 
     @classmethod
     def judge_of(cls, options: Mapping[str, Any]) -> Judge:
-        """Who judges, by the options of this agent loop's entry in the YAML; imports ``module``.
+        """Who judges, by the options of this agent loop's entry in the YAML; imports ``module``. A subclass may have
+        options of its own: keyword arguments of its constructor.
 
         Raises:
             GameError: an option that there is not, or a value that is not allowed.
         """
         own = [spec.name for spec in fields(Judge)]
-        known = ("name", "_target_", *own, "module", *cls.OPTIONS)
-        if unknown := [name for name in options if name not in known]:
-            raise GameError(f"{unknown[0]}={options[unknown[0]]!r} is no option; choose one of {', '.join(known[2:])}")
-        module = options.get("module") or ""
-        if not isinstance(module, str):
+        known = list(dict.fromkeys(name for found in reversed(cls.__mro__) for name in _keywords(found)))
+        if unknown := [name for name in options if name not in ("name", "_target_", *known)]:
+            raise GameError(f"{unknown[0]}={options[unknown[0]]!r} is no option; choose one of {', '.join(known)}")
+        module = options.get("module")
+        if module is not None and not isinstance(module, str):
             raise GameError(f"module={module!r} is not allowed; needs the name of a Python module")
         if module:
             importlib.import_module(module)
@@ -144,10 +159,11 @@ class VerifiedGameLoop(AgentLoopBase):
     async def _turn(self, env: Env, play: _Play, sampling_params: dict[str, Any], request_id: str) -> bool:
         """One turn with its score, and what comes next; whether the game goes on."""
         step = await self._act(env, play, sampling_params, request_id)
-        return step is not None and not step.done and await self._observe(play, play.texts[-1], step.observation)
+        return step is not None and not step.done and await self._observe(play, play.said, step.observation)
 
     async def _act(self, env: Env, play: _Play, sampling_params: dict[str, Any], request_id: str) -> Step | None:
         """One turn with its score; None if the length limit cut it."""
+        thinking = opens_thinking(play.ids, self.tokenizer)
         room = min(self.response_length - len(play.mask), self.context - len(play.ids))
         with simple_timer("generate_sequences", play.metrics):
             output = await self.server_manager.generate(
@@ -164,17 +180,24 @@ class VerifiedGameLoop(AgentLoopBase):
             assistant_logprobs=output.log_probs or None,
         )
         play.ids = merged.token_ids
-        text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
-        play.texts.append(text)
+        play.said = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        play.texts.append(self._spoken(output.token_ids, thinking))
         if len(output.token_ids) >= room and output.token_ids[-1] != self.tokenizer.eos_token_id:
             play.truncated = True
             play.scores.append(self.judge.invalid_score)
             return None
         # An oracle may take a while, and others' rollouts go on meanwhile.
-        step = await asyncio.to_thread(env.step, text)
+        step = await asyncio.to_thread(env.step, play.texts[-1])
         play.steps.append(step)
         play.scores.append(step.score)
         return step
+
+    def _spoken(self, token_ids: list[int], thinking: bool) -> str:
+        """A turn's text without its thinking, closed or not, whose tags may be special tokens, and without those."""
+        text = without_thinking(self.tokenizer.decode(token_ids, skip_special_tokens=False), thinking, keep_open=False)
+        for token in special_tokens(self.tokenizer).values():
+            text = text.replace(token, "")
+        return text.strip()
 
     async def _observe(self, play: _Play, text: str, observation: str) -> bool:
         """Show the player what comes next; whether a turn fits after it."""
@@ -221,6 +244,14 @@ class VerifiedGameLoop(AgentLoopBase):
                 "reward_extra_info": info,
             },
         )
+
+
+def _keywords(cls: type) -> list[str]:
+    """Keyword arguments of the constructor that a class of ours or of the user's defines."""
+    if not issubclass(cls, VerifiedGameLoop) or "__init__" not in vars(cls):
+        return []
+    parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+    return [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
 
 
 def _game(extra: Mapping[str, Any]) -> tuple[Game, dict[str, Any]]:

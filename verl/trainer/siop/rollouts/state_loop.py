@@ -37,8 +37,6 @@ class VerifiedStateLoop(VerifiedGameLoop):
         RolloutError: a prompt does not end with the board, so that the next one cannot take its place.
     """
 
-    OPTIONS = ("candidates",)
-
     def __init__(self, *args: Any, candidates: int = 4, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.judge_of({"candidates": candidates})

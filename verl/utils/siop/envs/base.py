@@ -1,4 +1,4 @@
-"""What the rules of a game are, and how an action is read from a turn's text."""
+"""What the rules of a game are, and how an action is read from a text."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class Rules(ABC):
 
 
 def read_action(text: str) -> list[str]:
-    """The words of the last complete ``<action>…</action>`` of a turn, outside of its thinking; case does not count.
+    """The words of the last complete ``<action>…</action>`` of a text; case does not count.
 
     Raises:
         InvalidAction: there is none.
 
-    >>> read_action("<think>1 or 2</think> <Action> Reveal 2 03 </action>")
+    >>> read_action("<action> reveal 1 1 </action>, no: <Action> Reveal 2 03 </action>")
     ['reveal', '2', '03']
     """
-    found = _ACTION.findall(text.rpartition("</think>")[2])
+    found = _ACTION.findall(text)
     words = found[-1].replace(",", " ").lower().split() if found else []
     if not words:
         raise InvalidAction("no action")

@@ -13,6 +13,7 @@ both parts. How well oracle play does on a board stands in its row too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
@@ -25,7 +26,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 from verl.utils.siop.envs.boards import Spec, minesweeper_boards, sudoku_boards, tictactoe_boards
-from verl.utils.siop.envs.games import GAMES, find, oracle_play, prompt_of
+from verl.utils.siop.envs.games import GAMES, Env, find, oracle_play, prompt_of
 from verl.utils.siop.errors import GameError
 
 AGENT = "verified_game"
@@ -37,6 +38,9 @@ OVERRIDES = {
     "actor_rollout_ref.rollout.multi_turn.max_assistant_turns": None,
     "actor_rollout_ref.rollout.multi_turn.tool_config_path": None,
 }
+# Raise when the same arguments would build other boards than before.
+VERSION = 2
+_UNFINISHED = "unfinished"
 _FILES = ("train.parquet", "eval.parquet", "overrides.yaml", "manifest.json")
 # Games of oracle play for a board's ceiling; of a game of chance several.
 _PLAYS = {"minesweeper": 8}
@@ -56,7 +60,9 @@ def row_of(name: str, source: str, spec: Spec, index: int, split: str, bare: boo
         GameError: there is no such game, or it cannot be played.
     """
     game = find(name)
-    rules = game.rules(spec)
+    env = Env(game)
+    env.reset(spec)
+    rules = env.rules
     content = json.dumps(spec, sort_keys=True)
     rng = random.Random(content)
     played = [oracle_play(game, spec, rng) for _ in range(_PLAYS.get(name, 1))]
@@ -80,17 +86,34 @@ def row_of(name: str, source: str, spec: Spec, index: int, split: str, bare: boo
 
 
 def write(out: Path, rows: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> None:
-    """Write a data folder from rows by part (``train``, ``eval``)."""
+    """Write a data folder from rows by part (``train``, ``eval``).
+
+    Args:
+        out: the folder; what else lies there stays.
+        rows: by part.
+        settings: what was asked for, of JSON's types; a folder with other settings is not written over.
+
+    Raises:
+        GameError: there are other data.
+        OSError: the folder cannot be written.
+    """
+    _check_folder(out, settings)
     out.mkdir(parents=True, exist_ok=True)
+    # First, so that the same command goes on after an interruption.
+    _write_manifest(out, {**settings, _UNFINISHED: True})
     for split, part in rows.items():
         pd.DataFrame(part).to_parquet(out / f"{split}.parquet", index=False)
     lines = (f"{key}: {'null' if value is None else value}\n" for key, value in OVERRIDES.items())
     (out / "overrides.yaml").write_text("".join(lines), encoding="utf-8")
-    (out / "manifest.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _write_manifest(out, settings)
 
 
-def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to write over other data.
+def _write_manifest(out: Path, content: dict[str, Any]) -> None:
+    (out / "manifest.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_folder(out: Path, settings: dict[str, Any]) -> bool:
+    """Refuse to write over other data; whether these are there already, whole.
 
     Raises:
         GameError: there is a file, or a folder with other data.
@@ -98,12 +121,13 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     manifest = out / "manifest.json"
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""} if out.exists() else set()
     if not names & {"", *_FILES}:
-        return
-    try:
-        if json.loads(manifest.read_text(encoding="utf-8")) == settings:
-            return
-    except (OSError, ValueError):
-        pass
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(manifest.read_text(encoding="utf-8"))
+        if known == settings:
+            return names >= set(_FILES)
+        if known == {**settings, _UNFINISHED: True}:
+            return False
     raise GameError(f"--out {out} exists and holds other data than these boards; choose another folder, or remove it")
 
 
@@ -133,7 +157,7 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; needs numbers, as 8 or 2,4,6") from None
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
-    return found
+    return sorted(found)
 
 
 # Option -> games that read it.
@@ -181,10 +205,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    settings = {key: value for key, value in vars(args).items() if key != "out" and value is not None}
+    given = {key: value for key, value in vars(args).items() if key != "out" and value is not None}
+    settings = {"version": VERSION, **given}
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     try:
-        _check_folder(args.out, settings)
+        if _check_folder(args.out, settings):
+            sys.stdout.write(f"{args.out} is up to date\n")
+            return 0
         for source, parts in boards(args).items():
             for split, specs in zip(rows, parts, strict=True):
                 for spec in tqdm(specs, desc=f"{source} {split}", unit=" boards", leave=False, disable=None, delay=1):

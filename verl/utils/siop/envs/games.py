@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,10 @@ def register_game(name: str, game: Game) -> None:
     The class is known by its module and its name.
 
     Raises:
-        GameError: the name belongs to another game.
+        GameError: the name belongs to another game, or is none; or this is no :class:`Game`.
     """
+    if not isinstance(name, str) or not name or not isinstance(game, Game):
+        raise GameError(f"register_game({name!r}, {game!r:.100}) is not allowed; needs a name and a Game")
     known = GAMES.get(name)
     if known is not None and _origin(known.rules) != _origin(game.rules):
         raise GameError(f"the name {name!r} belongs to another game, {'.'.join(_origin(known.rules))}")
@@ -150,7 +153,8 @@ class Env:
 
     def __init__(self, game: Game, judge: Judge | None = None, seed: int | str = 0) -> None:
         self.game, self.judge = game, judge or Judge()
-        self.judge.check(getattr(game.rules, "name", str(game.rules)), game)
+        self.name = getattr(game.rules, "name", str(game.rules))
+        self.judge.check(self.name, game)
         self._rng = random.Random(str(seed))
 
     def reset(self, spec: Mapping[str, Any]) -> str:
@@ -159,10 +163,15 @@ class Env:
         Raises:
             GameError: see :class:`~verl.utils.siop.envs.base.Rules`; or nothing is left to do.
         """
-        self.rules, self.turns = self.game.rules(spec), 0
+        if not isinstance(spec, Mapping):
+            raise GameError(f"{self.name}: spec={spec!r:.100} is not allowed; needs a mapping")
+        with self._named("constructor"):
+            self.rules, self.turns = self.game.rules(spec), 0
+        for field, kind in (("form", str), ("turns", int)):
+            self._typed(field, getattr(self.rules, field, None), kind)
         if self.done:
-            raise GameError(f"{self.rules.name}: the game of this spec is over before the first turn")
-        return self.rules.show()
+            raise GameError(f"{self.name}: this game is over before the first turn (turns={self.rules.turns})")
+        return self._shown()
 
     def branch(self) -> Env:
         """The same game as it is now, to try an action with; the chances of its judge are its own."""
@@ -172,10 +181,11 @@ class Env:
 
     @property
     def done(self) -> bool:
-        return self.rules.finished or self.turns >= self.rules.turns
+        with self._named("finished"):
+            return bool(self.rules.finished) or self.turns >= self.rules.turns
 
     def step(self, text: str) -> Step:
-        """Play the action in the text of a turn.
+        """Play the action in the text of a turn, of which thinking is no part.
 
         Raises:
             GameError: the game is over, or its rules or its oracle break their word.
@@ -185,7 +195,9 @@ class Env:
         self.turns += 1
         score, right, valid = self.judge.invalid_score, False, True
         try:
-            action = self._parsed(read_action(text))
+            words = read_action(text)
+            with self._named(f"parse, of {' '.join(words)!r:.80},"):
+                action = self._typed("action", self.rules.parse(words), tuple)
         except InvalidAction as error:
             note, valid = f"invalid : {error} ; write <action> {self.rules.form} </action>", False
         else:
@@ -194,27 +206,43 @@ class Env:
             score = float(action in self._paid(exact))
             if self.judge.flip and self._rng.random() < self.judge.flip:
                 score = 1.0 - score
-            note = self.rules.play(action)
+            with self._named(f"play, of {action!r:.80},"):
+                note = self._typed("play", self.rules.play(action), str)
+        with self._named("success or completion"):
+            success = self._typed("success", self.rules.success, bool)
+            completion = self._typed("completion", self.rules.completion, int | float)
+        if not 0 <= completion <= 1:
+            raise GameError(f"{self.name}: completion={completion!r} is not allowed; needs a number from 0 to 1")
         return Step(
-            observation=f"{note}\n{self.rules.show()}",
+            observation=f"{note}\n{self._shown()}",
             score=score,
             done=self.done,
-            success=self.rules.success,
-            completion=self.rules.completion,
+            success=success,
+            completion=completion,
             valid=valid,
             right=right,
         )
 
-    def _parsed(self, words: list[str]) -> Action:
+    def _shown(self) -> str:
+        with self._named("show"):
+            return self._typed("show", self.rules.show(), str)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """A game of the user's may raise anything: the message names it."""
         try:
-            return self.rules.parse(words)
+            yield
         except GameError:
             raise
-        except Exception as error:  # of a game of the user's
+        except Exception as error:
+            raise GameError(f"{self.name}: its {what} raises {type(error).__name__}: {error!s:.200}") from error
+
+    def _typed(self, what: str, value: Any, kind: Any) -> Any:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise GameError(
-                f"{self.rules.name}: its rules raise {type(error).__name__} ({error}) at the action "
-                f"{' '.join(words):.80}; what is no action is an InvalidAction"
-            ) from error
+                f"{self.name}: {what}={value!r:.100} is not allowed; needs {getattr(kind, '__name__', kind)}"
+            )
+        return value
 
     def right_actions(self) -> frozenset[Action]:
         """What the exact oracle calls right now.
@@ -222,10 +250,11 @@ class Env:
         Raises:
             GameError: it names nothing, or not actions, which are tuples.
         """
-        found = self.game.best(self.rules)
+        with self._named("oracle"):
+            found = self.game.best(self.rules)
         if not isinstance(found, frozenset) or not found or not all(isinstance(action, tuple) for action in found):
             raise GameError(
-                f"{self.rules.name}: its oracle must give a frozenset of actions (tuples, as parse gives them), one at "
+                f"{self.name}: its oracle must give a frozenset of actions (tuples, as parse gives them), one at "
                 f"least, got {found!r:.100}"
             )
         return found
@@ -279,11 +308,12 @@ def oracle_play(game: Game, spec: Mapping[str, Any], rng: random.Random) -> tupl
     env = Env(game)
     env.reset(spec)
     while not env.done:
-        action = rng.choice(sorted(env.right_actions()))
+        right = env.right_actions()
+        action = rng.choice(sorted(right, key=repr))
         step = env.step(written(action))
         if not step.right:
             raise GameError(
-                f"{env.rules.name}: its oracle names {action!r}, and {written(action)!r} is "
+                f"{env.name}: its oracle names {action!r}, and {written(action)!r} is "
                 + ("read as another action" if step.valid else f"refused: {step.observation.splitlines()[0]}")
             )
     return step.success, step.completion

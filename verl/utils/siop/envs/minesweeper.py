@@ -36,7 +36,7 @@ class Minesweeper(Rules):
             or len(set(mines)) < len(mines)
         ):
             raise GameError(
-                f"minesweeper: mines={mines!r:.100} is not allowed; needs distinct cells of 0 to {cells[-1]}"
+                f"minesweeper: mines={mines!r:.100} is not allowed; needs distinct whole numbers of 0 to {cells[-1]}"
             )
         if start not in cells or start in mines:
             raise GameError(

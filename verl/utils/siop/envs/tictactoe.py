@@ -40,7 +40,7 @@ class TicTacToe(Rules):
     def instructions(self) -> str:
         return (
             f"Play Tic-Tac-Toe as {self.mark}; three in a row, a column or a diagonal win. Cells are numbered from 1 "
-            f"to 9, row by row from the top left; an empty cell is shown as {EMPTY}. Take one empty cell a turn. An "
+            f"to 9, row by row from the top left; {EMPTY} is an empty cell. Take one empty cell a turn. An "
             "invalid action costs its turn, and a game that is not played to its end is lost."
         )
 
