@@ -11,6 +11,7 @@ printed, because a machine's load changes from minute to minute; processor time 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.marked import marked  # noqa: E402
 from benchmarks.toy_services import toy_services  # noqa: E402
 
 # What a phase ends with: a pattern in what is printed or logged.
@@ -83,14 +85,11 @@ class Processes:
         self._mark, self._seconds, self._kinds = mark, dict[int, float](), dict[int, str]()
 
     def look(self) -> None:
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SIOP_BENCHMARK") == self._mark:
-                    # An actor has its name, which is the last one seen, only once it is there.
-                    self._kinds[process.pid] = kind_of(process.cmdline())
-                    self._seconds[process.pid] = sum(process.cpu_times()[:2])
-            except psutil.Error:
-                continue
+        for process in marked("SIOP_BENCHMARK", self._mark):
+            with contextlib.suppress(psutil.Error):  # it has ended by now
+                # An actor has its name, which is the last one seen, only once it is there.
+                self._kinds[process.pid] = kind_of(process.cmdline())
+                self._seconds[process.pid] = sum(process.cpu_times()[:2])
 
     def found(self) -> tuple[Counter[str], Counter[str]]:
         """Processor seconds and the number of processes, by kind."""
