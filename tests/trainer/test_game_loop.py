@@ -216,7 +216,9 @@ def test_scores_of_turns_are_a_list() -> None:
 
 
 # ---------------------------------------------------------------------- a rollout for every turn
-def _play_states(turns: Sequence[str], tokenizer: Any, config: Any, validates: bool = False, **options: Any) -> Any:
+def _play_states(
+    turns: Sequence[str], tokenizer: Any, config: Any, validates: bool | None = False, **options: Any
+) -> Any:
     model, row = Model(tokenizer, turns), row_of("sudoku", "s", SPEC, 0, "train", bare=True)
 
     async def play() -> Any:
@@ -267,6 +269,8 @@ def test_actions_of_a_state_are_judged_apart(tokenizer: Any, config: Any) -> Non
     assert 10 < sum(scores) < 54  # each has a chance of its own to be turned round
     with pytest.raises(GameError, match="candidates=1 is not allowed; choose a whole number from 2"):
         _play_states([RIGHT], tokenizer, config, candidates=1)
+    with pytest.raises(RolloutError, match="must be SiopAgentLoopManager"):
+        _play_states([RIGHT], tokenizer, config, validates=None)
     with pytest.raises(RolloutError, match="does not end with its board"):
         _opening([{"role": "user", "content": "Play."}], "1 . 3 4")
 

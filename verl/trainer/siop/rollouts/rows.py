@@ -17,8 +17,8 @@ from verl.utils.siop.errors import RolloutError, SiopError
 TURN_SCORES, ACTIONS, GAME = "turn_scores", "actions", "game"
 # Of one that an agent loop returned several of in a session: what it is compared with, within its session.
 GROUP = "group"
-# Whether the rollouts of a task are a validation's; the workers set it, for an agent loop is not told.
-VALIDATES: ContextVar[bool] = ContextVar("VALIDATES", default=False)
+# Whether the rollouts of a task are a validation's; our workers set it, for verl does not tell an agent loop.
+VALIDATES: ContextVar[bool | None] = ContextVar("VALIDATES", default=None)
 # The outcome that siop_outcome_weight weighs, among a rollout's outcomes.
 SUCCESS = "success"
 

@@ -34,7 +34,8 @@ class VerifiedStateLoop(VerifiedGameLoop):
 
     Raises:
         GameError: a wrong option.
-        RolloutError: a prompt does not end with the board, so that the next one cannot take its place.
+        RolloutError: a prompt does not end with the board, so that the next one cannot take its place; or the workers
+            are not ours.
     """
 
     def __init__(self, *args: Any, candidates: int = 4, **kwargs: Any) -> None:
@@ -54,7 +55,13 @@ class VerifiedStateLoop(VerifiedGameLoop):
         seed = f"{extra['spec']} {kwargs.get('global_steps')} {kwargs.get('session_id')}"
         env, rng = self._env(extra, seed), random.Random(seed)
         before, opening = _opening(kwargs["raw_prompt"], env.rules.show())
-        width = 1 if VALIDATES.get() else self.candidates
+        validates = VALIDATES.get()
+        if validates is None:
+            raise RolloutError(
+                "the agent loop of states has to know whether it evaluates: "
+                "actor_rollout_ref.rollout.agent.agent_loop_manager_class must be SiopAgentLoopManager"
+            )
+        width = 1 if validates else self.candidates
         outputs: list[AgentLoopOutput] = []
         steps: list[Step] = []
         scores: list[float] = []
