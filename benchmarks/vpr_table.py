@@ -58,10 +58,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """Overrides of a training, and options of the agent loop (who gives the scores) where they are not the default."""
+    """Overrides of a training, options of its agent loop (who gives the scores) where they are not the default, and
+    overrides of the evaluation."""
 
     overrides: tuple[str, ...]
     loop: Mapping[str, Any] | None = None
+    evaluation: tuple[str, ...] = ()
 
 
 _ERRING: Mapping[str, Mapping[str, Any]] = {
@@ -82,6 +84,7 @@ METHODS: Mapping[str, Method] = {
     "states": Method(
         ("ablation=vpr_loo", "actor_rollout_ref.rollout.n=1", "actor_rollout_ref.actor.ppo_mini_batch_size=512"),
         {"_target_": "verl.trainer.siop.rollouts.state_loop.VerifiedStateLoop", "candidates": 8},
+        ("actor_rollout_ref.rollout.agent.agent_loop_config_path=config/game_states.yaml",),
     ),
     "shuffled": Method(("ablation=vpr_loo", _CONTROLS, "algorithm.siop_reward_mode=shuffled")),
     **{f"vpr_loo-{name}": Method(("ablation=vpr_loo",), loop) for name, loop in _ERRING.items()},
@@ -139,10 +142,11 @@ class Run:
 
     def command(self) -> list[str]:
         """Trains and evaluates, each part only if it is missing."""
+        evaluation = " ".join(("experiment=games", *METHODS[self.method].evaluation))
         script = (
             "set -e; checkpoint=$OUTPUT_DIR/global_step_$1; shift; "
             '[ -d "$checkpoint/actor/huggingface" ] || MODEL_PATH=$DATA_DIR/model bash train_siop.sh -- "$@"; '
-            "EXPERIMENT_NAME=after OUTPUT_DIR=$OUTPUT_DIR/after exec bash eval_siop.sh $checkpoint experiment=games"
+            "EXPERIMENT_NAME=after OUTPUT_DIR=$OUTPUT_DIR/after exec bash eval_siop.sh $checkpoint " + evaluation
         )
         return ["bash", "-c", script, "vpr_table", str(STEPS), *self.overrides()]
 
