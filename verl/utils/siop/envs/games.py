@@ -191,7 +191,7 @@ class Env:
             GameError: the game is over, or its rules or its oracle break their word.
         """
         if self.done:
-            raise GameError("the game is over; reset it")
+            raise GameError(f"{self.name}: the game is over; reset it")
         self.turns += 1
         score, right, valid = self.judge.invalid_score, False, True
         try:
