@@ -145,7 +145,12 @@ def answer_by_definition(text: str, thinking: bool) -> str:
         if tag == "</think>":
             answer = ""
         elif tag == "<answer>" and closed and tag not in inner:
-            answer, start = inner.strip(), start + len(inner) + len("</answer>")
+            start += len(inner) + len("</answer>")
+            words = re.sub("<think>.*?</think>", "", inner, flags=re.DOTALL)
+            if "</think>" in words:
+                answer = ""
+            elif "<think>" not in words:
+                answer = words.strip()
         elif tag in ("<think>", "<tool_call>", "<seed:tool_call>"):
             start += len(inner) + len(tag) + 1
     return answer
