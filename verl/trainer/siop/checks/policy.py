@@ -147,7 +147,7 @@ def _agents(config: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
     from verl.utils.import_utils import resolve_config_path
 
     rollout = config.actor_rollout_ref.rollout
-    known: dict[str, Any] = dict(_agent_loop_registry)
+    checks = {name: _row_check(loop, f"agent loop {name}") for name, loop in _agent_loop_registry.items()}
     if path := rollout.agent.get("agent_loop_config_path"):
         key = f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}"
         try:
@@ -157,18 +157,16 @@ def _agents(config: DictConfig) -> tuple[frozenset[str], dict[str, RowCheck]]:
             raise SiopConfigError(f"{key}: not a list of agent loops: {error}") from error
         if len(own) < len(loops):
             raise SiopConfigError(f"{key}: two agent loops have the same name, of which verl would take one")
-        known |= own
-        for loop in loops:
-            _row_check(loop, key)
+        for name, loop in own.items():
+            checks[name] = _row_check(loop, key)
             if not config.trainer.get("val_only"):
                 _check_comparison(loop, key, config.algorithm)
-    if rollout.agent.default_agent_loop not in known:
+    if rollout.agent.default_agent_loop not in checks:
         raise SiopConfigError(
             f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop} is not allowed; "
-            f"choose one of {', '.join(sorted(known))}"
+            f"choose one of {', '.join(sorted(checks))}"
         )
-    checks = {name: _row_check(loop, f"agent loop {name}") for name, loop in known.items()}
-    return frozenset(known), {name: check for name, check in checks.items() if check is not None}
+    return frozenset(checks), {name: check for name, check in checks.items() if check is not None}
 
 
 def _check_comparison(loop: Mapping[str, Any], key: str, algorithm: DictConfig) -> None:
