@@ -366,8 +366,7 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else None
     runs = [named(name) for name in args.only] if args.only else plan(worlds, methods, seeds)
     if args.list:
-        for run in runs:
-            print(f"{run.state:12} {run.name}")
+        print("\n".join(f"{run.state:12} {run.name}" for run in runs))
         return
     if not args.report_only:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

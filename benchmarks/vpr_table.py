@@ -342,8 +342,7 @@ def main() -> None:
         if "search" in run.method and game != "tictactoe":
             sys.exit(f"error: {run.name}: {game} has no tree search; choose a setting of tictactoe")
     if args.list:
-        for run in runs:
-            print(f"{run.state:12} {run.name}")
+        print("\n".join(f"{run.state:12} {run.name}" for run in runs))
         return
     if not args.report_only:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -205,6 +205,9 @@ def test_a_tree_search_can_give_the_scores() -> None:
         ("minesweeper", {**MINES, "start": 0}, "solved by the free reveal"),
         ("minesweeper", {**MINES, "size": 30}, "size=30"),
         ("minesweeper", {**MINES, "flags": 1}, "flags=1"),
+        ("minesweeper", {**MINES, "mine": [1]}, "mine=[1] is not allowed; the spec has size, mines, start, flags"),
+        ("sudoku", {"size": 4, "board": "1.3434122143432.", "blanks": 2}, "blanks=2"),
+        ("tictactoe", {"board": "." * 9, "seed": 1, "size": 3}, "size=3"),
     ],
 )
 def test_an_impossible_board_is_one_clear_message(name: str, spec: Mapping[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from verl.utils.siop.errors import GameError
@@ -120,3 +120,14 @@ def field(spec: Mapping[str, Any], name: str, kind: type, game: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise GameError(f"{game}: {name}={value!r:.100} is not allowed; the spec needs a value of type {kind.__name__}")
     return value
+
+
+def only(spec: Mapping[str, Any], names: Collection[str], game: str) -> None:
+    """Refuse what a spec holds beside these names.
+
+    Raises:
+        GameError: another name, which would have no effect.
+    """
+    for name, value in spec.items():
+        if name not in names:
+            raise GameError(f"{game}: {name}={value!r:.100} is not allowed; the spec has {', '.join(names)}")

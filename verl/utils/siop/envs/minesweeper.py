@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, rows_of, whole
+from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, only, rows_of, whole
 from verl.utils.siop.errors import GameError
 
 HIDDEN, FLAG = ".", "F"
@@ -23,6 +23,7 @@ class Minesweeper(Rules):
     name = "minesweeper"
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
+        only(spec, ("size", "mines", "start", "flags"), self.name)
         self.size = field(spec, "size", int, self.name)
         mines = field(spec, "mines", list, self.name)
         start = field(spec, "start", int, self.name)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, rows_of, whole
+from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, only, rows_of, whole
 from verl.utils.siop.errors import GameError
 
 # Height and width of a box.
@@ -30,6 +30,7 @@ class Sudoku(Rules):
     name = "sudoku"
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
+        only(spec, ("size", "board"), self.name)
         self.size = field(spec, "size", int, self.name)
         self.board = list(field(spec, "board", str, self.name))
         self.solution = only_solution("".join(self.board), self.size)

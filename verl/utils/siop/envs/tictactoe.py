@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, rows_of, whole
+from verl.utils.siop.envs.base import Action, InvalidAction, Rules, field, only, rows_of, whole
 from verl.utils.siop.errors import GameError
 
 EMPTY = "."
@@ -28,6 +28,7 @@ class TicTacToe(Rules):
     name = "tictactoe"
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
+        only(spec, ("board", "seed"), self.name)
         self.board = field(spec, "board", str, self.name)
         self.seed = field(spec, "seed", int, self.name)
         self.mark = mover(self.board)
