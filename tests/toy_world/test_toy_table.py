@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from method_helpers import Scorer, byte_tokenizer, mixed_batch
+from method_helpers import Scorer, byte_tokenizer, mixed_batch, query_batch
+from verl.utils.siop.credit.batch import CreditBatch
 from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest, compute_group_rewards
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
 
@@ -448,7 +449,9 @@ def test_plan() -> None:
     for world in ("two_hop", "stale"):
         for method in ("siop", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
-    assert {run.method for run in runs} == set(toy_table.METHODS)
+    tried = {name for name, overrides in toy_table.METHODS.items() if toy_table._VARIANTS in overrides}
+    assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 7
+    assert [run.name for run in toy_table.plan(["stale"], ["aligned"], [1])] == ["stale/aligned-seed1"]
     for world in ("early", "mixed"):
         assert {run.name for run in runs if run.world == world} == {
             f"{world}/{method}-seed{seed}" for method in ("siop", "empo", "grpo") for seed in (1, 2, 3)
@@ -461,6 +464,75 @@ def test_plan() -> None:
         assert (ROOT / "config" / "ablation" / f"{preset.removeprefix('ablation=')}.yaml").is_file()
         named = [override.partition("=")[0] for override in overrides]
         assert all(name.removeprefix("algorithm.") in keys or name.endswith("rollout.n") for name in named)
+
+
+def _credit(mode: str, batch: list[Any], **keys: Any) -> Any:
+    """Of a method of benchmarks/toy_variants.py."""
+    from benchmarks import toy_variants  # noqa: F401  (registers them)
+
+    return asyncio.run(
+        compute_group_rewards(batch, byte_tokenizer(), SiopConfig(siop_reward_mode=mode, **keys), Scorer())
+    )
+
+
+def test_votes_by_path() -> None:
+    # Agreement of question a (five rollouts, so of four others): "capital" is issued by all but Nice, "river" by three,
+    # "mayor" by one.
+    three, two = 3 / 4, 2 / 4
+    first, second, third = [three, 0.0, two], [three, 0.0], [(three + two) / 2]
+    lyon, paris = third, [*first, *second]
+    for mode, of_paris, of_lyon in (
+        ("vote_path", sum(paris), sum(lyon)),
+        ("vote_path_mean", sum(first) / 3 + sum(second) / 2, sum(lyon)),
+        ("vote_last_query", first[-1] + second[-1], lyon[-1]),
+    ):
+        found = _credit(mode, query_batch())
+        assert found.answers == ["Paris", "paris", "Lyon", "", "blue", "Nice"]
+        total = of_paris + of_lyon
+        expected = [of_paris / total, of_paris / total, of_lyon / total, 0, 1, 0]
+        assert found.target_mass == pytest.approx(expected), mode  # Nice was not searched for; b has one cluster
+        # Gains and end are the default's.
+        default = _credit("process", query_batch())
+        for rewards, target, plain, mass in zip(
+            found.turn_rewards, found.target_mass, default.turn_rewards, default.target_mass, strict=True
+        ):
+            assert rewards == pytest.approx([value * target / mass if mass else 0.0 for value in plain])
+
+
+def test_a_vote_by_the_scorer() -> None:
+    batch = mixed_batch()
+    found, default = (_credit(mode, batch) for mode in ("vote_judge", "process"))
+    # What the searches of every rollout of question a brought to each of its three answers.
+    members = [index for index, rollout in enumerate(batch) if rollout.uid == "a"]
+    brought = {}
+    for answer in ("Paris", "Lyon", "Nice"):
+        of_all = _supports(batch, {index: [answer] for index in members})
+        brought[answer.lower()] = sum(max(0.0, values[-1] - values[0]) for values in of_all.values())
+    total = sum(brought.values())
+    assert total > 0 and len(set(brought.values())) > 1
+    for index in members:
+        assert found.target_mass[index] == pytest.approx(brought[found.answers[index].lower()] / total)
+    assert found.support == default.support
+    # One cluster: nothing to vote on.
+    assert [found.target_mass[index] for index in (1, 4, 6)] == [1.0, 0.0, 1.0]
+
+
+def _supports(batch: list[Any], references_of: dict[int, list[str]]) -> dict[int, list[float]]:
+    return asyncio.run(CreditBatch(batch, byte_tokenizer(), SiopConfig(), Scorer()).supports(references_of))
+
+
+def test_an_end_for_what_was_found() -> None:
+    keys = {"siop_boundary": "observation", "siop_lambda": 0.25}
+    plain = _credit("process", mixed_batch(), **keys)
+    for mode, weight in (("aligned", 1), ("aligned_end2", 2), ("aligned_end4", 4)):
+        found = _credit(mode, mixed_batch(), **keys)
+        assert found.target_mass == plain.target_mass
+        for rewards, before, target, values in zip(
+            found.turn_rewards, plain.turn_rewards, plain.target_mass, plain.support, strict=True
+        ):
+            found_here = max(values) - values[0] if values else 0.0
+            end = 0.75 * target * (weight * found_here - 1) if before else 0.0
+            assert rewards == pytest.approx([*before[:-1], before[-1] + end] if before else [])
 
 
 def test_noise_on_the_support() -> None:

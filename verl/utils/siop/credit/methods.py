@@ -20,7 +20,7 @@ async def process(batch: CreditBatch) -> GroupRewards:
     """SIOP: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c); with one turn that alone (arXiv 2605.04984)."""
     questions = await batch.clusters()
     await batch.set_targets(questions)
-    clusters = _cluster_of(questions)
+    clusters = cluster_of(questions)
     support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
     rewards = {}
     for index, cluster in clusters.items():
@@ -73,24 +73,24 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
     Source: this project.
     """
     rewards = {
-        index: rewards for members in batch.questions for index, rewards in _query_agreement(batch, members).items()
+        index: rewards for members in batch.questions for index, rewards in query_agreement(batch, members).items()
     }
     questions = await batch.clusters()
     support: dict[int, list[float]] = {}
     if batch.config.siop_consensus_terminal == "support":
         await batch.set_targets(questions)
-        clusters = _cluster_of(questions)
+        clusters = cluster_of(questions)
         support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
         for index, values in support.items():
             rewards[index][-1] += clusters[index].target * math.fsum(batch.gains(values))
     else:
-        for index, cluster in _cluster_of(questions).items():
+        for index, cluster in cluster_of(questions).items():
             cluster.target = cluster.mass
             rewards[index][-1] += cluster.mass
     return batch.result(rewards, questions, support)
 
 
-def _query_agreement(batch: CreditBatch, members: list[int]) -> dict[int, list[float]]:
+def query_agreement(batch: CreditBatch, members: list[int]) -> dict[int, list[float]]:
     """The query part of the turn rewards of one question's rollouts; padded rows are no rollouts."""
     items = {index: batch.parsed[index] for index in members if batch.parsed[index].turns}
     queries = {index: _queries(item, batch) for index, item in items.items()}
@@ -202,6 +202,6 @@ def _finite(value: object, what: str) -> float:
     return number
 
 
-def _cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:
+def cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:
     """Rollout index -> its cluster."""
     return {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}

@@ -1,0 +1,115 @@
+"""Variants of SIOP that are tried by training, as ``algorithm.siop_import=benchmarks.toy_variants``; none is a key.
+
+Other votes, with the default's gains and end (``siop_reward_mode=``):
+
+- ``vote_path``: q(c) ∝ Σ of the query agreement of the cluster's rollouts; ``vote_path_mean``: of its mean over turns;
+  ``vote_last_query``: of that of the last turn with a query
+- ``vote_judge``: q(c) ∝ Σ over all rollouts with several turns of max(0, p_T(c) − p_0(c)), the support that their
+  searches brought to the cluster's first reference, whatever they answered themselves
+
+Where all weights of a question are 0, clusters are counted.
+
+Aligned credit, for ``siop_boundary=observation``, in which the turn that made a search has what its result brought:
+
+- ``aligned``: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c)·(P_T − p_0) with P_T = max p; nothing for support
+  that was there before the first search. ``aligned_end2``, ``aligned_end4``: two and four times this end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from verl.utils.siop.credit.batch import Cluster, CreditBatch
+from verl.utils.siop.credit.methods import cluster_of, query_agreement
+from verl.utils.siop.siop_process_reward import GroupRewards, register_credit
+
+
+def set_by_weight(questions: Sequence[Sequence[Cluster]], weight_of: Callable[[Cluster], float]) -> None:
+    """q(c) ∝ weight of the cluster, or its mass where all weights of the question are 0."""
+    for clusters in questions:
+        weights = [weight_of(cluster) for cluster in clusters]
+        total = math.fsum(weights)
+        for cluster, weight in zip(clusters, weights, strict=True):
+            cluster.target = weight / total if total > 0 else cluster.mass
+
+
+async def _siop(batch: CreditBatch, questions: list[list[Cluster]], end_weight: float | None = None) -> GroupRewards:
+    """SIOP's rewards with the targets that are set; with an end weight, the aligned end."""
+    clusters = cluster_of(questions)
+    support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
+    rewards = {}
+    for index, cluster in clusters.items():
+        values = support.get(index, [0.0, 0.0])
+        end = 1.0 if end_weight is None else end_weight * (max(values) - values[0])
+        rewards[index] = [cluster.target * gain for gain in batch.gains(values)]
+        rewards[index][-1] += (1 - batch.config.siop_lambda) * cluster.target * end
+    return batch.result(rewards, questions, support)
+
+
+async def _by_path(batch: CreditBatch, weigh: Callable[[list[float]], float]) -> GroupRewards:
+    questions = await batch.clusters()
+    weights: Mapping[int, float] = {
+        index: weigh(agreement)
+        for members in batch.questions
+        for index, agreement in query_agreement(batch, members).items()
+    }
+    set_by_weight(questions, lambda cluster: math.fsum(weights[index] for index in cluster.members))
+    return await _siop(batch, questions)
+
+
+@register_credit("vote_path")
+async def vote_path(batch: CreditBatch) -> GroupRewards:
+    return await _by_path(batch, math.fsum)
+
+
+@register_credit("vote_path_mean")
+async def vote_path_mean(batch: CreditBatch) -> GroupRewards:
+    return await _by_path(batch, lambda agreement: math.fsum(agreement[:-1]) / max(len(agreement) - 1, 1))
+
+
+@register_credit("vote_last_query")
+async def vote_last_query(batch: CreditBatch) -> GroupRewards:
+    return await _by_path(batch, lambda agreement: agreement[-2] if len(agreement) > 1 else 0.0)
+
+
+@register_credit("vote_judge")
+async def vote_judge(batch: CreditBatch) -> GroupRewards:
+    questions = await batch.clusters()
+    brought: dict[int, float] = {}  # by a member of the cluster
+    # The first cluster of every question in one call, then the second of each, ...
+    for rank in range(max(map(len, questions), default=0)):
+        asked = {
+            clusters[rank].members[0]: (clusters[rank], members)
+            for clusters, members in zip(questions, batch.questions, strict=True)
+            if len(clusters) > max(rank, 1)
+        }
+        support = await batch.supports(
+            {index: cluster.references[:1] for cluster, members in asked.values() for index in members}
+        )
+        for key, (_, members) in asked.items():
+            values = [support[index] for index in members if index in support]
+            brought[key] = math.fsum(max(0.0, after[-1] - after[0]) for after in values)
+    set_by_weight(questions, lambda cluster: brought.get(cluster.members[0], 0.0))
+    return await _siop(batch, questions)
+
+
+@register_credit("aligned")
+async def aligned(batch: CreditBatch) -> GroupRewards:
+    return await _aligned(batch, 1.0)
+
+
+@register_credit("aligned_end2")
+async def aligned_end2(batch: CreditBatch) -> GroupRewards:
+    return await _aligned(batch, 2.0)
+
+
+@register_credit("aligned_end4")
+async def aligned_end4(batch: CreditBatch) -> GroupRewards:
+    return await _aligned(batch, 4.0)
+
+
+async def _aligned(batch: CreditBatch, end_weight: float) -> GroupRewards:
+    questions = await batch.clusters()
+    await batch.set_targets(questions)
+    return await _siop(batch, questions, end_weight)
