@@ -24,7 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from launch_variables import TABLE  # noqa: E402
 
-from benchmarks.toy_results import read_rows  # noqa: E402
+from benchmarks.toy_results import read_rows, standard_error  # noqa: E402
 from benchmarks.training_table import chosen, split_name, start_run, stop, with_known  # noqa: E402
 
 RUNS, GAMES = ROOT / "runs" / "vpr_table", ROOT / "runs" / "games"
@@ -258,12 +258,9 @@ def collect() -> dict[str, Any]:
 
 
 def estimate(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """Mean over seeds and its standard error: by the seeds where there are several, else by the boards."""
+    """Mean over seeds and its standard error, the larger of that over the boards and that over the seeds."""
     values = [run[name] for run in runs]
-    mean = fmean(values)
-    if len(values) > 1:
-        return mean, stdev(values) / math.sqrt(len(values))
-    return mean, math.sqrt(max(mean * (1 - mean), 0.0) / runs[0]["boards"])
+    return fmean(values), standard_error(values, runs[0]["boards"])
 
 
 def against(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
@@ -281,10 +278,10 @@ def render(results: Mapping[str, Any]) -> str:
         "",
         "Written by `python benchmarks/vpr_table.py` from finished runs: 60 steps of 8 boards x 8 rollouts from one",
         "warm start, sampled once on 256 held-out boards. Success is what no method is paid for but `grpo` and",
-        "`outcome_loo`; right turns is what VPR is paid for. ± is the standard error: over the seeds, or with one seed",
-        "over the boards. `error` is the measured mean error of the scores that were learnt from, `tokens` what the",
-        "policy wrote in training. The last column is the difference of success to `grpo`, bold beyond two standard",
-        "errors.",
+        "`outcome_loo`; right turns is what VPR is paid for. ± is the standard error, the larger of that over the",
+        "seeds and that over the boards. `error` is the measured mean error of the scores that were learnt from,",
+        "`tokens` what the policy wrote in training. The last column is the difference of success to `grpo`, bold",
+        "beyond two standard errors.",
     ]
     for setting, entry in results.items():
         start = entry["start"]
@@ -317,6 +314,7 @@ def report() -> None:
     results = with_known(collect(), json.loads(file.read_text()) if file.is_file() else {}, list(METHODS))
     if not any(entry["runs"] for entry in results.values()):
         sys.exit(f"error: no finished run in {RUNS}")
+    results = {setting: results[setting] for setting in SETTINGS if setting in results}
     file.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "vpr.md").write_text(render(results))
     print("wrote", file.relative_to(ROOT), "and vpr.md")

@@ -156,16 +156,19 @@ def test_the_report_keeps_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
         }
         for seed in (1, 2)
     ]
-    known = {"sudoku-8": {"start": start, "runs": runs}}
+    known = {name: {"start": start, "runs": runs} for name in ("minesweeper", "sudoku-8")}
     (tmp_path / "vpr.json").write_text(json.dumps(known))
     monkeypatch.setattr(vpr_table, "RESULTS", tmp_path)
     monkeypatch.setattr(vpr_table, "ROOT", tmp_path)
     monkeypatch.setattr(vpr_table, "RUNS", tmp_path / "none")
     vpr_table.report()
     text = (tmp_path / "vpr.md").read_text()
-    assert "| vpr | 1, 2 | 0.550 ± 0.050 | 0.750 ± 0.000 |" in text and "Oracle play: success 1.000" in text
-    assert json.loads((tmp_path / "vpr.json").read_text()) == known
-    assert vpr_table.estimate(runs[:1], "success") == pytest.approx((0.5, 0.03125))
+    assert "| vpr | 1, 2 | 0.550 ± 0.050 | 0.750 ± 0.027 |" in text and "Oracle play: success 1.000" in text
+    written = json.loads((tmp_path / "vpr.json").read_text())
+    assert written == known and list(written) == ["sudoku-8", "minesweeper"]
+    # Of one seed, that of the boards; of seeds that agree, too.
+    for alone in (runs[:1], runs[:1] * 3):
+        assert vpr_table.estimate(alone, "success") == pytest.approx((0.5, 0.0312), abs=1e-4)
 
 
 def test_a_difference_beyond_two_standard_errors_is_marked() -> None:
