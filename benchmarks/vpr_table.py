@@ -308,8 +308,44 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(results: Mapping[str, Any], file: Path) -> None:
+    """Success against the number of blanks, a line a method with its standard errors, a dot a seed, as SVG.
+
+    Raises:
+        ImportError: without matplotlib (the extra ``plots``).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sudoku = {SETTINGS[name].blanks: entry for name, entry in results.items() if SETTINGS[name].blanks is not None}
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
+    for number, method in enumerate(_ARMS):
+        runs_of = {
+            blanks: [run for run in sudoku[blanks]["runs"] if run["method"] == method] for blanks in sorted(sudoku)
+        }
+        points = {blanks: estimate(runs, "success") for blanks, runs in runs_of.items() if runs}
+        if points:
+            aside = [blanks + 0.12 * (number - len(_ARMS) // 2) for blanks in points]  # so that all can be seen
+            means, errors = zip(*points.values(), strict=True)
+            line = axis.errorbar(aside, means, errors, label=method, capsize=3)
+            for place, blanks in zip(aside, points, strict=True):
+                found = [run["success"] for run in runs_of[blanks]]
+                axis.plot([place] * len(found), found, ".", color=line[0].get_color(), markersize=4)
+    start = {blanks: sudoku[blanks]["start"]["success"] for blanks in sorted(sudoku)}
+    axis.plot(list(start), list(start.values()), ":", color="grey", label="start")
+    axis.set_xticks(list(start))
+    axis.set_xlabel("blanks of a 4x4 Sudoku, which is the number of turns")
+    axis.set_ylabel("success, held-out boards")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def report() -> None:
-    """Writes docs/results/vpr.json and vpr.md from the finished runs, and from what is known of others."""
+    """Writes docs/results/vpr.json, vpr.md and vpr.svg from the finished runs, and from what is known of others."""
     file = RESULTS / "vpr.json"
     results = with_known(collect(), json.loads(file.read_text()) if file.is_file() else {}, list(METHODS))
     if not any(entry["runs"] for entry in results.values()):
@@ -317,7 +353,15 @@ def report() -> None:
     results = {setting: results[setting] for setting in SETTINGS if setting in results}
     file.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "vpr.md").write_text(render(results))
-    print("wrote", file.relative_to(ROOT), "and vpr.md")
+    written = ["vpr.md"]
+    if any(SETTINGS[setting].blanks is not None for setting in results):
+        try:
+            plot(results, RESULTS / "vpr.svg")
+        except ImportError:
+            print("no plot: matplotlib is missing; pip install '.[plots]'", file=sys.stderr)
+        else:
+            written.append("vpr.svg")
+    print("wrote", file.relative_to(ROOT), *written)
 
 
 def main() -> None:

@@ -141,7 +141,9 @@ def test_an_erring_oracle_is_written_beside_its_run(tmp_path: Path, monkeypatch:
     assert not any("agent_loop" in word for word in vpr_table.Run("sudoku-8", "vpr", 1).overrides())
 
 
-def test_the_report_keeps_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_keeps_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     numbers = {"success": 0.5, "completion": 0.75, "oracle_rate": 0.75, "invalid": 0.0, "oracle_error": 0.0}
     start = {**numbers, "ceiling_success": 1.0, "ceiling_completion": 1.0}
     runs = [
@@ -164,6 +166,7 @@ def test_the_report_keeps_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     vpr_table.report()
     text = (tmp_path / "vpr.md").read_text()
     assert "| vpr | 1, 2 | 0.550 ± 0.050 | 0.750 ± 0.027 |" in text and "Oracle play: success 1.000" in text
+    assert "no plot" not in capsys.readouterr().err and "<!-- vpr -->" in (tmp_path / "vpr.svg").read_text()
     written = json.loads((tmp_path / "vpr.json").read_text())
     assert written == known and list(written) == ["sudoku-8", "minesweeper"]
     # Of one seed, that of the boards; of seeds that agree, too.
