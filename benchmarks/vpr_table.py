@@ -319,11 +319,15 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sudoku = {SETTINGS[name].blanks: entry for name, entry in results.items() if SETTINGS[name].blanks is not None}
+    sudoku: dict[int, Any] = {}
+    for name, entry in results.items():
+        if (number_of_blanks := SETTINGS[name].blanks) is not None:
+            sudoku[number_of_blanks] = entry
+    sudoku = dict(sorted(sudoku.items()))
     figure, axis = pyplot.subplots(figsize=(6.4, 4.2))
     for number, method in enumerate(_ARMS):
         runs_of = {
-            blanks: [run for run in sudoku[blanks]["runs"] if run["method"] == method] for blanks in sorted(sudoku)
+            blanks: [run for run in entry["runs"] if run["method"] == method] for blanks, entry in sudoku.items()
         }
         points = {blanks: estimate(runs, "success") for blanks, runs in runs_of.items() if runs}
         if points:
@@ -333,7 +337,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
             for place, blanks in zip(aside, points, strict=True):
                 found = [run["success"] for run in runs_of[blanks]]
                 axis.plot([place] * len(found), found, ".", color=line[0].get_color(), markersize=4)
-    start = {blanks: sudoku[blanks]["start"]["success"] for blanks in sorted(sudoku)}
+    start = {blanks: entry["start"]["success"] for blanks, entry in sudoku.items()}
     axis.plot(list(start), list(start.values()), ":", color="grey", label="start")
     axis.set_xticks(list(start))
     axis.set_xlabel("blanks of a 4x4 Sudoku, which is the number of turns")
