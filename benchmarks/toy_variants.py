@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from verl.utils.siop.credit.batch import Cluster, CreditBatch
-from verl.utils.siop.credit.methods import cluster_of, query_agreement
+from verl.utils.siop.credit.methods import pay_gains, process, query_agreement
 from verl.utils.siop.siop_process_reward import GroupRewards, register_credit
 
 
@@ -34,19 +34,6 @@ def set_by_weight(questions: Sequence[Sequence[Cluster]], weight_of: Callable[[C
             cluster.target = weight / total if total > 0 else cluster.mass
 
 
-async def _siop(batch: CreditBatch, questions: list[list[Cluster]], end_weight: float | None = None) -> GroupRewards:
-    """SIOP's rewards with the targets that are set; with an end weight, the aligned end."""
-    clusters = cluster_of(questions)
-    support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
-    rewards = {}
-    for index, cluster in clusters.items():
-        values = support.get(index, [0.0, 0.0])
-        end = 1.0 if end_weight is None else end_weight * (max(values) - values[0])
-        rewards[index] = [cluster.target * gain for gain in batch.gains(values)]
-        rewards[index][-1] += (1 - batch.config.siop_lambda) * cluster.target * end
-    return batch.result(rewards, questions, support)
-
-
 async def _by_path(batch: CreditBatch, weigh: Callable[[list[float]], float]) -> GroupRewards:
     questions = await batch.clusters()
     weights: Mapping[int, float] = {
@@ -55,7 +42,7 @@ async def _by_path(batch: CreditBatch, weigh: Callable[[list[float]], float]) ->
         for index, agreement in query_agreement(batch, members).items()
     }
     set_by_weight(questions, lambda cluster: math.fsum(weights[index] for index in cluster.members))
-    return await _siop(batch, questions)
+    return await pay_gains(batch, questions)
 
 
 @register_credit("vote_path")
@@ -91,7 +78,7 @@ async def vote_judge(batch: CreditBatch) -> GroupRewards:
             values = [support[index] for index in members if index in support]
             brought[key] = math.fsum(max(0.0, after[-1] - after[0]) for after in values)
     set_by_weight(questions, lambda cluster: brought.get(cluster.members[0], 0.0))
-    return await _siop(batch, questions)
+    return await pay_gains(batch, questions)
 
 
 @register_credit("aligned")
@@ -110,6 +97,9 @@ async def aligned_end4(batch: CreditBatch) -> GroupRewards:
 
 
 async def _aligned(batch: CreditBatch, end_weight: float) -> GroupRewards:
-    questions = await batch.clusters()
-    await batch.set_targets(questions)
-    return await _siop(batch, questions, end_weight)
+    result = await process(batch)
+    for rewards, target, support in zip(result.turn_rewards, result.target_mass, result.support, strict=True):
+        if rewards:
+            found = max(support) - support[0] if support else 0.0
+            rewards[-1] += (1 - batch.config.siop_lambda) * target * (end_weight * found - 1)
+    return result

@@ -20,7 +20,12 @@ async def process(batch: CreditBatch) -> GroupRewards:
     """SIOP: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c); with one turn that alone (arXiv 2605.04984)."""
     questions = await batch.clusters()
     await batch.set_targets(questions)
-    clusters = cluster_of(questions)
+    return await pay_gains(batch, questions)
+
+
+async def pay_gains(batch: CreditBatch, questions: list[list[Cluster]]) -> GroupRewards:
+    """The rewards of :func:`process` with the targets that the clusters have."""
+    clusters = _cluster_of(questions)
     support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
     rewards = {}
     for index, cluster in clusters.items():
@@ -79,12 +84,12 @@ async def query_consensus(batch: CreditBatch) -> GroupRewards:
     support: dict[int, list[float]] = {}
     if batch.config.siop_consensus_terminal == "support":
         await batch.set_targets(questions)
-        clusters = cluster_of(questions)
+        clusters = _cluster_of(questions)
         support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
         for index, values in support.items():
             rewards[index][-1] += clusters[index].target * math.fsum(batch.gains(values))
     else:
-        for index, cluster in cluster_of(questions).items():
+        for index, cluster in _cluster_of(questions).items():
             cluster.target = cluster.mass
             rewards[index][-1] += cluster.mass
     return batch.result(rewards, questions, support)
@@ -202,6 +207,6 @@ def _finite(value: object, what: str) -> float:
     return number
 
 
-def cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:
+def _cluster_of(questions: list[list[Cluster]]) -> dict[int, Cluster]:
     """Rollout index -> its cluster."""
     return {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}
