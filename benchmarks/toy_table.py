@@ -106,6 +106,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("ablation=grpo",),
     "ttrl": ("ablation=ttrl",),
     "igpo": ("ablation=igpo",),
+    "igpo-before-answer": ("ablation=igpo", "algorithm.siop_boundary=before_answer"),
     "siop-prob": ("ablation=siop", "algorithm.siop_gain=prob"),
     "siop-log": ("ablation=siop", "algorithm.siop_gain=log"),
     "siop-assistant": ("ablation=siop", "algorithm.siop_boundary=assistant"),
@@ -154,7 +155,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
 def _bare(name: str) -> bool:
     """Whether it was measured before contexts were opened; these stay comparable with each other."""
     return (name.startswith("siop-") and name not in ("siop-observation", "siop-noise")) or name in (
-        "igpo",
+        "igpo-before-answer",
         "matchtir",
         "pure",
         "a2tgpo",

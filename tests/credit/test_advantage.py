@@ -440,6 +440,28 @@ def test_bad_input_is_named() -> None:
             compute_siop_advantage(rewards, mask, index=index, config={"norm_adv_by_std_in_grpo": scale})
 
 
+@pytest.mark.parametrize("value", [math.nan, 0.5, 2.0, -1.0])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(value: float) -> None:
+    rewards, mask, index = batch_of([[1.0, 2.0], [2.0, 0.5]], ["a", "a"])
+    mask = mask.to(torch.float32)
+    mask[1, 0] = value
+    with pytest.raises(AdvantageInputError, match="response_mask holds numbers other than 0 and 1"):
+        compute_siop_advantage(rewards, mask, index=index)
+
+
+@pytest.mark.parametrize("keys", [{}, {"siop_advantage_mode": "broadcast"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool])
+def test_tensors_of_any_precision_are_taken(dtype: torch.dtype, keys: dict[str, Any]) -> None:
+    rewards, mask, index = batch_of([[1.0, 2.0], [2.0, 0.5], [4.0]], ["a", "a", "a"])
+    expected = compute_siop_advantage(rewards, mask, index=index, config=keys)
+    given = rewards if dtype == torch.bool else rewards.to(dtype)
+    found = compute_siop_advantage(given, mask.to(dtype), index=index, config=keys)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs)
+    placed = place_turn_rewards([[1.0, 2.0], [3.0]], torch.tensor([[1, 0, 1], [1, 1, 0]]).to(dtype))
+    assert placed.tolist() == [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "keys",

@@ -317,6 +317,20 @@ def test_trace_is_that_of_the_paper(data: st.DataObject) -> None:
         assert ours == pytest.approx(paper, abs=1e-4)
 
 
+@pytest.mark.parametrize("keys", [{"siop_baseline": "trace"}, {"siop_baseline": "turn_group"}])
+def test_f1_has_none_of_the_scorers_noise(keys: dict[str, Any]) -> None:
+    # One rollout of eight is right in part; the scorer is as noisy as one in bf16.
+    rewards = [[0.0, 0.0, 0.4 * (row == 0)] for row in range(8)]
+    keys = {"siop_use_gold_ref": True, "siop_gain": "gap", "siop_boundary": "observation", **keys}
+    exact = advantages_of(rewards, ["a"] * 8, siop_scorer_noise=0.0, **keys)
+    assert advantages_of(rewards, ["a"] * 8, siop_scorer_noise=3e-3, **keys) == exact
+    assert exact[0][-1] == pytest.approx(math.sqrt(7), abs=1e-3)
+    # Without a gold reference the last turn has a gain in its reward, and so the noise.
+    rewards = [[0.0, 0.0, 1e-3 * (row == 0)] for row in range(8)]
+    found = advantages_of(rewards, ["a"] * 8, siop_scorer_noise=3e-3, siop_baseline=keys["siop_baseline"])
+    assert found == [[0.0] * 3] * 8
+
+
 def test_trace_refuses_another_return() -> None:
     with pytest.raises(SiopConfigError, match="siop_return='min' is not allowed with siop_baseline='trace'"):
         SiopConfig(siop_baseline="trace", siop_return="min")

@@ -48,6 +48,16 @@ MISTRAL = (
     "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
 )
 
+GPT_OSS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') "
+    "+ '<|message|>' + m.content + ('<|return|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+# Writes an empty thought before the answers of a conversation, and leaves thinking to the model.
+KIMI = CHATML.replace("m.content", "('<think></think>' if m.role == 'assistant' else '') + m.content").replace(
+    "THINK", ""
+)
+
 
 def tokenizer_of(template):
     tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
@@ -74,6 +84,8 @@ def rendered(tokenizer, **options):
         (DEEPSEEK, {"thinking": True}, DONE_THINKING, "\n</answer><|im_end|>"),
         (LLAMA, {}, "<answer>\n", "\n</answer><|eot|>"),
         (MISTRAL, {}, "<answer>\n", "\n</answer></s>"),
+        (GPT_OSS, {}, "<|channel|>final<|message|><answer>\n", "\n</answer><|return|>"),
+        (KIMI, {}, f"<think>\n{DONE_THINKING}", "\n</answer><|im_end|>"),
         (None, {}, "<answer>\n", "\n</answer>"),
     ],
     ids=[
@@ -86,6 +98,8 @@ def rendered(tokenizer, **options):
         "deepseek thinking",
         "llama",
         "mistral",
+        "gpt-oss",
+        "kimi",
         "none",
     ],
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from golden_cases import GoldenScorer, golden, golden_rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +27,7 @@ from method_helpers import (
     search_rollout,
     tool_result,
 )
+from verl.trainer.siop.advantage import compute_siop_advantage
 from verl.utils.reward_score.siop_reward import place_turn_rewards
 from verl.utils.siop.credit.batch import CreditBatch
 from verl.utils.siop.credit.metrics import group_metrics
@@ -331,6 +335,22 @@ def test_igpo_gold_is_the_only_reference() -> None:
     assert group_metrics(rewards, batch, SiopConfig(siop_use_gold_ref=True))["siop/no_answer"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(
+    ("boundary", "expected"),
+    [("observation", [[0.0, 0.9, 1.0], [0.9, 1.0]]), ("before_answer", [[0.0, 0.0, 1.0], [0.0, 1.0]])],
+)
+def test_igpo_pays_a_search_for_its_own_result(boundary: str, expected: list[list[float]]) -> None:
+    class Knows(Scorer):
+        async def support(self, requests: Sequence[SupportRequest]) -> list[list[list[float]]]:
+            texts = [[byte_tokenizer().decode(r.response_ids[:end]) for end in r.boundaries] for r in requests]
+            return [[[math.log(0.95 if "It is Paris" in text else 0.05)] for text in of] for of in texts]
+
+    found = ["nothing", "It is Paris."]
+    batch = [search_rollout("a", "Paris", results, gold=["Paris"]) for results in (found, found[1:])]
+    rewards = run(batch, Knows(), siop_use_gold_ref=True, siop_gain="prob", siop_boundary=boundary)
+    assert [[pytest.approx(value) for value in row] for row in expected] == rewards.turn_rewards
+
+
 @pytest.mark.parametrize("gold", [None, [], [" "]])
 def test_igpo_without_a_label_is_refused(gold: list[str] | None) -> None:
     with pytest.raises(RolloutError, match="'a' has none"):
@@ -454,6 +474,22 @@ def test_all_agree() -> None:
     rewards = run(batch, siop_reward_mode="cluster_frequency")
     assert rewards.turn_rewards == [[0.0, 1.0]] * 4
     assert metrics_of(batch, rewards)["siop/zero_variance_groups"] == 1.0
+
+
+@pytest.mark.parametrize("keys", [{"siop_baseline": "turn_index"}, {"siop_advantage_mode": "broadcast"}, {}])
+def test_a_group_that_the_noise_floor_takes_to_zero_counts_as_zero_variance(keys: dict[str, Any]) -> None:
+    # One rollout of eight differs by six times the noise; the standard deviation is less than five times it.
+    batch = [search_rollout("a", "Paris", ["Doc"]) for _ in range(8)]
+    rewards = replace(run(batch), turn_rewards=[[0.0, 6e-3 * (row == 0)] for row in range(8)])
+    token_rewards = place_turn_rewards(rewards.turn_rewards, [torch.tensor(rollout.response_mask) for rollout in batch])
+    mask = torch.tensor([rollout.response_mask for rollout in batch])
+    keys = {**keys, "siop_scorer_noise": 1e-3}
+    for scale in (True, False):
+        advantages, _ = compute_siop_advantage(
+            torch.stack(list(token_rewards)), mask, np.array(["a"] * 8), {**keys, "norm_adv_by_std_in_grpo": scale}
+        )
+        found = group_metrics(rewards, batch, SiopConfig(**keys), scale=scale)["siop/zero_variance_groups"]
+        assert found == float(not advantages.any())
 
 
 def test_a_group_counts_as_zero_variance_only_if_it_gives_no_update() -> None:

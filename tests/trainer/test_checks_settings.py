@@ -125,6 +125,9 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"algorithm.siop_scorer_noise": 0.1, "algorithm.siop_reward_mode": "verifiable"}, "measures no support"),
     ({"algorithm.siop_baseline": "pooled", "algorithm.siop_advantage_mode": "broadcast"}, "siop_advantage_mode=broad"),
     ({"algorithm.siop_return": "min", "algorithm.siop_enable_two_pass": False}, "siop_enable_two_pass=false"),
+    ({"algorithm.gamma": 0.5, "algorithm.siop_advantage_mode": "broadcast"}, "set it to 1.0"),
+    ({"algorithm.gamma": 0.5, "algorithm.siop_enable_two_pass": False}, "siop_enable_two_pass=false"),
+    ({"algorithm.siop_boundary": "assistant", "algorithm.siop_use_gold_ref": True}, "set it to observation"),
     ({"algorithm.siop_lambda": 0.3, **GRPO}, "algorithm.adv_estimator=grpo"),
 ]  # fmt: skip
 
@@ -173,6 +176,10 @@ def test_every_row_of_the_table_is_tried() -> None:
         | {f"{ROLLOUT}.name": "vllm"},
         {"algorithm.siop_turn_weight": 0.5, "algorithm.siop_baseline": "turn_group"},
         {"algorithm.siop_epsilon": 1e-4, "algorithm.siop_gain": "log"},
+        {"algorithm.siop_boundary": "assistant"},
+        {"algorithm.siop_boundary": "observation", "algorithm.siop_use_gold_ref": True},
+        {"algorithm.gamma": 0.5},
+        {"algorithm.gamma": 0.5, **GRPO},
         # texts around a reference belong to a model, and stand in an experiment's settings for all methods
         {"algorithm.siop_reference_prefix": "<answer> ", "algorithm.siop_reward_mode": "majority_binary"},
     ],

@@ -114,7 +114,7 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
         ("empo", {"siop_reward_mode": "cluster_frequency", "siop_advantage_mode": "broadcast"}),
         ("ttrl", {"siop_reward_mode": "majority_binary", "siop_advantage_mode": "broadcast"}),
         ("grpo", {}),
-        ("igpo", {"siop_use_gold_ref": True, "siop_gain": "prob"}),
+        ("igpo", {"siop_use_gold_ref": True, "siop_gain": "prob", "siop_boundary": "observation"}),
         (
             "query_consensus",
             {"siop_reward_mode": "query_consensus", "siop_consensus_terminal": "support", "siop_gain": "prob"},

@@ -178,7 +178,8 @@ def compute_siop_advantage(
         Advantages and returns-to-go, [B, L] float32, 0 outside the mask. Computed in double precision.
 
     Raises:
-        AdvantageInputError: no uids, shapes that do not match, or rewards that are not finite.
+        AdvantageInputError: no uids, shapes that do not match, rewards that are not finite, or a mask of other numbers
+            than 0 and 1.
         SiopConfigError: a wrong ``siop_*`` key or value, a wrong ``gamma`` or ``norm_adv_by_std_in_grpo``, or a trainer
             that writes no turn rewards.
     """
@@ -199,10 +200,14 @@ def compute_siop_advantage(
         else options.get("norm_adv_by_std_in_grpo", True),
     )
 
-    spans = _Spans(response_mask.cpu().numpy() != 0)
+    if not ((response_mask == 0) | (response_mask == 1)).all():
+        raise AdvantageInputError("response_mask holds numbers other than 0 and 1")
+    spans = _Spans((response_mask != 0).cpu().numpy())
     if not len(spans.starts_N):
         zeros_BL = torch.zeros_like(token_level_rewards, dtype=torch.float32)
         return zeros_BL, zeros_BL.clone()
+    if token_level_rewards.dtype == torch.bfloat16:  # which numpy has not
+        token_level_rewards = token_level_rewards.float()
     rewards_BL = token_level_rewards.cpu().numpy()
     broken = spans.rows[~np.isfinite(rewards_BL).all(axis=1)[spans.rows]]
     if len(broken):

@@ -209,7 +209,12 @@ class SiopTrainer(SupervisedTrainer):
         labels = column(data, "reward_model")
         metrics.update(
             group_metrics(
-                rewards, [rollouts[row] for row in kept], self.siop, self.gamma, [self._gold(labels[r]) for r in kept]
+                rewards,
+                [rollouts[row] for row in kept],
+                self.siop,
+                self.gamma,
+                [self._gold(labels[r]) for r in kept],
+                bool(self.config.algorithm.norm_adv_by_std_in_grpo),
             )
         )
         metrics["siop/dropped_groups"] = float(len(dropped))

@@ -97,12 +97,11 @@ def turn_spans(mask_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> torch.Tensor:
-    mask = mask_BL.cpu().numpy()
-    assistant = mask == 1
-    if np.count_nonzero(assistant) != np.count_nonzero(mask):
+    if not ((mask_BL == 0) | (mask_BL == 1)).all():
         raise RolloutError("a response mask holds only 0 and 1")
+    assistant = (mask_BL == 1).cpu().numpy()
     rows_N, _, ends_N = turn_spans(assistant)
-    turns = np.bincount(rows_N, minlength=len(mask))
+    turns = np.bincount(rows_N, minlength=len(assistant))
     given = np.array([len(rewards) for rewards in turn_rewards], dtype=int)
     wrong = np.flatnonzero((given > 0) & (given != turns))
     if len(wrong):
@@ -114,9 +113,9 @@ def _placed(turn_rewards: Sequence[Sequence[float]], mask_BL: torch.Tensor) -> t
     if len(beyond):
         row = rows_N[rewarded_N][beyond[0]]
         raise RolloutError(f"rollout {row} has a turn reward that is no finite number in float32: {values[beyond[0]]}")
-    placed = np.zeros(mask.size, dtype=np.float32)
+    placed = np.zeros(assistant.size, dtype=np.float32)
     placed[ends_N[rewarded_N] - 1] = values
-    return torch.from_numpy(placed.reshape(mask.shape)).to(mask_BL.device)
+    return torch.from_numpy(placed.reshape(assistant.shape)).to(mask_BL.device)
 
 
 def place_turn_rewards(

@@ -8,7 +8,7 @@ from typing import Any
 from verl.trainer.siop.checks.policy import Policy
 from verl.trainer.siop.rollouts.tool_calls import FORMS
 from verl.utils.siop.credit.config import AUTO, SiopConfig
-from verl.utils.siop.credit.probe import Prober
+from verl.utils.siop.credit.probe import Prober, turn_form
 from verl.utils.siop.data.chat import (
     MULTI_TURN,
     Messages,
@@ -42,7 +42,7 @@ def check_round_trips(policy: Policy, siop: SiopConfig | None, sample: str, warn
     """
     if policy.scores_itself:
         return f"action tags{_check_action_tags(policy)}; the agent loop {policy.agent} scores rollouts itself"
-    tags = "answer tags" + _check_answer_tags(policy, siop, sample)
+    tags = "answer tags" + _check_answer_tags(policy, siop, sample, warn)
     if not policy.calls_tools:
         return f"{tags}; what the agent loop {policy.agent} calls is not known"
     parsers = tool_parsers()
@@ -93,7 +93,7 @@ def example_call(form: str, name: str, arguments: dict[str, Any]) -> str | None:
     return example(name, arguments) if example else None
 
 
-def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> str:
+def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str, warn: Callable[[str], None]) -> str:
     """How references are probed, as text that goes on after "answer tags"; empty if none is scored."""
     tokenizer = policy.tokenizer
     ids = tokenizer(f"<answer> {sample} </answer>", add_special_tokens=False)["input_ids"]
@@ -116,6 +116,13 @@ def _check_answer_tags(policy: Policy, siop: SiopConfig | None, sample: str) -> 
         raise SiopConfigError(
             f"algorithm.siop_reference_prefix={prefix!r} has words that the tokenizer of {policy.path} does not know, "
             "so that references would be scored after a text without meaning; take words of its vocabulary"
+        )
+    form = turn_form(tokenizer)
+    if form is not None and not form.header and siop.siop_probe_opening and siop.siop_boundary != "observation":
+        warn(
+            f"the chat template of {policy.path} writes nothing before a turn of the assistant: with algorithm."
+            f"siop_boundary={siop.siop_boundary} support between the turns is measured right after the end of a turn, "
+            f"{form.end.strip()!r}, where the model never answers; siop_boundary=observation measures it after results"
         )
     found = " (by the chat template)" if AUTO in (siop.siop_reference_prefix, siop.siop_reference_suffix) else ""
     return f", probes as {prefix + '…' + suffix!r}{found}"

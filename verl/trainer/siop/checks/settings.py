@@ -74,6 +74,11 @@ def _adapts(config: DictConfig) -> bool:
     return bool(config.algorithm.use_kl_in_reward and config.algorithm.kl_ctrl.type == "adaptive")
 
 
+def _by_outcome(config: DictConfig) -> bool:
+    keys = config.algorithm
+    return _siop(config) and (keys.siop_advantage_mode == "broadcast" or not keys.siop_enable_two_pass)
+
+
 def _on_cpu(config: DictConfig) -> bool:
     return config.actor_rollout_ref.rollout.name == "hf_cpu"
 
@@ -122,6 +127,12 @@ REFUSALS: tuple[Refusal, ...] = (
             "would train a critic that algorithm.adv_estimator=siop does not ask; set it to null"),
     Refusal("algorithm.lam", lambda lam, c: lam != 1 and _siop(c),
             "has no effect with algorithm.adv_estimator=siop, which has no such parameter; set it to 1.0"),
+    Refusal("algorithm.gamma", lambda gamma, c: gamma != 1 and _by_outcome(c),
+            "has no effect with siop_advantage_mode=broadcast (or siop_enable_two_pass=false), which compares the sums "
+            "of the turn rewards; set it to 1.0"),
+    Refusal("algorithm.siop_boundary", lambda x, c: x == "assistant" and _siop(c) and c.algorithm.siop_use_gold_ref,
+            "has no effect with siop_use_gold_ref=true, which leaves out the answering turn's gain, in which alone "
+            "it differs from before_answer; set it to observation, as IGPO and TRACE have it, or to before_answer"),
     Refusal("algorithm.use_pf_ppo", lambda on, c: on and c.algorithm.adv_estimator != "gae",
             "has an effect with algorithm.adv_estimator=gae only; set it to false"),
     Refusal("algorithm.pf_ppo.reweight_method", lambda x, c: x != "pow" and not c.algorithm.use_pf_ppo,

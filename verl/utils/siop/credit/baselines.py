@@ -61,6 +61,11 @@ class Turns:
         return self.config.reward_noise
 
     @property
+    def outcome_noise(self) -> float:
+        """That in the reward of a last turn, which is F1 with a gold reference, and exact."""
+        return 0.0 if self.config.siop_use_gold_ref else self.noise
+
+    @property
     def at(self) -> tuple[np.ndarray, np.ndarray]:
         """Row and turn of the N turns that exist."""
         rows_N, turns_N = np.nonzero(self.reached_BT)
@@ -221,8 +226,10 @@ def turn_group(turns: Turns) -> np.ndarray:
     gain_BT = np.zeros_like(turns.rewards_BT)
     if before_last_BT.any():
         key_N = turns.group_and_turn_BT[before_last_BT]
-        gain_BT[before_last_BT] = _population_normalised(turns.rewards_BT[before_last_BT], key_N, turns)
-    outcome_B = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns)
+        gain_BT[before_last_BT] = _population_normalised(
+            turns.rewards_BT[before_last_BT], key_N, turns.scale, turns.noise
+        )
+    outcome_B = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns.scale, turns.outcome_noise)
     sum_BT = gain_BT
     for turn in range(gain_BT.shape[1] - 2, -1, -1):
         sum_BT[:, turn] += turns.gamma * sum_BT[:, turn + 1]
@@ -241,7 +248,8 @@ def trace(turns: Turns) -> np.ndarray:
     gamma = .8. Not scaled any further.
     """
     last_BT = turns.last_BT
-    outcome_B1 = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns)[:, None]
+    outcome_B = _population_normalised(turns.rewards_BT[last_BT], turns.group_B, turns.scale, turns.outcome_noise)
+    outcome_B1 = outcome_B[:, None]
     left_BT = np.where(turns.reached_BT, turns.reached_BT.sum(axis=1)[:, None] - 1 - np.arange(last_BT.shape[1]), 0)
     gain_BT = np.where(left_BT > 0, turns.rewards_BT, 0.0)
     sum_BT, weight_BT = np.zeros_like(gain_BT), np.zeros_like(gain_BT)
@@ -253,11 +261,11 @@ def trace(turns: Turns) -> np.ndarray:
     return np.where(turns.reached_BT, outcome_B1 + turns.config.siop_turn_weight * credit_BT, 0.0)
 
 
-def _population_normalised(values_N: np.ndarray, group_N: np.ndarray, turns: Turns) -> np.ndarray:
+def _population_normalised(values_N: np.ndarray, group_N: np.ndarray, scale: bool, noise: float) -> np.ndarray:
     groups = int(group_N.max()) + 1
     centred_N = _centred(values_N, group_N, groups)
-    if not turns.scale:
+    if not scale:
         return centred_N
     variance = _variance(centred_N, group_N, groups, lost=0)
     normalised_N = centred_N / (np.sqrt(variance + 1e-8) + STD_FLOOR)[group_N]
-    return normalised_N * signal(np.sqrt(variance), turns.noise)[group_N]
+    return normalised_N * signal(np.sqrt(variance), noise)[group_N]

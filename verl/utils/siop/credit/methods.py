@@ -140,6 +140,9 @@ async def gold_reference(batch: CreditBatch) -> GroupRewards:
     does not depend on what is answered in the end. The last turn: token F1 of the answer with the gold aliases, 0
     without an answer, instead of a gain and of (1 − lambda)·q. No clusters are needed, so none are asked for.
 
+    The paper's gain of a search has its own result in it, so the presets set ``siop_boundary=observation``. With
+    ``before_answer`` a result counts one turn later, and that of the last search, next to the answer, nowhere.
+
     Raises:
         RolloutError: a rollout has no gold answer, or something else than a list of texts.
     """

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from verl.utils.siop.credit.answers import exact_match
-from verl.utils.siop.credit.baselines import NOISE_STDS, STD_FLOOR, Turns
+from verl.utils.siop.credit.baselines import NOISE_STDS, STD_FLOOR, Turns, signal
 from verl.utils.siop.credit.config import SiopConfig
 from verl.utils.siop.credit.registry import BASELINES
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout
@@ -22,6 +22,7 @@ def group_metrics(
     config: SiopConfig,
     gamma: float = 1.0,
     labels: Sequence[Sequence[str]] | None = None,
+    scale: bool = True,
 ) -> dict[str, float]:
     """Metrics of a batch; a key whose mean would run over nothing is left out.
 
@@ -31,13 +32,13 @@ def group_metrics(
         config: the configuration it was computed with.
         gamma: discount of the return-to-go.
         labels: the gold answers of each rollout's question, empty where there are none; None if nobody looked.
+        scale: whether the update divides advantages by a standard deviation (``norm_adv_by_std_in_grpo``).
 
     Returns:
         - ``siop/groups``: questions; ``siop/turns/mean``: assistant turns of a rollout
         - ``siop/no_answer``: share of rollouts without an answer (not of a method that reads none)
         - ``siop/zero_variance_groups``: share of questions whose advantages are all within the scorer's noise (and
-          rounding), so that
-          they give no update
+          rounding), or that the noise floor has taken to 0, so that they give no update
         - ``siop/clusters_per_group``: mean over questions; ``siop/cluster_entropy``: entropy of the masses in nats,
           mean over questions with an answer (both only where the method clusters)
         - ``siop/heaviest_cluster_right``: share of the questions with a label whose heaviest cluster (largest target,
@@ -55,7 +56,7 @@ def group_metrics(
     for index, rollout in enumerate(rollouts):
         groups.setdefault(rollout.uid, []).append(index)
     num_turns = [len(get_assistant_turn_ranges(rollout.response_mask)) for rollout in rollouts]
-    updated = _rows_with_an_update(rewards.turn_rewards, num_turns, groups.values(), config, gamma)
+    updated = _rows_with_an_update(rewards.turn_rewards, num_turns, groups.values(), config, gamma, scale)
     values: dict[str, list[float]] = {
         "turns/mean": list(map(float, num_turns)),
         "no_answer": [not answer for answer in rewards.answers] if config.needs_scorer else [],
@@ -102,13 +103,15 @@ def _heaviest_right(
     return right
 
 
-def _turns(rows: Sequence[Sequence[float]], group_B: np.ndarray, config: SiopConfig, gamma: float) -> Turns:
-    """Rows of turn rewards, each of one turn or more, as the baselines take them; advantages are not scaled."""
+def _turns(
+    rows: Sequence[Sequence[float]], group_B: np.ndarray, config: SiopConfig, gamma: float, scale: bool = False
+) -> Turns:
+    """Rows of turn rewards, each of one turn or more, as the baselines take them."""
     turns_B = np.array([len(row) for row in rows])
     reached_BT = np.arange(turns_B.max())[None, :] < turns_B[:, None]
     rewards_BT = np.zeros(reached_BT.shape)
     rewards_BT[reached_BT] = [reward for row in rows for reward in row]
-    return Turns(rewards_BT, reached_BT, group_B, gamma, scale=False, config=config)
+    return Turns(rewards_BT, reached_BT, group_B, gamma, scale, config)
 
 
 def _rows_with_an_update(
@@ -117,13 +120,21 @@ def _rows_with_an_update(
     groups: Collection[Sequence[int]],
     config: SiopConfig,
     gamma: float,
+    scale: bool,
 ) -> set[int]:
-    """The rollouts of which some turn has an advantage that is more than the scorer's noise, and than rounding."""
-    floor = max(NOISE_STDS * config.reward_noise, STD_FLOOR)
+    """The rollouts of which some turn has an advantage that is more than the scorer's noise and than rounding, and is
+    left by the noise floor (:func:`~verl.utils.siop.credit.baselines.signal`) where it is scaled."""
+    noise = config.reward_noise
+    floor = max(NOISE_STDS * noise, STD_FLOOR)
     if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
         sums = [math.fsum(row) for row in turn_rewards]
         with_turns = [[row for row in members if num_turns[row]] for members in groups]
-        return {row for rows in with_turns if _spread([sums[row] for row in rows]) > floor for row in rows}
+        return {
+            row
+            for rows in with_turns
+            if _differ([sums[row] for row in rows], floor, noise if scale else 0.0)
+            for row in rows
+        }
     group_of = {row: number for number, members in enumerate(groups) for row in members}
     kept = [row for row, number in enumerate(num_turns) if number]
     if not kept:
@@ -131,17 +142,19 @@ def _rows_with_an_update(
     if config.siop_baseline == "pooled":  # which has no other floor
         floor = STD_FLOOR
     rows = [turn_rewards[row] or [0.0] * num_turns[row] for row in kept]
-    turns = _turns(rows, np.unique([group_of[row] for row in kept], return_inverse=True)[1], config, gamma)
-    return {
-        row
-        for row, values_T in zip(kept, BASELINES[config.siop_baseline](turns), strict=True)
-        if (abs(values_T) > floor).any()
-    }
+    group_B = np.unique([group_of[row] for row in kept], return_inverse=True)[1]
+    baseline = BASELINES[config.siop_baseline]
+    beyond_BT = abs(baseline(_turns(rows, group_B, config, gamma))) > floor
+    if scale:
+        beyond_BT &= abs(baseline(_turns(rows, group_B, config, gamma, scale=True))) > STD_FLOOR
+    return {row for row, beyond_T in zip(kept, beyond_BT, strict=True) if beyond_T.any()}
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Largest difference; of a single value that from 0, with which GRPO compares it."""
-    return max(values) - min(values) if len(values) > 1 else abs(math.fsum(values))
+def _differ(totals: Sequence[float], floor: float, noise: float) -> bool:
+    """Whether GRPO's advantages of these totals are an update; a single one is compared with nothing, and is itself."""
+    if len(totals) < 2:
+        return abs(math.fsum(totals)) > floor
+    return max(totals) - min(totals) > floor and bool(signal(np.std(totals, ddof=1), noise) > 0)
 
 
 def _returns_by_turn(turn_rewards: Sequence[Sequence[float]], config: SiopConfig, gamma: float) -> list[list[float]]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ANSWER = "<answer>\n"
 # The release's words, which end a thought.
-DONE_THINKING = f"Now there's enough information to answer\n</think>\n{ANSWER}"
+_DONE = "Now there's enough information to answer\n</think>\n"
+DONE_THINKING = f"{_DONE}{ANSWER}"
 _MARK = "SIOP"
 # Tokens at the end of a prompt in which the policy's turn must begin: its header, and thinking that a template opens
 # or leaves empty.
@@ -40,11 +41,14 @@ class TurnForm:
         end: after its text, the end token first: ``<|im_end|>\\n``.
         header: before it, without thinking: ``<|im_start|>assistant\\n``; empty if the template has no such thing.
         thinking: the tags around the model's thinking, if the template opens it or leaves it empty; else None.
+        channel: what else it writes between the header and an answer's text: ``<|channel|>final<|message|>``, mostly
+            nothing.
     """
 
     end: str
     header: str
     thinking: tuple[str, str] | None
+    channel: str = ""
 
 
 def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm | None:
@@ -77,13 +81,17 @@ def _rendered_form(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnFor
         whole = render(answered)
         if whole.count(_MARK) != 2:
             raise RolloutError(f"messages {_MARK!r} and {_MARK!r} become {whole!r}")
-        end = whole.rpartition(_MARK)[2]
+        _, before, end = whole.split(_MARK)
         opened, unthinking = opening(), opening(enable_thinking=False)
     except Exception as error:  # a template is a program that came with the model, and may raise anything
         raise RolloutError(f"the chat template cannot render a question and its answer: {error}") from error
     # A template without thinking may write the closing tag alone.
     header = min((opened.partition(tag)[0] for tags in THINKING for tag in tags), key=len)
-    return TurnForm(end, header, next((tags for tags in THINKING if tags[0] in opened + unthinking), None))
+    lead = before.rpartition(header)[2] if header and header in before else ""
+    thinking = next((tags for tags in THINKING if tags[0] in opened + unthinking + lead), None)
+    for tag in (tag for tags in THINKING for tag in tags):
+        lead = lead.replace(tag, "")
+    return TurnForm(end, header, thinking, lead.strip())
 
 
 class Prober:
@@ -112,7 +120,8 @@ class Prober:
         """Prefix and suffix of a reference in rollouts of this prompt; those of the configuration, unless ``auto``.
 
         ``auto`` closes the thinking that the prompt has opened; opens and closes it where the model thinks and the
-        prompt leaves that to it; else ``<answer>`` comes at once. The suffix ends the turn as the template does.
+        prompt leaves that to it; goes on with what the template writes before an answer's text (``channel``), and with
+        ``<answer>``. The suffix ends the turn as the template does.
 
         Args:
             prompt_ids: the rendered prompt; empty for one without thinking.
@@ -125,13 +134,15 @@ class Prober:
     def _texts_after(self, prompt_ids: Sequence[int]) -> tuple[str, str]:
         prefix, suffix = self._config.siop_reference_prefix, self._config.siop_reference_suffix
         if prefix == AUTO:
-            own = self._form.thinking if self._form else None
+            own, channel = (self._form.thinking, self._form.channel) if self._form else (None, "")
+            written = self._opening_text(prompt_ids)
             if opened := open_thinking(prompt_ids, self._tokenizer):
-                prefix = DONE_THINKING.replace("</think>", opened[1])
-            elif own and own[1] not in self._opening_text(prompt_ids):
-                prefix = f"{own[0]}\n{DONE_THINKING.replace('</think>', own[1])}"
+                thought = _DONE.replace("</think>", opened[1])
+            elif own and own[1] not in written:
+                thought = f"{own[0]}\n{_DONE.replace('</think>', own[1])}"
             else:
-                prefix = ANSWER
+                thought = ""
+            prefix = thought + ("" if channel in written else channel) + ANSWER
         if suffix == AUTO:
             suffix = "\n</answer>" + (self._form.end.strip() if self._form else "")
         return prefix, suffix
