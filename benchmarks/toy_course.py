@@ -4,13 +4,15 @@
 
 For windows of steps: EM and turns of the training rollouts; the target's mass on right answers (mean over questions of
 the sum of q over rollouts' clusters that are right), how often the heaviest cluster is right; and the turn AUC, with
-which the turn advantages tell searches that return the next needed fact from others at the same turn index. A method
-whose vote or whose AUC is good at the start may lose both on the way.
+which the turn advantages tell searches that return the next needed fact from others at the same turn index. What a
+method does not have is left blank. A method whose vote or whose AUC is good at the start may lose both on the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,11 +33,12 @@ from benchmarks.toy_results import (  # noqa: E402
     question_of,
     turn_auc,
 )
-from benchmarks.toy_table import METHODS, WORLDS, named  # noqa: E402
+from benchmarks.toy_table import METHODS, WORLDS  # noqa: E402
 
 
 def votes(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Of the rollouts of one question: the target's mass on right answers, and whether the heaviest cluster is right.
+    """Of the rollouts of one question: the target's mass on right answers, and whether the heaviest cluster is right;
+    of several the first counts, as ``siop/heaviest_cluster_right`` of the trainer; 0 and 0 without clusters.
 
     Args:
         rows: dumped rollouts with ``cluster``, ``target`` and ``em``.
@@ -48,16 +51,17 @@ def votes(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         return 0.0, 0.0
     total = sum(target for target, _ in clusters.values())
     mass = sum(target for target, em in clusters.values() if em) / total if total else 0.0
-    return mass, max(clusters.values())[1]
+    return mass, max(clusters.values(), key=lambda cluster: cluster[0])[1]
 
 
 def course(folder: Path, toy: Path, algorithm: DictConfig, window: int) -> list[dict[str, float]]:
-    """For each window of steps ``steps`` (its last), ``em``, ``turns``, ``mass``, ``heaviest`` and ``auc``."""
+    """For each window of steps ``steps`` (its last), ``em``, ``turns``, ``mass``, ``heaviest`` and ``auc``; nan is what
+    the method does not have."""
     files = sorted(folder.glob("[0-9]*.jsonl"), key=lambda file: int(file.stem))
     found = []
     for start in range(0, len(files), window):
         part = files[start : start + window]
-        ems, counts, groups, turns = [], [], [], []
+        ems, counts, groups, turns, clustered = [], [], [], [], False
         for file in part:
             step = Dumped.read(file)
             by_question: dict[str, list[Mapping[str, Any]]] = {}
@@ -75,37 +79,52 @@ def course(folder: Path, toy: Path, algorithm: DictConfig, window: int) -> list[
             ems += [row["em"] for row in step.rows]
             counts += step.counts
             groups += [votes(group) for group in by_question.values()]
+            clustered |= any(row.get("cluster") is not None for row in step.rows)
         found.append(
             {
                 "steps": float(part[-1].stem),
                 "em": sum(ems) / len(ems),
                 "turns": sum(counts) / len(counts),
-                "mass": sum(mass for mass, _ in groups) / len(groups),
-                "heaviest": sum(right for _, right in groups) / len(groups),
+                "mass": sum(mass for mass, _ in groups) / len(groups) if clustered else math.nan,
+                "heaviest": sum(right for _, right in groups) / len(groups) if clustered else math.nan,
                 "auc": turn_auc(turns)["same_index"],
             }
         )
     return found
 
 
-def main() -> None:
+def _cell(value: float, width: int) -> str:
+    return " " * width if math.isnan(value) else f"{value:{width}.3f}"
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders WORLD/METHOD-seedN of toy_table.py")
     parser.add_argument("--window", type=int, default=10, help="steps of a row (default: 10)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.window < 1:
         parser.error(f"--window must be at least 1, got {args.window}")
     for folder in args.runs:
-        run = named("/".join(folder.resolve().parts[-2:]))
-        algorithm = config_of(METHODS[run.method]).algorithm
-        rows = course(folder / "rollouts", WORLDS[run.world].toy, algorithm, args.window)
-        print(f"\n{run.name}\n{'steps':>6}{'EM':>8}{'turns':>8}{'mass':>8}{'heaviest':>10}{'turn AUC':>10}")
+        world, name = ("", *folder.resolve().parts)[-2:]
+        method = re.fullmatch(r"([\w-]+)-seed\d+", name)
+        if world not in WORLDS or not method or method[1] not in METHODS:
+            parser.error(
+                f"{folder}: not WORLD/METHOD-seedN with a world of {', '.join(WORLDS)} and a method of "
+                f"{', '.join(METHODS)}"
+            )
+        if not any((folder / "rollouts").glob("[0-9]*.jsonl")):
+            print(f"error: no rollouts in {folder / 'rollouts'}", file=sys.stderr)
+            return 2
+        algorithm = config_of(METHODS[method[1]]).algorithm
+        rows = course(folder / "rollouts", WORLDS[world].toy, algorithm, args.window)
+        print(f"\n{world}/{name}\n{'steps':>6}{'EM':>8}{'turns':>8}{'mass':>8}{'heaviest':>10}{'turn AUC':>10}")
         for row in rows:
             print(
-                f"{row['steps']:6.0f}{row['em']:8.3f}{row['turns']:8.2f}{row['mass']:8.3f}{row['heaviest']:10.3f}"
-                f"{row['auc']:10.3f}"
+                f"{row['steps']:6.0f}{row['em']:8.3f}{row['turns']:8.2f}{_cell(row['mass'], 8)}"
+                f"{_cell(row['heaviest'], 10)}{_cell(row['auc'], 10)}".rstrip()
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

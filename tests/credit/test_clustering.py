@@ -7,7 +7,7 @@ import itertools
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.nli_clustering import (
@@ -140,6 +140,28 @@ SAME = [
     ("apple", "An apple"),
     ("a dog", "A dog"),
     ("x' y'", "\"x' y'\""),
+    ("Emma", "''Emma''."),
+    ('5"', "5''"),
+    ("tower", 'the "the tower"'),
+    ("<x", "&amp;lt;x"),
+    # The comma of a date, and one that stands alone.
+    ("May 5, 2020", "May 5 2020"),
+    ("Jan. 5, 2020", "jan 5 , 2020"),
+    ("3, 5", "3 , 5"),
+    # Case, where it is no unit's.
+    ("5 PM", "5 pm"),
+    ("5 May 2020", "5 MAY 2020"),
+    ("H2O", "h2o"),
+    ("3D", "3d"),
+    ("5 a.m.", "5 A.M."),
+    ("5 mW", "5  mW."),
+    ("The Beatles", "beatles"),
+    *((text, text.upper()) for text in ("no", "yes", "ok", "us")),
+    # The end of a sentence in other scripts.
+    ("भारत", "भारत।"),
+    ("الرياض", "الرياض؟"),
+    ("الرياض", "الرياض،"),
+    ("الرياض السعودية", "الرياض ، السعودية۔"),
 ]
 # The first is the SQuAD normal form's own, the rest is its kind.
 DIFFERENT = [
@@ -159,6 +181,12 @@ DIFFERENT = [
     ("A\u0304'", "A\u0304"), ("(f)' and (g)'", "(f) and (g)"), ("f''' - g'''", "f'' - g''"),
     ("5½\"", "5½"), ("60°'", "60°"), ("5 '", "5"), ("5 \" x 6 \"", "5 x 6"), ("10\u207b5", "10-5"),
     ("(f)'(g)'", "(f)(g)"), ("0.333...", "0.333"), ("0.999…", "0.999"),
+    ("cos''(x)", "cos(x)"), ('cos"(x)', "cos(x)"), ("sin''", "sin"), ("sin'''", "sin''"), ("AB''", "AB"),
+    # Punctuation between numbers.
+    ("1, 1/2", "1 1/2"), ("1, ½", "1 ½"), ("3, -2", "3 -2"), ("3, .5", "3 .5"), ("1; 2", "1 2"), ("٣، ٥", "٣ ٥"),
+    ("3 , 5", "3 5"), *itertools.combinations(("3: 5", "3, 5", "3. 5", "3; 5", "3 5"), 2),
+    # Units.
+    ("5 mW", "5 MW"), ("5mW", "5MW"), ("3.5 mHz", "3.5 MHz"), ("8 Gb", "8 GB"), ("5 m", "5 M"), ("5 mW/m", "5 MW/m"),
 ]  # fmt: skip
 
 
@@ -183,6 +211,33 @@ def test_neither_form_nor_markup_nor_quotes_split(text: str) -> None:
         assert identity_key(unicodedata.normalize(form, text)) == key
     assert identity_key(html.escape(text)) == key
     assert identity_key(f" “{text.strip()}”") == identity_key(f"'{text.strip()}'") == key
+
+
+NESTED = [
+    *PIECES,
+    *"\"'“”«»`,;:!?()",
+    "''",
+    "an ",
+    "The ",
+    "&amp;",
+    "lt;",
+    "&#38;",
+    "mW",
+    "May ",
+    "2020",
+    "。",
+    "؟",
+    "\u0301",
+]
+
+
+@given(st.lists(st.sampled_from(NESTED), max_size=10).map("".join) | st.text(max_size=20))
+@example('the "the x"')
+@example("&amp;amp;lt;")
+@example("sin''")
+@example("\u0301\u0316" * 99)
+def test_the_form_of_a_form_is_itself(text: str) -> None:
+    assert plain_form(plain_form(text)) == plain_form(text)
 
 
 @given(st.text(max_size=20))

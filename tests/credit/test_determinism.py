@@ -59,7 +59,8 @@ def written_rewards(
     monkeypatch.setattr(module.tq, "kv_batch_put", put)
     monkeypatch.setattr(module.SupervisedTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer = object.__new__(SiopTrainer)
-    trainer.siop, trainer.gamma, trainer.uses_siop, trainer.tokenizer = config, 1.0, True, byte_tokenizer()
+    trainer.siop, trainer.gamma, trainer.scale = config, 1.0, True
+    trainer.uses_siop, trainer.tokenizer = True, byte_tokenizer()
     trainer.timing_raw = {}
     tags: list[dict[str, Any]] = [{} for _ in keys]
     batch = SimpleNamespace(keys=[*keys, "pad_0_0"], tags=[*tags, {"is_padding": True}], partition_id="train")

@@ -16,16 +16,18 @@ from method_helpers import Scorer, byte_tokenizer, rollout, run, search_rollout,
 from verl.tools import control_tokens
 from verl.trainer.siop.rollouts import tool_calls
 from verl.utils.reward_score import siop_reward
-from verl.utils.siop import nli_clustering, turn_utils
+from verl.utils.siop import chat_markup, nli_clustering, turn_utils
 from verl.utils.siop.credit import answers
 from verl.utils.siop.turn_utils import (
     _CALLS,
     THINKING,
     extract_answer,
     get_assistant_turn_ranges,
+    leave_thinking,
     opens_thinking,
     parse_answer,
     parse_queries,
+    without_thinking,
 )
 
 CALL = '<tool_call>{"name": "search", "arguments": {"query": "<answer>Lyon</answer>"}}'
@@ -59,6 +61,16 @@ MAYBE = "Maybe it is <answer>Lyon</answer> but let me check"
         *((f"{MAYBE}{closing}no answer", True, "") for _, closing in THINKING),
         *((f"{MAYBE}{closing}no answer", False, "") for _, closing in THINKING if closing != "<|end|>"),
         ("<answer>Paris</answer><|end|>", False, "Paris"),
+        ("<|START_THINKING|><answer>Lyon</answer> hm", False, ""),
+        ("<|begin_of_thought|><answer>Lyon</answer>", False, ""),
+        ('[TOOL_CALLS]x{"q": "<answer>Lyon</answer>"}', False, ""),
+        ('<function_call>{"q":"<answer>Lyon</answer>"}</function_call>', False, ""),
+        # A call of gpt-oss stands in a header; what looks like one in prose is prose.
+        (f" to=functions.x<|channel|>commentary json<|message|>{MAYBE}<|call|>", False, ""),
+        (f"<|start|>assistant to=functions.x<|channel|>commentary<|message|>{MAYBE}", False, ""),
+        (f"<|channel|>analysis to=functions.x code<|message|>{MAYBE}", False, ""),
+        ("I map x to=functions.x. <answer>Paris</answer>", False, "Paris"),
+        ("<|channel|>final<|message|>I map x to=functions.x. <answer>Paris</answer>", False, "Paris"),
         # What opens first owns what is in it.
         ('<tool_call>{"query": "what is <think>"}</tool_call><answer>Paris</answer>', False, "Paris"),
         ('<answer>Paris</answer><tool_call>{"query": "</think>"}</tool_call>', False, "Paris"),
@@ -96,6 +108,25 @@ def test_answers(text: str, thinking: bool, answer: str) -> None:
     assert siop_reward.final_answer(f"search{opened}{text}", record) == answer
 
 
+THINK = ("<think>", "</think>")
+
+
+@pytest.mark.parametrize("closing", [closing for _, closing in THINKING[1:]])
+def test_only_its_own_tag_closes_thinking_that_the_prompt_opened(closing: str) -> None:
+    thought = f"thought {closing}<answer>Lyon</answer> still"
+    prompt = byte_tokenizer()("<think>\n", add_special_tokens=False)["input_ids"]
+    for text, answer in ((thought, ""), (f"{thought}</think><answer>Paris</answer>", "Paris")):
+        assert parse_answer(text, THINK) == answer
+        ids = byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        assert extract_answer(ids, [(0, len(ids))], byte_tokenizer(), prompt) == answer
+    assert without_thinking(thought, THINK, keep_open=False) == ""
+    assert without_thinking(f"{thought}</think>so", THINK) == "so"
+    assert leave_thinking(f"{thought}</think>so", THINK) == (thought, "so")
+
+
+REASON = "<think>\nOkay, the user asks a question and I need to reason about it carefully.\n"
+
+
 @pytest.mark.parametrize(
     ("prompt", "opened"),
     [
@@ -106,6 +137,9 @@ def test_answers(text: str, thinking: bool, answer: str) -> None:
         ("<|im_start|>assistant\n<think>\nOkay.</think>\nSo", False),
         ("<|im_start|>assistant\n<seed:think>", True),
         ("<|im_start|>assistant\n<seed:think></seed:think>", False),
+        (f"<|im_start|>assistant\n{REASON}", True),
+        (f"<|im_start|>assistant\n{REASON}</think>", False),
+        (f"{REASON}<|im_start|>assistant\n", False),
         ("Write <think> first.<|im_end|>\n<|im_start|>assistant\n", False),
         ("", False),
     ],
@@ -190,7 +224,9 @@ def test_control_tokens_are_those_of_the_plain_expression(text: str) -> None:
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [turn_utils, siop_reward, answers, nli_clustering, tool_calls, control_tokens])
+@pytest.mark.parametrize(
+    "module", [turn_utils, chat_markup, siop_reward, answers, nli_clustering, tool_calls, control_tokens]
+)
 def test_no_expression_looks_at_a_text_again_from_every_start(module: ModuleType) -> None:
     for name, expression in vars(module).items():
         if isinstance(expression, re.Pattern):

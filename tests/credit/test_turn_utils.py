@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from method_helpers import byte_tokenizer, rollout, tool_result
+from verl.utils.siop.chat_markup import _any_of, special_tokens, without_special_tokens
 from verl.utils.siop.errors import RolloutError, SiopConfigError
 from verl.utils.siop.turn_utils import (
     BOUNDARY_MODES,
@@ -152,6 +154,94 @@ def test_observation_text(observation: str, expected: list[str]) -> None:
     item = rollout("q", ["search", "answer"], [observation, "after the last turn"])
     turns = get_assistant_turn_ranges(item.response_mask)
     assert extract_observations(item.response_ids, turns, byte_tokenizer()) == expected
+
+
+# One line each, as Llama has them; the second refuses more than one call in a turn, as Llama does.
+ROLE = "('ipython' if m.role == 'tool' else m.role)"
+LLAMA = (
+    "{{ '<|begin|>' }}{% for m in messages %}{{ '<|head|>' + ROLE + '<|/head|>\\n\\n' + m.content + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\\n\\nTHINK' }}{% endif %}"
+).replace("ROLE", ROLE)
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls and m.tool_calls|length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    "{% endfor %}"
+)
+NO_CALL = "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('none') }}{% endif %}{% endfor %}"
+TAGS = ["<|begin|>", "<|head|>", "<|/head|>", "<|eot|>"]
+HEAD, NEXT = "<|head|>ipython<|/head|>\n\n", "<|eot|><|head|>assistant<|/head|>\n\n"
+
+
+def observed(template: str, observation: str, special: bool) -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer().name_or_path)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
+    tokenizer.chat_template = template
+    item = rollout("q", ["search<|eot|>", "answer"], [observation], tokenizer=tokenizer)
+    return extract_observations(item.response_ids, get_assistant_turn_ranges(item.response_mask), tokenizer)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("checks", ["", ONE_CALL, NO_CALL])
+@pytest.mark.parametrize("think", ["", "<think>\\n"])
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([""], []),
+        (["Paris is."], ["Paris is."]),
+        (["Paris is.", " Lyon is.\n"], ["Paris is.\nLyon is."]),
+        (["ipython\n\nassistant"], ["ipython\n\nassistant"]),
+    ],
+)
+def test_what_the_template_writes_around_a_result_is_no_evidence(
+    texts: list[str], expected: list[str], think: str, checks: str, special: bool
+) -> None:
+    template = checks + LLAMA.replace("THINK", think)
+    # The run may have rendered its prompts with other options than the template's own: thinking or none.
+    for opened in ("", "<think>\n", "<think>\n\n</think>\n\n"):
+        observation = f"{HEAD}{f'<|eot|>{HEAD}'.join(texts)}{NEXT}{opened}"
+        assert observed(template, observation, special) == expected
+
+
+def test_a_result_that_names_its_call_and_templates_that_tell_nothing() -> None:
+    named = LLAMA.replace("m.role)", "m.name + ' ' + m.tool_call_id if m.role == 'tool' else m.role)").replace(
+        "'ipython' if m.role == 'tool' else m.name", "m.name"
+    )
+    assert observed(named, f"<|head|>search call_17<|/head|>\n\nParis is.{NEXT}", True) == ["Paris is."]
+    # As it is: the template refuses results, writes them elsewhere, or the rollout was rendered by another.
+    whole = ["ipython\n\nParis is.assistant"]
+    refuses = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    for template in (refuses + LLAMA, "{{ messages|length }}" + LLAMA):
+        assert observed(template, f"{HEAD}Paris is.{NEXT}", True) == whole
+    assert observed(LLAMA, f"user\n\nParis is.{NEXT}", True) == ["user\n\nParis is."]
+
+
+def test_no_control_token_is_made_by_taking_one_out() -> None:
+    inner = "<|im_<|endoftext|>end|>"
+    for text, left in [
+        (f"Paris{inner}", "Paris"),
+        (f"a<|im_{inner}end|>b", "ab"),
+        ("<|im_" * 9 + "x" + "end|>" * 9, "<|im_" * 9 + "x" + "end|>" * 9),
+        ("<|im_<|im_<|im_end|><|endoftext|>start|>end|>Paris", "Paris"),
+        ("no token", "no token"),
+        ("<|im_" * 20_000 + "<|im_end|>" + "end|>" * 20_000, ""),
+    ]:
+        assert without_special_tokens(text, byte_tokenizer()) == left
+
+
+@given(st.lists(st.sampled_from(["<", "|", "im_", "start", "end", "|>", "<|im_end|>", "oftext", "x"])).map("".join))
+def test_no_control_token_is_left(text: str) -> None:
+    found = without_special_tokens(text, byte_tokenizer())
+    assert not any(token in found for token in special_tokens(byte_tokenizer()).values())
+    pieces = iter(text)
+    assert all(character in pieces for character in found)
+
+
+@given(st.sets(st.text("ab<|", min_size=1, max_size=4), min_size=1), st.text("ab<|", max_size=12))
+def test_any_of_many_tokens_is_the_longest_of_them(words: set[str], text: str) -> None:
+    plain = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    assert re.findall(_any_of(words), text) == re.findall(plain, text)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import real_lm, real_training
-from benchmarks.real_lm_report import within_rollouts
+from benchmarks.real_lm_report import failures, within_rollouts
 
 
 @pytest.fixture
@@ -27,15 +30,24 @@ def call(model: Path, out: Path, questions: int, *more: str) -> str:
 
 def test_real_lm_goes_on_and_reports(small_llama: Path, tmp_path: Path, runs: Path) -> None:
     text = call(small_llama, tmp_path / "out", 2)
-    files = {dtype: runs / f"llama-{dtype}.jsonl" for dtype in real_lm.DTYPES}
+    files = {dtype: runs / f"{real_lm.name_of(small_llama)}-{dtype}.jsonl" for dtype in real_lm.DTYPES}
     lines = {dtype: file.read_text().splitlines() for dtype, file in files.items()}
     assert [len(part) for part in lines.values()] == [3, 3]
+    assert text.split("\n")[2].startswith(
+        "Written by `python -m benchmarks.real_lm --questions 2 --rollouts 4` from 2 two-hop questions"
+    )
+    assert "2 questions were asked for" in text and f"Scorer {real_lm.name_of(small_llama)}, float32" in text
+    assert "It needs `pip install -e" in text and "`stale`: the same wrong answer whatever it finds." in text
     for heading in ("## Turn AUC", "## Where the signal fails", "probe: of the template", "probe: a sentence"):
         assert heading in text
     assert all(f"| {name} |" in text for name in (*real_lm.VARIANTS, real_lm.BFLOAT16))
     assert (tmp_path / "out" / "real_lm.svg").read_text().lstrip().startswith("<?xml")
     # The same again computes nothing.
     assert call(small_llama, tmp_path / "out", 2) == text
+    # Without --out beside the numbers: docs/results is about another model.
+    arguments = ["--model", str(small_llama), "--questions", "2", "--rollouts", "4", "--report-only"]
+    assert real_lm.main(arguments) == 0
+    assert (runs / real_lm.name_of(small_llama) / "real_lm.md").is_file()
     assert {dtype: file.read_text().splitlines() for dtype, file in files.items()} == lines
     # Killed while it wrote the last line: that question is measured again, and its numbers are the same.
     whole = files["float32"].read_text()
@@ -53,6 +65,74 @@ def test_real_lm_goes_on_and_reports(small_llama: Path, tmp_path: Path, runs: Pa
 def test_nothing_measured_is_no_report(small_llama: Path, tmp_path: Path, runs: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is measured"):
         call(small_llama, tmp_path / "out", 2, "--report-only")
+
+
+def test_the_page_of_the_default_model(
+    small_llama: Path, tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stays where it is about more, and the model is known by any path."""
+    prepared: list[Path] = []
+    results, model = tmp_path / "results", tmp_path / "models" / "smollm2"
+    monkeypatch.setattr(real_lm, "RESULTS", results)
+    monkeypatch.setattr(real_lm, "MODEL", model)
+    monkeypatch.setattr(real_lm, "prepare", prepared.append)
+    shutil.copytree(small_llama, model)
+    monkeypatch.chdir(model.parent)
+    (model / real_lm.MADE_OF).write_text(json.dumps({"version": 1, "model": real_lm.PACKAGE}))
+    results.mkdir()
+    page = results / "real_lm.md"
+    committed = "from 51 two-hop questions over countries and cities (`examples/real_world`) with 408 scripted rollouts"
+    page.write_text(committed)
+    arguments = ["--model", "smollm2", "--questions", "1", "--rollouts", "2"]
+    assert real_lm.main([*arguments, "--threads", "1"]) == 0 and prepared == [model]
+    assert page.read_text() == committed and f"wrote {runs / 'smollm2' / 'real_lm.md'}" in capsys.readouterr().out
+    assert {file.name for file in runs.glob("*.jsonl")} == {"smollm2-float32.jsonl", "smollm2-bfloat16.jsonl"}
+    page.write_text(committed.replace("51", "1").replace("408", "2"))
+    assert real_lm.main([*arguments, "--report-only"]) == 0 and prepared == [model]
+    text = page.read_text()
+    assert "Scorer SmolLM2-135M-Instruct, float32" in text and "--rollouts 2 --report-only` from 1 two-hop" in text
+
+
+def test_numbers_are_kept_by_what_a_model_is_made_of(tmp_path: Path) -> None:
+    """Every toy world calls its model ``model``."""
+
+    def model(world: str, **files: str) -> str:
+        folder = tmp_path / world / "model"
+        folder.mkdir(parents=True)
+        for name, text in {"model_safetensors": "a", "tokenizer_json": "b", **files}.items():
+            (folder / name.replace("_", ".")).write_text(text)
+        return real_lm.name_of(folder)
+
+    first = model("first")
+    assert first.startswith("model-") and model("same") == first
+    assert len({first, model("weights", model_safetensors="c"), model("tokenizer", tokenizer_json="c")}) == 3
+
+
+def test_a_wrong_model_is_an_error(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        real_lm.main(["--model", "/nope"])
+    assert "error: --model /nope: " in capsys.readouterr().err
+    monkeypatch.setattr(real_lm, "MODEL", runs / "smollm2")
+    assert real_lm.main(["--model", str(runs / "smollm2"), "--report-only"]) == 2
+    assert f"error: {runs / 'smollm2'} is missing" in capsys.readouterr().err and not (runs / "smollm2").exists()
+
+
+def test_a_gain_at_any_boundary_of_the_default_is_one() -> None:
+    """``peak``: what counts is the highest support, not the last."""
+
+    def falls(opened: list[float], result: float) -> str:
+        by_context = {"opened": opened, "result": [opened[0], opened[1], result], "bare": opened}
+        support = {name: [[value, 0.01, 0.01, 0.01] for value in values] for name, values in by_context.items()}
+        question = {"uid": "0", "support": {"of the template": support}, "greedy_right": {"after": True}}
+        turns = [("0", 0, True, 1.0, True, "right", 0), ("0", 0, True, 0.0, False, "right", 0)]
+        lines = failures({"questions": [{**question, "heaviest": True}], "turns": {"siop": turns}})
+        (line,) = [line for line in lines if "earn nothing" in line]
+        return line
+
+    assert "in 0 of 1 questions" in falls([0.2, 0.4, 0.1], 0.1)
+    assert "in 0 of 1 questions" in falls([0.2, 0.1, 0.4], 0.1)
+    assert "in 0 of 1 questions" in falls([0.2, 0.1, 0.1], 0.4)
+    assert "in 1 of 1 questions" in falls([0.2, 0.1, 0.2], 0.1)
 
 
 def test_auc_within_rollouts() -> None:
@@ -100,7 +180,9 @@ def test_warm_start_goes_on_and_learns(small_llama: Path, tmp_path: Path, monkey
     assert len(calls) == 7
 
 
-def test_the_report_of_a_training(tmp_path: Path) -> None:
+def test_the_report_of_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "siop-seed1"
     (run / "rollouts").mkdir(parents=True)
     for step, em in ((1, 0.0), (2, 1.0), (10, 1.0)):
@@ -120,3 +202,12 @@ def test_the_report_of_a_training(tmp_path: Path) -> None:
     assert [file.name for file in real_training.report(tmp_path)] == ["table.md", "curve.svg"]
     table = (tmp_path / "table.md").read_text()
     assert "| before | 0 | 0.250 ± 0.043 | 2.50 |" in table and "| siop-seed1 | 3 | 0.500 ± 0.050 | 2.50 |" in table
+    # With the steps in their names evaluations are told apart, and one without them is not believed.
+    for steps in (10, 2):
+        shutil.copytree(tmp_path / "before", run / f"after-{steps}")
+    (run / "after-30").mkdir()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert real_training.main(["--report-only", "--out", str(tmp_path)]) == 0
+    assert "matplotlib is missing" in capsys.readouterr().err
+    lines = (tmp_path / "table.md").read_text().splitlines()[3:]
+    assert lines == [f"| siop-seed1 | {steps} | 0.250 ± 0.043 | 2.50 |" for steps in (2, 10)]

@@ -31,6 +31,7 @@ from examples.real_world.agent import (
 )
 from examples.real_world.rollouts import chat_of, rollout_of, search_tool
 from examples.real_world.world import TEMPLATES, facts, questions, sample_questions
+from examples.toy_world import build as build_toy
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +111,60 @@ def test_rollouts_read_back_as_they_were_played(smollm2: Path, search) -> None:
             assert parse_answer(chat.tokenizer.decode(rollout.response_ids[slice(*turns[-1])])) == played.answer
 
 
-def test_build(tmp_path: Path) -> None:
-    assert build.main(["--out", str(tmp_path), "--train-questions", "20", "--eval-questions", "10"]) == 0
+def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", str(tmp_path), "--train-questions", "20", "--eval-questions", "10"]
+    assert build.main(arguments) == 0
     train, held_out = (pd.read_parquet(tmp_path / f"{split}.parquet") for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (20, 10)
     asked = [{row["question"] for row in part["extra_info"]} for part in (train, held_out)]
     assert not asked[0] & asked[1]
     assert [message["role"] for message in train["prompt"][0]] == ["system", "user"]
     assert (tmp_path / "corpus.jsonl").read_text().count("\n") == len(facts())
+
+    def written() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+    before = written()
+    capsys.readouterr()
+    assert build.main(arguments) == 0 and capsys.readouterr().out == f"{tmp_path} is up to date\n"
+    # Another world is not written over it.
+    assert build.main([*arguments, "--train-questions", "21"]) == 2
+    assert '"train_questions": 20' in (error := capsys.readouterr().err) and '"train_questions": 21' in error
+    assert written() == before
+    # Interrupted before its last file.
+    (tmp_path / "eval.parquet").unlink()
+    assert build.main(arguments) == 0 and written().keys() == before.keys()
+
+
+def test_build_leaves_a_toy_world_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = ["--out", str(tmp_path), "--data-only", "--train-questions", "8", "--eval-questions", "8"]
+    assert build_toy.main(toy) == 0
+    corpus = (tmp_path / "corpus.jsonl").read_bytes()
+    assert build.main(["--out", str(tmp_path)]) == 2
+    assert f"error: {tmp_path} holds meta.json, corpus.jsonl" in capsys.readouterr().err
+    assert (tmp_path / "corpus.jsonl").read_bytes() == corpus and build_toy.main(toy) == 0
+    # Nor the other way round.
+    assert build.main(["--out", str(tmp_path / "real"), "--train-questions", "8", "--eval-questions", "8"]) == 0
+    assert build_toy.main([*toy, "--out", str(tmp_path / "real")]) == 2
+    # Nor what no file describes.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.parquet").write_text("all I have")
+    assert build.main(["--out", str(tmp_path / "mine")]) == 2
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["train.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("option", "count", "allowed"),
+    [
+        ("--eval-questions", "-5", "at least 1, got -5"),
+        ("--train-questions", "0", "at least 1, got 0"),
+        ("--train-questions", "1000000", "there are 1 to"),
+    ],
+)
+def test_build_refuses_wrong_counts(
+    option: str, count: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        build.main(["--out", str(tmp_path / "world"), option, count])
+    error = capsys.readouterr().err
+    assert option in error and count in error and allowed in error and not (tmp_path / "world").exists()

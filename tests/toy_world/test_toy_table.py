@@ -659,3 +659,40 @@ def test_the_course_of_a_training(tmp_path: Path) -> None:
     assert whole == pytest.approx({"steps": 2, "em": 1 / 3, "turns": 8 / 3, "mass": 0.6, "heaviest": 1.0, "auc": 1.0})
     assert [row["steps"] for row in toy_course.course(tmp_path, toy, algorithm, window=1)] == [1, 2]
     assert toy_course.votes([{"cluster": None, "target": 0.0, "em": 0.0}]) == (0.0, 0.0)
+
+
+def test_of_two_heaviest_clusters_the_first_counts() -> None:
+    wrong, right = {"cluster": 0, "target": 0.5, "em": 0.0}, {"cluster": 1, "target": 0.5, "em": 1.0}
+    assert toy_course.votes([wrong, right]) == (0.5, 0.0)
+    assert toy_course.votes([right, wrong]) == (0.5, 1.0)
+
+
+def test_the_course_of_runs_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = _toy(tmp_path, TWO_HOP)
+    monkeypatch.setattr(toy_course, "WORLDS", {"two_hop": toy_table.ToyWorld(toy, 2)})
+    run = tmp_path / "two_hop" / "grpo-seed1"
+    question = train_world(0, TWO_HOP).questions()[0]
+    rows = [
+        {
+            "input": prompt_text(question.text),
+            "output": f"<answer> {answer} </answer><|im_end|>",
+            "uid": f"u_{session}_0",
+            "em": em,
+            "score": em,
+        }
+        for session, (answer, em) in enumerate([(question.gold, 1.0), ("x y", 0.0)])
+    ]
+    _write(run / "rollouts" / "1.jsonl", rows)
+    # Without clusters there is no vote, and without a search no AUC.
+    assert toy_course.main([str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["1", "0.500", "1.00"]
+    assert toy_course.main([str(tmp_path / "two_hop" / "siop-seed1")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no rollouts in {tmp_path}")
+    for name in ("two_hop/siopp-seed1", "flat/siop-seed1", "two_hop"):
+        with pytest.raises(SystemExit) as caught:
+            toy_course.main([str(tmp_path / name)])
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name}: not WORLD/METHOD-seedN" in error and "--only" not in error
+        assert caught.value.code == 2

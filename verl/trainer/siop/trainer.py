@@ -94,6 +94,7 @@ class SiopTrainer(SupervisedTrainer):
             )
         self.uses_siop = config.algorithm.adv_estimator == "siop"
         self.siop, self.gamma = SiopConfig.from_algorithm(config.algorithm), float(config.algorithm.gamma)
+        self.scale = bool(config.algorithm.norm_adv_by_std_in_grpo)
         self._records: dict[str, dict[str, Any]] = {}
         # Of the step: the assistant turns of each rollout, before a question is dropped from the update.
         self._turns: dict[str, list[tuple[int, int]]] = {}
@@ -214,7 +215,7 @@ class SiopTrainer(SupervisedTrainer):
                 self.siop,
                 self.gamma,
                 [self._gold(labels[r]) for r in kept],
-                bool(self.config.algorithm.norm_adv_by_std_in_grpo),
+                self.scale,
             )
         )
         metrics["siop/dropped_groups"] = float(len(dropped))

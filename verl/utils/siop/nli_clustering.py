@@ -25,7 +25,7 @@ _PRESENTATION = re.compile("[\ufb00-\ufb06\ufe50-\ufe6f\uff00-\uffef]+")
 _SUPERSCRIPT_MINUS = re.compile(r"(?<!\S)\u207b(?=\d)")
 # What no letter begins. Longer runs of combining marks are cut, since sorting them takes the square of their number
 # (Unicode's stream-safe form, UAX 15).
-_MARKS = re.compile(r"[^\w\s!-~]{30}")
+_MARKS = re.compile("[^\\w\\s!-~\u034f]{30}(?!\u034f)")
 _UNIFIED = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
     | dict.fromkeys("“”„‟«»「」『』〝〞〟", '"')
@@ -41,10 +41,30 @@ _UNIFIED = str.maketrans(
 _OPENS = r"(?<![^\s(\[{<,;:/=、。-])"
 _DOUBLE_QUOTED = re.compile(rf'{_OPENS}"(?:(?<=^")|(?=\S))([^"]*)"(?!\w)')
 _SINGLE_QUOTED = re.compile(rf"{_OPENS}'(?:(?<=^')|(?=\S))((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)")
+# Quotes of two strokes, as TeX has them. Others are double primes, those of 5'' inches; after a word they stay as they
+# are: sin'' is not sin with half a pair of quotes.
+_TWO_STROKES = re.compile(rf"{_OPENS}''(?=[^\s'])((?:[^']|'(?!'))*)''(?!\w)")
+_DOUBLE_PRIME = re.compile(r"''(?<![^\W\d_]{2}'')")
 # Whose other half is missing: before a word, or after one (xy" is not y").
-_STRAY_QUOTE = re.compile(rf"{_OPENS}['\"]+(?=[^\s'\"])|(?<=[^\W\d_]{{2}})([.,;:!?]*)\"(?!\w)")
-_END_OF_WORD = ".,;:。、"
-_LEADING_ARTICLE = re.compile(r"^(?:an|the)\s+(?=[^\W_])")
+_STRAY_QUOTE = re.compile(rf"{_OPENS}['\"]+(?=[^\s'\"])|(?<=[^\W\d_]{{2}})([.,;:!?]*)\"+(?![\w(\"])")
+_ARTICLE = ("an", "the")
+_LEADING_ARTICLE = re.compile(rf"^(?:(?:{'|'.join(_ARTICLE)}) )+(?=[^\W_])")
+# After a number: m and M, mW and MW, Gb and GB. No unit: pm and PM, May.
+_UNIT = re.compile(
+    r"(?<=\d)( [a-zA-Z]| ?(?:[a-z]{1,2}[A-Z]|[a-z][A-Z][a-zA-Z]|[A-Z][a-z][A-Z]?|[A-Z]{2}[a-z]))(?!\w|[.'&-]\w)"
+)
+_END_OF_WORD = ".,;:。、।॥۔،؛"
+_QUESTION = "!?؟"
+_NUMBER_BEFORE, _NUMBER_AFTER = r"[\d\u00bc-\u00be\u2150-\u215e]", r"[^\w\s]*[\d\u00bc-\u00be\u2150-\u215e]"
+_DATE = re.compile(
+    r"\b((?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)\.? \d{1,2}) ?, (?=\d{4}(?!\d))"
+)
+_BETWEEN_NUMBERS = re.compile(rf"(?<={_NUMBER_BEFORE}) ?([{_END_OF_WORD}]+) (?={_NUMBER_AFTER})")
+_LONE_COMMA = re.compile(rf"(?<!\S)[,;،؛](?!\S)(?:(?<!{_NUMBER_BEFORE} .)|(?! {_NUMBER_AFTER}))")
+# How often the form is taken of a form, at most: what it drops may uncover more to drop, as quotes inside of quotes do.
+# A text longer than any answer is a passage, and its form is taken once.
+_TIMES, _LONG = 8, 2000
 
 
 def normalize_answer(text: str) -> str:
@@ -64,33 +84,56 @@ def plain_form(text: str) -> str:
     letters, commas that stand alone, ``the`` or ``an`` before the first word. All else stays, so that what differs in a
     sign, in a decimal point or in a symbol differs here: −5 and 5, .5 and 5, 3.5 and 35, .33… and .33, 5! and 5, 5% and
     5, $5 and €5, C++ and C#, f' and f'', 10² and 102, 1/2 and 12, vitamin A and vitamin. So does ``a``, which may be an
-    option, a key, a blood group: A and B, A negative. Empty only for text of invisible characters, empty quotes and
-    lone commas. Takes time linear in the length of the text.
+    option, a key, a blood group: A and B, A negative. Between two numbers ``.,;:`` stays, but for the comma of a date
+    with a month's English name: “1, 1/2” and 1 1/2, “3: 5” and “3, 5”. A letter or a unit of small and capital letters
+    after a number keeps its case: 5 mW and 5 MW. Empty only for text of invisible characters, empty quotes and lone
+    commas.
+
+    The form of a form is itself, unless more is nested in each other than in any answer that people write. Takes time
+    linear in the length of the text.
 
     >>> plain_form("  The &ldquo;AT&amp;T&rdquo; Building,\u00a0Z\u0075\u0308rich! ")
     'at&t building zürich'
     >>> plain_form("−3.5"), plain_form("C++.")
     ('-3.5', 'c++')
     """
+    for _ in range(_TIMES if len(text) <= _LONG else 1):
+        before, text = text, _simplified(text)
+        if text == before:
+            break
+    return text
+
+
+def _simplified(text: str) -> str:
     text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     if not text.isascii():
         text = _PRESENTATION.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
         text = unicodedata.normalize("NFC", _MARKS.sub("\\g<0>\u034f", text)).translate(_UNIFIED)
         text = _SUPERSCRIPT_MINUS.sub("-", text)
-    text = text.strip().casefold().replace("`", "'").replace("''", '"')
-    for quoted in (_SINGLE_QUOTED, _DOUBLE_QUOTED, _SINGLE_QUOTED):  # of two pairs around a word the outer one first
-        text = quoted.sub(r"\1", text)
-    text = _LEADING_ARTICLE.sub("", _STRAY_QUOTE.sub(r"\1", text).lstrip())
-    return " ".join(_without_end(word) for word in text.split() if word not in (",", ";"))
+    text = " ".join(text.split())
+    text = "".join(part if place % 2 else part.casefold() for place, part in enumerate(_UNIT.split(text)))
+    text = text.replace("`", "'")
+    if "'" in text or '"' in text:
+        text = _DOUBLE_PRIME.sub('"', _TWO_STROKES.sub(r'"\1"', text))
+        # Of two pairs around a word the outer one first.
+        for quoted in (_SINGLE_QUOTED, _DOUBLE_QUOTED, _SINGLE_QUOTED):
+            text = quoted.sub(r"\1", text)
+        text = " ".join(_STRAY_QUOTE.sub(r"\1", text).split())
+    text = _LEADING_ARTICLE.sub("", text)
+    text = _LONE_COMMA.sub("", _BETWEEN_NUMBERS.sub(r" \1 ", _DATE.sub(r"\1 ", text)))
+    first, *rest = text.split() or [""]
+    bare = _without_end(first)
+    # "The, x" would become "the x", and that x.
+    return " ".join([first if rest and bare in _ARTICLE else bare, *map(_without_end, rest)])
 
 
 def _without_end(word: str) -> str:
     """The word without the punctuation of a sentence after it; punctuation alone stays."""
-    core = word.rstrip(_END_OF_WORD + "!?")
+    core = word.rstrip(_END_OF_WORD + _QUESTION)
     if len(core) < 2 or not core[-2:].isalpha():  # 5! and n! are numbers, e4? is a move
         core = word.rstrip(_END_OF_WORD)
         if core[-1:].isnumeric() and ".." in word[len(core) :]:  # 0.333... goes on
-            core = word.rstrip(",;:、。")
+            core = word.rstrip(_END_OF_WORD.replace(".", ""))
     return core or word
 
 

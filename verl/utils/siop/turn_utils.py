@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from verl.utils.siop.chat_markup import result_texts, special_token, without_special_tokens
+from verl.utils.siop.chat_markup import special_tokens as special_tokens  # others import it from here
 from verl.utils.siop.errors import RolloutError, SiopConfigError
 from verl.utils.siop.nli_clustering import plain_form
 
@@ -28,7 +30,11 @@ THINKING = (
     ("◁think▷", "◁/think▷"),  # kimi
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # cohere
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
+# Whether a turn begins inside thinking; the tags (:data:`THINKING`), where they are known.
+Thinking = bool | tuple[str, str]
 # What stands around tool calls in the formats of verl's tool parsers.
 _CALLS = (
     ("<tool_call>", "</tool_call>"),  # hermes, qwen3_coder, glm
@@ -37,8 +43,12 @@ _CALLS = (
     ("<|tool_call_begin|>", "<|tool_call_end|>"),  # kimi
     ("<|tool_call>", "<tool_call|>"),  # gemma4
     ("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),  # deepseek_v4
-    (" to=functions.", "<|call|>"),  # gpt-oss
+    ("<|channel|>commentary to=functions.", "<|call|>"),  # gpt-oss
+    ("[TOOL_CALLS]", "</s>"),  # mistral
+    ("<function_call>", "</function_call>"),
 )
+# The same in a turn's header, whose beginning may be the prompt's, in other places; in prose it is prose.
+_CALL_HEADER = r"(?:\A\s*|<\|(?:start|channel)\|>[^<]*) to=functions\..*?(?:<\|call\|>|\Z)"
 # Closing tags that close thinking which somebody else opened; <|end|> may also end a turn.
 _STRAY = [closing for _, closing in THINKING if closing != "<|end|>"]
 # A piece that opens first owns the text to its closing tag, or to the end. An answer is the innermost pair: a stray
@@ -47,6 +57,7 @@ _PIECES = re.compile(
     "|".join(
         [
             *(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|\\Z)" for opening, closing in (*THINKING, *_CALLS)),
+            _CALL_HEADER,
             r"<answer>(?P<answer>[^<]*(?:<(?!/?answer>)[^<]*)*)</answer>",
             f"(?P<stray>{'|'.join(map(re.escape, _STRAY))})",
         ]
@@ -67,8 +78,8 @@ _THOUGHT = re.compile(
     ),
     re.DOTALL,
 )
-# Tokens before a turn in which the end of its generation prompt is looked for.
-_OPENING_TOKENS = 32
+# Tokens before a turn in which its opening is looked for: its header, thinking, and words that a template puts into it.
+OPENING_TOKENS = 512
 _UNSEEN = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
 # Of other categories, and nothing to see either: fillers, the empty braille cell, variation selectors.
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -147,7 +158,7 @@ def _visible(text: str) -> str:
     return text.strip() if seen else ""
 
 
-def parse_answer(turn_text: str, thinking: bool = False) -> str:
+def parse_answer(turn_text: str, thinking: Thinking = False) -> str:
     """The last ``<answer>…</answer>`` in the text of one assistant turn, without surrounding white space.
 
     What stands inside thinking (:data:`THINKING`) or inside a tool call does not count, closed or not; neither does
@@ -156,8 +167,8 @@ def parse_answer(turn_text: str, thinking: bool = False) -> str:
 
     Args:
         turn_text: what the policy wrote.
-        thinking: whether the turn's generation prompt left thinking open (:func:`opens_thinking`), so that the turn
-            begins inside it.
+        thinking: whether the turn's generation prompt left thinking open, so that the turn begins inside it: the tags
+            that :func:`open_thinking` found, of which only the closing one ends it; or True, and any one does.
 
     >>> parse_answer("Is it <answer>Lyon</answer>?</think><answer> Paris </answer>")
     'Paris'
@@ -165,7 +176,7 @@ def parse_answer(turn_text: str, thinking: bool = False) -> str:
     ''
     """
     if thinking:
-        _, turn_text = leave_thinking(turn_text)
+        _, turn_text = leave_thinking(turn_text, thinking)
     answer = ""
     for piece in _PIECES.finditer(turn_text):
         if piece["stray"]:
@@ -190,22 +201,29 @@ def _without_thoughts(text: str) -> str:
     return text
 
 
-def leave_thinking(turn_text: str) -> tuple[str, str]:
-    """The two parts of a turn that begins inside thinking: the thought, and what follows its closing tag, of any form.
+def leave_thinking(turn_text: str, thinking: Thinking = True) -> tuple[str, str]:
+    """The two parts of a turn that begins inside thinking: the thought, and what follows its closing tag.
+
+    Args:
+        turn_text: what the policy wrote.
+        thinking: the tags of the thinking; True for any.
 
     >>> leave_thinking("so it is[/THINK]It is.")
     ('so it is', 'It is.')
-    >>> leave_thinking("so it")
-    ('so it', '')
+    >>> leave_thinking("so[/THINK] it", ("<think>", "</think>"))
+    ('so[/THINK] it', '')
     """
+    if not isinstance(thinking, bool):
+        thought, _, rest = turn_text.partition(thinking[1])
+        return thought, rest
     ends = _THINKING_END.search(turn_text)
     return (turn_text[: ends.start()], turn_text[ends.end() :]) if ends else (turn_text, "")
 
 
-def without_thinking(turn_text: str, thinking: bool = False, keep_open: bool = True) -> str:
+def without_thinking(turn_text: str, thinking: Thinking = False, keep_open: bool = True) -> str:
     """What stands outside of the closed thinking (:data:`THINKING`) of a turn. Linear time.
 
-    A closing tag that nothing opens closes what stands before it: a template may put the opening tag into the prompt.
+    A closing tag that nothing opened closes what stands before it: a template may put the opening tag into the prompt.
 
     Args:
         turn_text: what the policy wrote.
@@ -215,12 +233,15 @@ def without_thinking(turn_text: str, thinking: bool = False, keep_open: bool = T
     >>> without_thinking("so</think>a[THINK]b[/THINK]c<think>d")
     'ac<think>d'
     """
-    ends = _THINKING_END.search(turn_text) if thinking else None
-    if thinking and ends is None and not keep_open:
-        return ""
+    if thinking:
+        begun, rest = leave_thinking(turn_text, thinking)
+        if begun != turn_text:
+            turn_text = rest
+        elif not keep_open:
+            return ""
     kept: list[str] = []
-    at = ends.end() if ends else 0
-    for thought in _THOUGHT.finditer(turn_text, at):
+    at = 0
+    for thought in _THOUGHT.finditer(turn_text):
         if thought.lastgroup is None:
             if not keep_open:
                 return "".join([*kept, turn_text[at : thought.start()]])
@@ -249,32 +270,20 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """All control tokens of a tokenizer by id, also those that have no role: ``all_special_tokens`` lacks these."""
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return named | {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    for token in special_tokens(tokenizer).values():
-        text = text.replace(token, "")
-    return _visible(text)
-
-
 def open_thinking(context_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """The tags (:data:`THINKING`) of the thinking in which a turn after these tokens begins; None if outside.
 
-    Chat templates of thinking models write the opening tag, some with words after it. A control token ends what stands
-    before it: a tag in a user's message opens nothing.
+    Chat templates of thinking models write the opening tag, some with words after it. A control token, as a turn's
+    header has, ends what stands before it: a tag in a user's message opens nothing.
 
     Args:
-        context_ids: what the policy saw before the turn; its last tokens are enough.
+        context_ids: what the policy saw before the turn; its last 512 tokens are looked at.
         tokenizer: the policy's tokenizer.
     """
-    text = _decode(tokenizer, context_ids[-_OPENING_TOKENS:])
+    text = _decode(tokenizer, context_ids[-OPENING_TOKENS:])
     at, tags = max((text.rfind(tags[0]), tags) for tags in THINKING)
     rest = text[at + len(tags[0]) :]
-    ended = at < 0 or _THINKING_END.search(rest) or any(token in rest for token in special_tokens(tokenizer).values())
+    ended = at < 0 or _THINKING_END.search(rest) or special_token(tokenizer).search(rest)
     return None if ended else tags
 
 
@@ -304,9 +313,9 @@ def extract_answer(
     if not turn_ranges:
         return ""
     start, end = turn_ranges[-1]
-    before = [*prompt_ids[-_OPENING_TOKENS:], *response_ids[max(0, start - _OPENING_TOKENS) : start]]
-    answer = parse_answer(_decode(tokenizer, response_ids[start:end]), opens_thinking(before, tokenizer))
-    return _without_special_tokens(answer, tokenizer)
+    before = [*prompt_ids[-OPENING_TOKENS:], *response_ids[max(0, start - OPENING_TOKENS) : start]]
+    answer = parse_answer(_decode(tokenizer, response_ids[start:end]), open_thinking(before, tokenizer) or False)
+    return _visible(without_special_tokens(answer, tokenizer))
 
 
 def extract_observations(
@@ -314,9 +323,10 @@ def extract_observations(
 ) -> list[str]:
     """Tool observations of a rollout: the texts between consecutive assistant turns, in order.
 
-    The text inside ``<tool_response>…</tool_response>`` where the template has these tags (several in one observation
-    are joined by a newline), else the whole text between the turns; without special tokens and surrounding white
-    space. An observation without any text is left out: there is nothing in it that could support an answer.
+    The text inside ``<tool_response>…</tool_response>`` where the template has these tags, else what the chat template
+    writes around a tool's text is cut off (:func:`~verl.utils.siop.chat_markup.result_texts`), else the whole text
+    between the turns; without special tokens and surrounding white space, several in one observation joined by a
+    newline. An observation without any text is left out: there is nothing in it that could support an answer.
 
     Args:
         response_ids: L response tokens.
@@ -329,10 +339,9 @@ def extract_observations(
     observations = []
     for (_, end), (next_start, _) in itertools.pairwise(turn_ranges):
         text = _decode(tokenizer, response_ids[end:next_start])
-        responses = _TOOL_RESPONSE.findall(text)
-        if responses:
-            text = "\n".join(response.strip() for response in responses)
-        observations.append(_without_special_tokens(text, tokenizer))
+        responses = _TOOL_RESPONSE.findall(text) or result_texts(text, tokenizer)
+        text = "\n".join(response.strip() for response in responses)
+        observations.append(_visible(without_special_tokens(text, tokenizer)))
     return [text for text in observations if text]
 
 

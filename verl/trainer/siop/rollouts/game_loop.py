@@ -18,10 +18,11 @@ from uuid import uuid4
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 from verl.trainer.siop.rollouts.rows import ACTIONS, GAME, TURN_SCORES
 from verl.utils.profiler import simple_timer
+from verl.utils.siop.chat_markup import without_special_tokens
 from verl.utils.siop.credit.config import finite_number
 from verl.utils.siop.envs.games import EXACT, Env, Game, Judge, Step, find
 from verl.utils.siop.errors import GameError, RolloutError
-from verl.utils.siop.turn_utils import opens_thinking, special_tokens, without_thinking
+from verl.utils.siop.turn_utils import opens_thinking, without_thinking
 
 
 @dataclass
@@ -195,9 +196,7 @@ class VerifiedGameLoop(AgentLoopBase):
     def _spoken(self, token_ids: list[int], thinking: bool) -> str:
         """A turn's text without its thinking, closed or not, whose tags may be special tokens, and without those."""
         text = without_thinking(self.tokenizer.decode(token_ids, skip_special_tokens=False), thinking, keep_open=False)
-        for token in special_tokens(self.tokenizer).values():
-            text = text.replace(token, "")
-        return text.strip()
+        return without_special_tokens(text, self.tokenizer).strip()
 
     async def _observe(self, play: _Play, text: str, observation: str) -> bool:
         """Show the player what comes next; whether a turn fits after it."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from verl.utils.siop.credit.config import AUTO
 from verl.utils.siop.credit.rollouts import Reference
 from verl.utils.siop.errors import RolloutError
-from verl.utils.siop.turn_utils import THINKING, open_thinking, special_tokens
+from verl.utils.siop.turn_utils import OPENING_TOKENS, THINKING, open_thinking, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,6 @@ ANSWER = "<answer>\n"
 _DONE = "Now there's enough information to answer\n</think>\n"
 DONE_THINKING = f"{_DONE}{ANSWER}"
 _MARK = "SIOP"
-# Tokens at the end of a prompt in which the policy's turn must begin: its header, and thinking that a template opens
-# or leaves empty.
-_OPENING_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Prober:
         Args:
             prompt_ids: the rendered prompt; empty for one without thinking.
         """
-        end = tuple(prompt_ids[-_OPENING_TOKENS:])
+        end = tuple(prompt_ids[-OPENING_TOKENS:])
         if end not in self._texts:
             self._texts[end] = self._texts_after(end)
         return self._texts[end]
@@ -225,12 +222,20 @@ class Prober:
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def _after_last_end(self, ids: Sequence[int]) -> list[int]:
+        """The ids after the last token that ends a turn, if that is a control token; else all of them."""
+        assert self._form is not None
+        ends = {token for token in self._encode(self._form.end) if token in self._special}
+        last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in ends), -1)
+        return list(ids[last + 1 :])
+
     def _opening(self, prompt_ids: Sequence[int]) -> list[int]:
         """The end of the prompt from the header of the policy's turn on."""
         assert self._form is not None
         if not self._form.header:
             return []
-        tail = list(prompt_ids[-_OPENING_TOKENS:])
+        # An earlier turn of the assistant, in a prompt with several, has ended.
+        tail = self._after_last_end(prompt_ids[-OPENING_TOKENS:])
         # Without its white space, which may be one token with what follows.
         for header in (self._encode(self._form.header), self._encode(self._form.header.rstrip())):
             for start in range(len(tail) - len(header), -1, -1):
@@ -247,7 +252,7 @@ class Prober:
         )
 
     def _opening_text(self, prompt_ids: Sequence[int]) -> str:
-        text = str(self._tokenizer.decode(list(prompt_ids[-_OPENING_TOKENS:])))
+        text = str(self._tokenizer.decode(list(prompt_ids[-OPENING_TOKENS:])))
         header = self._form.header.strip() if self._form else ""
         return text.rpartition(header)[2] if header else text
 
