@@ -26,7 +26,8 @@ ROLLOUTS = [search_rollout(uid, answer, ["x is here"]) for uid in ("a", "b", "c"
 
 def _trainer(monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], **keys: Any) -> SiopTrainer:
     trainer = object.__new__(SiopTrainer)
-    trainer.siop, trainer.gamma, trainer.tokenizer = SiopConfig(**keys), 1.0, byte_tokenizer()
+    trainer.siop, trainer.gamma, trainer.scale = SiopConfig(**keys), 1.0, True
+    trainer.tokenizer = byte_tokenizer()
     monkeypatch.setattr(scoring, "ScoringClient", FailingScorer)
     monkeypatch.setattr(FailingScorer, "bad", bad)
     return trainer
