@@ -97,6 +97,7 @@ WORLDS: Mapping[str, ToyWorld] = {
 # Tried by training, see benchmarks/toy_variants.py; not in the plan of every world.
 _VARIANTS = "algorithm.siop_import=benchmarks.toy_variants"
 _VOTES = ("vote_path", "vote_path_mean", "vote_last_query", "vote_judge")
+_COMPLETE = ("complete",)
 _ALIGNED = ("aligned", "aligned_end2", "aligned_end4")
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "siop": ("ablation=siop",),
@@ -144,7 +145,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
         "algorithm.siop_import=benchmarks.noisy_support",
         "algorithm.siop_reward_mode=noisy",
     ),
-    **{name: ("ablation=siop", _VARIANTS, f"algorithm.siop_reward_mode={name}") for name in _VOTES},
+    **{name: ("ablation=siop", _VARIANTS, f"algorithm.siop_reward_mode={name}") for name in (*_VOTES, *_COMPLETE)},
     **{
         name: ("ablation=siop", _VARIANTS, f"algorithm.siop_reward_mode={name}", "algorithm.siop_boundary=observation")
         for name in _ALIGNED
@@ -166,7 +167,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     name: (*overrides, "algorithm.siop_probe_opening=false") if _bare(name) else overrides
     for name, overrides in _METHODS.items()
 }
-_EVERYWHERE = tuple(name for name in METHODS if name not in ("siop-noise", *_VOTES, *_ALIGNED))
+_EVERYWHERE = tuple(name for name in METHODS if name not in ("siop-noise", *_VOTES, *_COMPLETE, *_ALIGNED))
 _THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
 
 

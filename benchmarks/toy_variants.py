@@ -13,6 +13,11 @@ Aligned credit, for ``siop_boundary=observation``, in which the turn that made a
 
 - ``aligned``: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c)·(P_T − p_0) with P_T = max p; nothing for support
   that was there before the first search. ``aligned_end2``, ``aligned_end4``: two and four times this end.
+
+An answer makes itself certain, so that a search is worth nothing by itself:
+
+- ``complete``: r_t = q(c)·gain_t, the last turn + q(c)·(1 − P_T) + (1 − lambda)·q(c). A rollout has
+  q(c)·(1 − p_0) + (1 − lambda)·q(c) in all, however many turns it takes, one included (``siop_gain=peak``).
 """
 
 from __future__ import annotations
@@ -94,6 +99,21 @@ async def aligned_end2(batch: CreditBatch) -> GroupRewards:
 @register_credit("aligned_end4")
 async def aligned_end4(batch: CreditBatch) -> GroupRewards:
     return await _aligned(batch, 4.0)
+
+
+@register_credit("complete")
+async def complete(batch: CreditBatch) -> GroupRewards:
+    questions = await batch.clusters()
+    await batch.set_targets(questions)
+    cluster_of = {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}
+    references_of = {index: cluster.references for index, cluster in cluster_of.items()}
+    support = await batch.supports(references_of, least_turns=1)
+    rewards = {}
+    for index, cluster in cluster_of.items():
+        # Of a single turn the two boundaries are the prompt, and there is no gain.
+        rewards[index] = [cluster.target * gain for gain in batch.gains(support[index])]
+        rewards[index][-1] += cluster.target * (1 - max(support[index]) + 1 - batch.config.siop_lambda)
+    return batch.result(rewards, questions, support)
 
 
 async def _aligned(batch: CreditBatch, end_weight: float) -> GroupRewards:

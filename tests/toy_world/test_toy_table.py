@@ -521,6 +521,20 @@ def _supports(batch: list[Any], references_of: dict[int, list[str]]) -> dict[int
     return asyncio.run(CreditBatch(batch, byte_tokenizer(), SiopConfig(), Scorer()).supports(references_of))
 
 
+def test_a_search_is_worth_nothing_by_itself() -> None:
+    keys = {"siop_lambda": 0.25}
+    found, plain = _credit("complete", mixed_batch(), **keys), _credit("process", mixed_batch(), **keys)
+    assert found.target_mass == plain.target_mass
+    assert {len(rewards) for rewards in found.turn_rewards} == {0, 1, 2, 3, 4}
+    for rewards, before, target, values, measured in zip(
+        found.turn_rewards, plain.turn_rewards, plain.target_mass, found.support, plain.support, strict=True
+    ):
+        assert values == measured or (len(before) == 1 and len(set(values)) == 1)
+        if before:
+            assert rewards[:-1] == before[:-1]
+            assert sum(rewards) == pytest.approx(target * (1 - values[0] + 0.75))
+
+
 def test_an_end_for_what_was_found() -> None:
     keys = {"siop_boundary": "observation", "siop_lambda": 0.25}
     plain = _credit("process", mixed_batch(), **keys)

@@ -149,18 +149,21 @@ class CreditBatch:
             ]
             cluster.evidence = _mean(by_member) if by_member else 0.0
 
-    async def supports(self, references_of: Mapping[int, Sequence[str]]) -> dict[int, list[float]]:
+    async def supports(
+        self, references_of: Mapping[int, Sequence[str]], least_turns: int = 2
+    ) -> dict[int, list[float]]:
         """Support p_t = Σ_r alpha_r · exp(mean log-prob of reference r), alpha uniform, of the rollouts named.
 
-        One call for all. A rollout with one turn has no support: nothing happened before its answer.
+        One call for all.
 
         Args:
             references_of: rollout index -> reference texts.
+            least_turns: of a rollout that is asked for; with one turn nothing happened before its answer.
 
         Returns:
             Rollout index -> p at its T + 1 boundaries (``siop_boundary``).
         """
-        indices = [index for index in sorted(references_of) if len(self.parsed[index].turns) > 1]
+        indices = [index for index in sorted(references_of) if len(self.parsed[index].turns) >= least_turns]
         if not indices:
             return {}
         prober = Prober(self.tokenizer, self.config)
