@@ -450,7 +450,7 @@ def test_plan() -> None:
         for method in ("siop", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
     tried = {name for name, overrides in toy_table.METHODS.items() if toy_table._VARIANTS in overrides}
-    assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 7
+    assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 8
     assert [run.name for run in toy_table.plan(["stale"], ["aligned"], [1])] == ["stale/aligned-seed1"]
     for world in ("early", "mixed"):
         assert {run.name for run in runs if run.world == world} == {
