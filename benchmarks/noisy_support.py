@@ -19,8 +19,10 @@ NOISE = 1e-3
 class _Noisy(CreditBatch):
     """Support p + N(0, 1e-3), kept in [0, 1]; equal supports of a batch get different noise."""
 
-    async def supports(self, references_of: Mapping[int, Sequence[str]]) -> dict[int, list[float]]:
-        exact = await super().supports(references_of)
+    async def supports(
+        self, references_of: Mapping[int, Sequence[str]], least_turns: int = 2
+    ) -> dict[int, list[float]]:
+        exact = await super().supports(references_of, least_turns)
         noisy = {}
         for index, values in exact.items():
             seed = hashlib.sha256(repr((index, values)).encode()).digest()[:8]

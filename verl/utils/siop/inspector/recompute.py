@@ -191,11 +191,13 @@ class DumpedBatch(CreditBatch):
                 )
             cluster.evidence = first.evidence
 
-    async def supports(self, references_of: Mapping[int, Sequence[str]]) -> dict[int, list[float]]:
+    async def supports(
+        self, references_of: Mapping[int, Sequence[str]], least_turns: int = 2
+    ) -> dict[int, list[float]]:
         """See :meth:`CreditBatch.supports`."""
         found = {}
         for index in sorted(references_of):
-            if len(self.parsed[index].turns) > 1:
+            if len(self.parsed[index].turns) >= least_turns:
                 if not self._dumped[index].support:
                     raise DumpError(f"rollout {self._dumped[index].uid} has no support: its method measured none")
                 found[index] = list(self._dumped[index].support or ())
