@@ -105,15 +105,12 @@ async def aligned_end4(batch: CreditBatch) -> GroupRewards:
 async def complete(batch: CreditBatch) -> GroupRewards:
     questions = await batch.clusters()
     await batch.set_targets(questions)
-    cluster_of = {index: cluster for clusters in questions for cluster in clusters for index in cluster.members}
-    references_of = {index: cluster.references for index, cluster in cluster_of.items()}
-    support = await batch.supports(references_of, least_turns=1)
-    rewards = {}
-    for index, cluster in cluster_of.items():
-        # Of a single turn the two boundaries are the prompt, and there is no gain.
-        rewards[index] = [cluster.target * gain for gain in batch.gains(support[index])]
-        rewards[index][-1] += cluster.target * (1 - max(support[index]) + 1 - batch.config.siop_lambda)
-    return batch.result(rewards, questions, support)
+    # Of a single turn the two boundaries are the prompt, and there is no gain.
+    result = await pay_gains(batch, questions, least_turns=1)
+    for rewards, target, support in zip(result.turn_rewards, result.target_mass, result.support, strict=True):
+        if rewards:
+            rewards[-1] += target * (1 - max(support))
+    return result
 
 
 async def _aligned(batch: CreditBatch, end_weight: float) -> GroupRewards:

@@ -23,10 +23,16 @@ async def process(batch: CreditBatch) -> GroupRewards:
     return await pay_gains(batch, questions)
 
 
-async def pay_gains(batch: CreditBatch, questions: list[list[Cluster]]) -> GroupRewards:
-    """The rewards of :func:`process` with the targets that the clusters have."""
+async def pay_gains(batch: CreditBatch, questions: list[list[Cluster]], least_turns: int = 2) -> GroupRewards:
+    """The rewards of :func:`process` with the targets that the clusters have.
+
+    Args:
+        batch: the rollouts.
+        questions: their clusters, with targets.
+        least_turns: of a rollout whose support is measured, see :meth:`CreditBatch.supports`.
+    """
     clusters = _cluster_of(questions)
-    support = await batch.supports({index: cluster.references for index, cluster in clusters.items()})
+    support = await batch.supports({index: cluster.references for index, cluster in clusters.items()}, least_turns)
     rewards = {}
     for index, cluster in clusters.items():
         gains = batch.gains(support[index]) if index in support else [0.0]
