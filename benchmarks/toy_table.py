@@ -86,10 +86,10 @@ WORLDS: Mapping[str, ToyWorld] = {
         40,
         ("--world", "chains", "--early", "0.25", "--imperfect-steps", "400"),
         "chains",
-        methods=("siop", "empo", "grpo"),
+        methods=("siop", "informed", "empo", "grpo"),
     ),
     "mixed": ToyWorld(
-        ROOT / "runs" / "toy-mixed", 60, ("--world", "mixed"), "two_hop", methods=("siop", "empo", "grpo")
+        ROOT / "runs" / "toy-mixed", 60, ("--world", "mixed"), "two_hop", methods=("siop", "informed", "empo", "grpo")
     ),
     # Ten times as long: does it last?
     "long": ToyWorld(ROOT / "runs" / "toy", 600, methods=("siop", "siop-noise"), test_freq=60),
@@ -102,6 +102,7 @@ _ALIGNED = ("aligned", "aligned_end2", "aligned_end4")
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "siop": ("ablation=siop",),
     "siop-bare": ("ablation=siop",),
+    "informed": ("ablation=informed",),
     "release": ("ablation=release",),
     "empo": ("ablation=empo",),
     "grpo": ("ablation=grpo",),
@@ -168,7 +169,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     for name, overrides in _METHODS.items()
 }
 _EVERYWHERE = tuple(name for name in METHODS if name not in ("siop-noise", *_VOTES, *_COMPLETE, *_ALIGNED))
-_THREE_SEEDS = ("siop", "siop-prob", "release", "empo", "grpo")
+_THREE_SEEDS = ("siop", "informed", "siop-prob", "release", "empo", "grpo")
 
 
 @dataclass

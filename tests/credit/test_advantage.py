@@ -310,6 +310,7 @@ def test_the_default_is_leave_one_out_with_one_scale_for_the_batch() -> None:
         ("siop_gain", "log"),
         ("siop_gain", "prob"),
         ("siop_lambda", 0.0),
+        ("siop_vote", "informed"),
         ("siop_eta", 0.0),
         ("siop_evidence", "max"),
         ("siop_num_refs", 1),

@@ -117,6 +117,7 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], **keys: Any
             "cluster": found.cluster_ids[i],
             "references": found.references[i],
             "mass": found.masses[i],
+            "votes": found.votes[i],
             "evidence": found.evidence[i],
             "target": found.target_mass[i],
             "support": found.support[i],

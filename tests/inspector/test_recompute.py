@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from dumped_run import questions, write_step
+from method_helpers import search_rollout
 from verl.utils.siop.errors import SiopConfigError
 from verl.utils.siop.inspector.dump import Dump
 from verl.utils.siop.inspector.recompute import Recipe, check_recipe, read_recipe, recompute
@@ -51,6 +52,29 @@ def test_under_other_keys_it_is_what_a_training_with_them_dumps(tmp_path: Path, 
         assert credit["advantages"] == pytest.approx(rollout.turn_advantages, abs=tolerance, rel=0)
         assert credit["returns"] == pytest.approx(rollout.turn_returns, abs=tolerance, rel=0)
     assert found != recompute(rollouts, settings)
+
+
+def test_votes_are_passed_on_by_what_the_tools_said(tmp_path: Path) -> None:
+    batch = [search_rollout("u-1-0", "Peru", ["Lima is in Peru."]) for _ in range(2)]
+    batch += [search_rollout("u-1-0", "sol", ["Lima is in Peru.", "Peru pays in <b>sol</b>, not sol."])]
+    informed = {"siop_vote": "informed"}
+    dumps = {}
+    for name, keys in (("counted", {}), ("informed", informed)):
+        write_step(tmp_path / name, 1, batch, **keys)
+        rollouts = [rollout for _, rollout in Dump(tmp_path / name).read(1)]
+        dumps[name] = rollouts, Dump(tmp_path / name).settings(rollouts[0].settings)
+    (counted, settings), (there, own) = dumps.values()
+    assert [rollout.votes for rollout in counted] == [None] * 3
+    assert [rollout.votes for rollout in there] == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    found = recompute(counted, settings, Recipe("informed", informed))
+    assert found == recompute(there, own) != recompute(counted, settings)
+    assert [found[rollout.uid]["advantages"] for rollout in there] == [rollout.turn_advantages for rollout in there]
+    # And back, without reading anything.
+    assert recompute(there, own, Recipe("", {"siop_vote": "count"})) == recompute(counted, settings)
+    # What a training passed on stays, whatever its text looks like.
+    for rollout in there:
+        rollout.output = " " * len(rollout.output)
+    assert recompute(there, own) == found
 
 
 @pytest.mark.parametrize("keys", [{}, {"siop_baseline": "turn_index", "gamma": 0.0}, {"siop_outcome_weight": 0.5}])

@@ -447,14 +447,14 @@ def test_plan() -> None:
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     for world in ("two_hop", "stale"):
-        for method in ("siop", "release", "empo", "grpo"):
+        for method in ("siop", "informed", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
     tried = {name for name, overrides in toy_table.METHODS.items() if toy_table._VARIANTS in overrides}
     assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 8
     assert [run.name for run in toy_table.plan(["stale"], ["aligned"], [1])] == ["stale/aligned-seed1"]
     for world in ("early", "mixed"):
         assert {run.name for run in runs if run.world == world} == {
-            f"{world}/{method}-seed{seed}" for method in ("siop", "empo", "grpo") for seed in (1, 2, 3)
+            f"{world}/{method}-seed{seed}" for method in ("siop", "informed", "empo", "grpo") for seed in (1, 2, 3)
         }
     assert {run.method for run in runs if run.world == "long"} == {"siop", "siop-noise"}
     assert [run.name for run in toy_table.plan(["long"], ["empo"], [4])] == ["long/empo-seed4"]

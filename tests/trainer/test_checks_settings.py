@@ -119,6 +119,8 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"algorithm.siop_consensus_terminal": "support"}, "siop_reward_mode=process"),
     ({"algorithm.siop_eta": 2.0, "algorithm.siop_use_gold_ref": True}, "siop_use_gold_ref=true"),
     ({"algorithm.siop_evidence": "max", "algorithm.siop_eta": 0}, "siop_eta=0"),
+    ({"algorithm.siop_vote": "informed", "algorithm.siop_reward_mode": "cluster_frequency"}, "leave it at count"),
+    ({"algorithm.siop_vote": "informed", "algorithm.siop_use_gold_ref": True}, "siop_use_gold_ref=true"),
     ({"algorithm.siop_epsilon": 1e-4}, "siop_gain=peak"),
     ({"algorithm.siop_turn_weight": 0.5}, "siop_baseline=leave_one_out"),
     ({"algorithm.siop_scorer_noise": 0.1, "algorithm.siop_baseline": "pooled"}, "siop_baseline=pooled"),

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, Any] = {
     "siop_boundary": "observation",
     "siop_gain": "log",
     "siop_lambda": 0.3,
+    "siop_vote": "informed",
     "siop_eta": 0.0,
     "siop_evidence": "max",
     "siop_num_refs": 2,
@@ -99,6 +100,7 @@ def test_an_evaluation_records_no_configuration(tmp_path: Path) -> None:
     ("name", "changes"),
     [
         ("siop", {}),
+        ("informed", {"siop_vote": "informed"}),
         ("policy", {"siop_scorer": "policy"}),
         (
             "release",

@@ -228,6 +228,7 @@ class SiopTrainer(SupervisedTrainer):
                 answer=rewards.answers[index],
                 cluster=rewards.cluster_ids[index],
                 mass=rewards.masses[index] if rewards.masses else None,
+                votes=rewards.votes[index] if rewards.votes else None,
                 evidence=rewards.evidence[index] if rewards.evidence else None,
                 target=rewards.target_mass[index],
                 references=rewards.references[index],

@@ -54,6 +54,8 @@ _UNIT = re.compile(
     r"(?<=\d)( [a-zA-Z]| ?(?:[a-z]{1,2}[A-Z]|[a-z][A-Z][a-zA-Z]|[A-Z][a-z][A-Z]?|[A-Z]{2}[a-z]))(?!\w|[.'&-]\w)"
 )
 _END_OF_WORD = ".,;:。、।॥۔،؛"
+# Stand next to words without being part of them.
+_BETWEEN_WORDS = str.maketrans(dict.fromkeys("()[]{}—", " "))
 _QUESTION = "!?؟"
 _NUMBER_BEFORE, _NUMBER_AFTER = r"[\d\u00bc-\u00be\u2150-\u215e]", r"[^\w\s]*[\d\u00bc-\u00be\u2150-\u215e]"
 _DATE = re.compile(
@@ -196,6 +198,24 @@ def identity_key(answer: str) -> str:
     1,000 and 1000, or USA and U.S.A., are for the model. An answer of which nothing is left stands for itself.
     """
     return plain_form(answer) or answer.strip()
+
+
+def words(text: str) -> str:
+    """The plain form of a text with a space on either side, brackets and long dashes being spaces too."""
+    return f" {plain_form(text.translate(_BETWEEN_WORDS))} "
+
+
+def mentions(text_words: str, answer: str) -> bool:
+    """Whether a text holds the answer's words in a row, as whole words of the plain form.
+
+    Args:
+        text_words: :func:`words` of the text.
+        answer: of punctuation and articles alone it is in no text.
+
+    >>> mentions(words("Paris (France) is large."), "the France"), mentions(words("3.5 m"), "5")
+    (True, False)
+    """
+    return normalize_answer(answer) != "" and words(answer) in text_words
 
 
 def greedy_clusters(answers: Sequence[str], equivalent: Callable[[int, int], bool]) -> list[int]:

@@ -336,13 +336,20 @@ def extract_observations(
     Returns:
         At most T - 1 texts.
     """
-    observations = []
-    for (_, end), (next_start, _) in itertools.pairwise(turn_ranges):
-        text = _decode(tokenizer, response_ids[end:next_start])
-        responses = _TOOL_RESPONSE.findall(text) or result_texts(text, tokenizer)
-        text = "\n".join(response.strip() for response in responses)
-        observations.append(_visible(without_special_tokens(text, tokenizer)))
-    return [text for text in observations if text]
+    between = [_decode(tokenizer, response_ids[end:start]) for (_, end), (start, _) in itertools.pairwise(turn_ranges)]
+    return [text for text in (observation_text(text, tokenizer) for text in between) if text]
+
+
+def observation_text(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """An observation of what stands between two turns, see :func:`extract_observations`; empty without any text.
+
+    Args:
+        text: decoded with special tokens.
+        tokenizer: the policy's; without it control tokens stay, and what a template writes where it has no tags.
+    """
+    responses = _TOOL_RESPONSE.findall(text) or (result_texts(text, tokenizer) if tokenizer else [text])
+    text = "\n".join(response.strip() for response in responses)
+    return _visible(without_special_tokens(text, tokenizer) if tokenizer else text)
 
 
 def parse_queries(turn_text: str) -> list[Query]:

@@ -240,7 +240,7 @@ SUPPORT_KEYS = (
     "siop_scorer",
     "siop_scorer_noise",
 )
-TARGET_KEYS = ("siop_eta", "siop_evidence")
+TARGET_KEYS = ("siop_vote", "siop_eta", "siop_evidence")
 TURN_KEYS = ("siop_baseline", "siop_return", "siop_turn_weight")
 METHOD_KEYS = (
     "siop_reward_mode",

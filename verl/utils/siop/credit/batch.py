@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from verl.utils.siop.credit.config import GAP_OFFSET, finite_number
 from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout, SiopScorer, SupportRequest
+from verl.utils.siop.credit.votes import informed_votes, preferences
 from verl.utils.siop.errors import RolloutError, ScorerError
+from verl.utils.siop.nli_clustering import mentions, words
 from verl.utils.siop.turn_utils import boundaries, extract_answer, extract_observations, get_assistant_turn_ranges
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ class ParsedRollout:
 
 @dataclass
 class Cluster:
-    """Answers of one question that mean the same; ``members`` index the batch, in rollout order."""
+    """Answers of one question that mean the same; ``members`` index the batch, in rollout order.
+
+    ``mass`` is m(c), ``target`` q(c), ``evidence`` rho(c), ``votes`` v(c) where it is not m(c).
+    """
 
     cluster_id: int
     members: list[int]
@@ -48,6 +53,7 @@ class Cluster:
     mass: float
     target: float = 0.0
     evidence: float | None = None
+    votes: float | None = None
 
 
 class CreditBatch:
@@ -107,17 +113,47 @@ class CreditBatch:
         ]
 
     async def set_targets(self, questions: Sequence[Sequence[Cluster]]) -> None:
-        """Set q(c) ∝ m(c)·exp(eta·rho(c)), normalised over the question; q = m where evidence cannot matter."""
+        """Set q(c) ∝ v(c)·exp(eta·rho(c)), normalised over the question; q = v where evidence cannot matter.
+
+        v(c) is by ``siop_vote`` the mass m(c), or what it is once votes have passed to better informed answers
+        (:func:`~verl.utils.siop.credit.votes.informed_votes`).
+        """
         contested = [cluster for clusters in questions if len(clusters) > 1 for cluster in clusters]
+        if self.config.siop_vote == "informed":
+            for clusters in questions:
+                self._set_votes(clusters)
         if self.config.siop_eta > 0:
             await self._set_evidence(contested)
         for clusters in questions:
             # Relative to the strongest evidence, so that a large eta cannot overflow.
             top = max((cluster.evidence or 0.0 for cluster in clusters), default=0.0)
-            weights = [c.mass * math.exp(self.config.siop_eta * ((c.evidence or 0.0) - top)) for c in clusters]
+            votes = [cluster.mass if cluster.votes is None else cluster.votes for cluster in clusters]
+            weights = [
+                share * math.exp(self.config.siop_eta * ((cluster.evidence or 0.0) - top))
+                for share, cluster in zip(votes, clusters, strict=True)
+            ]
             total = math.fsum(weights)
             for cluster, weight in zip(clusters, weights, strict=True):
                 cluster.target = weight / total
+
+    def _set_votes(self, clusters: Sequence[Cluster]) -> None:
+        known = [[self._known(index, clusters) for index in cluster.members] for cluster in clusters]
+        votes = informed_votes([cluster.mass for cluster in clusters], preferences(known))
+        for cluster, share in zip(clusters, votes, strict=True):
+            cluster.votes = share
+
+    def _known(self, index: int, clusters: Sequence[Cluster]) -> set[int]:
+        """Places of the clusters of which a reference stands in the rollout's question or in what its tools said."""
+        texts = [words(text) for text in (self.parsed[index].rollout.question, *self._observations(index))]
+        return {
+            place
+            for place, cluster in enumerate(clusters)
+            if any(mentions(text, reference) for reference in cluster.references for text in texts)
+        }
+
+    def _observations(self, index: int) -> list[str]:
+        item = self.parsed[index]
+        return extract_observations(item.rollout.response_ids, item.turns, self.tokenizer)
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         """Set rho(c): mean over members with observations of their mean or (``siop_evidence``) maximal evidence.
@@ -129,9 +165,8 @@ class CreditBatch:
         pairs_of_member: dict[int, list[tuple[str, str]]] = {}
         for cluster in clusters:
             for index in cluster.members:
-                item = self.parsed[index]
-                observations = extract_observations(item.rollout.response_ids, item.turns, self.tokenizer)
-                member_pairs = [(text[:OBSERVATION_CHARACTERS], cluster.references[0]) for text in observations]
+                texts = self._observations(index)
+                member_pairs = [(text[:OBSERVATION_CHARACTERS], cluster.references[0]) for text in texts]
                 pairs_of_member[index] = member_pairs
                 pairs.update(dict.fromkeys(member_pairs))
         answered: Any = await self.scorer.entailment(list(pairs)) if pairs else []
@@ -222,6 +257,7 @@ class CreditBatch:
             answers=[item.answer for item in self.parsed],
             evidence=[of[index].evidence if index in of else None for index in indices],
             masses=[of[index].mass if index in of else None for index in indices],
+            votes=[of[index].votes if index in of else None for index in indices],
         )
 
 

@@ -74,6 +74,7 @@ class SiopConfig:
     siop_boundary: str = _choice(*BOUNDARY_MODES)
     siop_gain: str = _choice("peak", "prob", "log", "gap")
     siop_lambda: float = _number(0.5, 0.0, 1.0)
+    siop_vote: str = _choice("count", "informed")
     siop_eta: float = _number(1.0, 0.0)
     siop_evidence: str = _choice("mean", "max")
     siop_num_refs: int = _number(3, 1)

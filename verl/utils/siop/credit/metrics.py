@@ -46,6 +46,8 @@ def group_metrics(
           with a cluster
         - ``siop/target_mass``: target of the rollout's cluster (of the gold answer), mean over the rollouts that have
           one
+        - ``siop/votes_moved``: share of a question's votes that passed to another answer, ½·Σ |v(c) − m(c)|, mean over
+          questions with an answer (``siop_vote=informed``)
         - ``siop/evidence``: rho of the rollout's cluster, where it was computed
         - ``siop/support_first``, ``siop/support_last``: support at boundary 0 and at the last
         - ``siop/turn_reward/mean``, ``/std``: over all turn rewards, and by turn ``siop/turn_reward/turn_1/mean`` …;
@@ -78,6 +80,7 @@ def group_metrics(
         if any(counts) or not any(rewards.answers):
             values["clusters_per_group"] = [len(count) for count in counts]
             values["cluster_entropy"] = [_entropy(list(count.values())) for count in counts if count]
+        values["votes_moved"] = _votes_moved(rewards, groups.values())
         values["heaviest_cluster_right"] = _heaviest_right(rewards, groups.values(), labels or [[]] * len(rollouts))
     metrics = {f"siop/{name}": math.fsum(items) / len(items) for name, items in values.items() if items}
     metrics["siop/groups"] = float(len(groups))
@@ -88,6 +91,22 @@ def group_metrics(
     for turn, at_turn in enumerate(_returns_by_turn(rewards.turn_rewards, config, gamma)):
         metrics.update(_mean_and_std(f"siop/return_to_go/turn_{turn + 1}", at_turn))
     return metrics
+
+
+def _votes_moved(rewards: GroupRewards, groups: Collection[Sequence[int]]) -> list[float]:
+    """Of each question whose votes were passed on."""
+    moved = []
+    for members in groups:
+        shares = {
+            rewards.cluster_ids[index]: (votes, mass)
+            for index in members
+            if rewards.votes
+            and (votes := rewards.votes[index]) is not None
+            and (mass := rewards.masses[index]) is not None
+        }
+        if shares:
+            moved.append(math.fsum(abs(votes - mass) for votes, mass in shares.values()) / 2)
+    return moved
 
 
 def _heaviest_right(

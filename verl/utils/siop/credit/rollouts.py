@@ -91,6 +91,7 @@ class GroupRewards:
         answers: final answer; empty if there is none.
         evidence: rho of the rollout's cluster; None where it was not needed.
         masses: m of the rollout's cluster; None where it has none.
+        votes: v of the rollout's cluster; None where no votes were passed on (``siop_vote=informed``).
     """
 
     turn_rewards: list[list[float]]
@@ -101,3 +102,4 @@ class GroupRewards:
     answers: list[str] = field(default_factory=list)
     evidence: list[float | None] = field(default_factory=list)
     masses: list[float | None] = field(default_factory=list)
+    votes: list[float | None] = field(default_factory=list)

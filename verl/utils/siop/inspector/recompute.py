@@ -21,6 +21,7 @@ from verl.utils.siop.credit.rollouts import Rollout
 from verl.utils.siop.errors import SiopConfigError, SiopError
 from verl.utils.siop.inspector.schema import DumpedRollout, DumpedSettings, DumpError
 from verl.utils.siop.inspector.summary import by_question
+from verl.utils.siop.turn_utils import observation_text
 
 # Keys that decide what the scorer is asked, and by whom; what it answered is in the dump.
 SCORED = (
@@ -180,6 +181,16 @@ class DumpedBatch(CreditBatch):
             )
             for cluster_id, indices in by_id.items()
         ]
+
+    def _set_votes(self, clusters: Sequence[Cluster]) -> None:
+        super()._set_votes(clusters)
+        for cluster in clusters:  # of a training that passed them on
+            dumped = self._dumped[cluster.members[0]].votes
+            cluster.votes = cluster.votes if dumped is None else dumped
+
+    def _observations(self, index: int) -> list[str]:
+        rollout = self._dumped[index]
+        return [observation_text(rollout.text(span)) for span in rollout.spans or () if span.role == "tool"]
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         for cluster in clusters:

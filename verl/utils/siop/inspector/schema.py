@@ -66,7 +66,7 @@ class DumpedRollout(BaseModel):
         answer: final answer, empty if there is none.
         cluster: id of the answer's cluster within the question; None without one.
         references: of the cluster, by which its support was measured.
-        mass, evidence, target: m, rho and q of the cluster; rho is None where it was not needed.
+        mass, votes, evidence, target: m, v, rho and q of the cluster; v and rho are None where they were not needed.
         boundaries: T + 1 exclusive ends into the response tokens, where the support was measured; 0 is the prompt.
         support: p at the boundaries; empty where it was not needed.
         gains: T gains by ``siop_gain``, from the support alone.
@@ -100,6 +100,7 @@ class DumpedRollout(BaseModel):
     cluster: int | None = None
     references: list[str] | None = None
     mass: float | None = None
+    votes: float | None = None
     evidence: float | None = None
     target: float | None = None
     boundaries: list[int] | None = None
@@ -266,7 +267,7 @@ def _check(rollout: DumpedRollout, where: str) -> None:
 
 def not_finite(rollouts: Iterable[DumpedRollout]) -> list[str]:
     """The fields in which some rollout has NaN or an infinity, which JSON cannot hold."""
-    names = ("evidence", "mass", "target", "score", "support", "turn_scores", *_BY_TURN)
+    names = ("evidence", "mass", "votes", "target", "score", "support", "turn_scores", *_BY_TURN)
     return [name for name in names if any(not math.isfinite(v) for r in rollouts for v in _flat(getattr(r, name)))]
 
 

@@ -53,6 +53,7 @@ def _clusters(rollouts: Sequence[DumpedRollout]) -> list[dict[str, Any]]:
                 "id": rollout.cluster,
                 "target": rollout.target,
                 "mass": rollout.mass,
+                "votes": rollout.votes,
                 "evidence": rollout.evidence,
                 "references": rollout.references or [],
                 "size": 0,

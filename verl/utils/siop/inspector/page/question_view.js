@@ -8,14 +8,16 @@ import { source } from "inspector/source";
 import { testCase } from "inspector/test_case";
 
 const ABOUT_CLUSTERS = "q: target, the share of what this answer is paid; mass: share of the rollouts with an answer; " +
-  "evidence: how well the passages that they found support it";
+  "votes: that share once votes have passed to who knows more (siop_vote); evidence: how well the passages that they found support it";
 
 function clusterList(clusters) {
   return el("ul", { class: "clusters", "aria-label": "Clusters of answers" }, clusters.map((cluster, place) =>
     el("li", { class: `cluster k${place % CLUSTER_COLOURS}` },
       el("span", { class: "badge" }, clusterName(place)), cluster.references.join(" / ") || "–",
       el("div", { class: "numbers", title: ABOUT_CLUSTERS },
-        `q ${number(cluster.target, 3)} · mass ${number(cluster.mass, 3)} · evidence ${number(cluster.evidence, 3)} · ` +
+        `q ${number(cluster.target, 3)} · mass ${number(cluster.mass, 3)} · ` +
+        (cluster.votes === null ? "" : `votes ${number(cluster.votes, 3)} · `) +
+        `evidence ${number(cluster.evidence, 3)} · ` +
         counted(cluster.size, "rollout")))));
 }
 

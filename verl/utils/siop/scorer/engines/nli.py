@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl.utils.siop.nli_clustering import identity_key, normalize_answer, plain_form
+from verl.utils.siop.nli_clustering import identity_key, mentions, words
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,6 @@ def cluster_in_rounds(
     return ids
 
 
-# Stand next to words without being part of them.
-_BETWEEN_WORDS = str.maketrans(dict.fromkeys("()[]{}—", " "))
-
-
 class LexicalNli:
     """Words instead of a model: the same text (:func:`nli_clustering.plain_form`) is one cluster; a premise entails a
     hypothesis (1.0, else 0.0) if it contains the hypothesis' words as one run of whole words of the plain form.
@@ -106,11 +102,4 @@ class LexicalNli:
 
     def entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See :class:`NliBackend`."""
-        return [
-            float(normalize_answer(hypothesis) != "" and _words(hypothesis) in _words(premise))
-            for premise, hypothesis in pairs
-        ]
-
-
-def _words(text: str) -> str:
-    return f" {plain_form(text.translate(_BETWEEN_WORDS))} "
+        return [float(mentions(words(premise), hypothesis)) for premise, hypothesis in pairs]
