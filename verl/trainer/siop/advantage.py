@@ -214,7 +214,7 @@ def compute_siop_advantage(
         raise AdvantageInputError(f"token_level_rewards holds numbers that are not finite in row {broken[0]}")
     uid_B = np.asarray(index, dtype=object)
     with torch.no_grad():
-        if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
+        if siop.outcome_advantage:
             advantages_BL = _broadcast(token_level_rewards, response_mask, uid_B, spans.rows, scale, siop.reward_noise)
             return advantages_BL, advantages_BL.clone()
         turns = Turns(

@@ -266,7 +266,7 @@ def _ignored(siop: SiopConfig) -> Iterator[tuple[str, str]]:
     mode = siop.siop_reward_mode
     if mode in BUILT_IN:
         yield from _ignored_by_method(siop, mode)
-    if siop.siop_advantage_mode == "broadcast" or not siop.siop_enable_two_pass:
+    if siop.outcome_advantage:
         outcome = "siop_advantage_mode=broadcast" if siop.siop_enable_two_pass else "siop_enable_two_pass=false"
         yield from ((key, f"{outcome}, GRPO's advantage of the sum of the rewards") for key in TURN_KEYS)
     elif siop.siop_baseline in ("leave_one_out", "pooled", "turn_index"):

@@ -146,6 +146,11 @@ class SiopConfig:
         return self.needs_scorer and self.siop_reward_mode not in ("majority_binary", "cluster_frequency")
 
     @property
+    def outcome_advantage(self) -> bool:
+        """Whether all turns of a rollout have one advantage, GRPO's of the sum of its rewards."""
+        return self.siop_advantage_mode == "broadcast" or not self.siop_enable_two_pass
+
+    @property
     def reward_noise(self) -> float:
         """Standard deviation of the scorer's noise in a turn reward.
 

@@ -145,7 +145,7 @@ def _rows_with_an_update(
     left by the noise floor (:func:`~verl.utils.siop.credit.baselines.signal`) where it is scaled."""
     noise = config.reward_noise
     floor = max(NOISE_STDS * noise, STD_FLOOR)
-    if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
+    if config.outcome_advantage:
         sums = [math.fsum(row) for row in turn_rewards]
         with_turns = [[row for row in members if num_turns[row]] for members in groups]
         return {

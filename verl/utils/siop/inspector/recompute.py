@@ -307,7 +307,7 @@ def _estimate(
     number_of: dict[str, int] = {}
     group_B = np.array([number_of.setdefault(kept[index].group, len(number_of)) for index in with_turns])
     turns = Turns(rewards_BT, reached_BT, group_B, float(algorithm.get("gamma", 1.0)), scale, config)
-    if config.siop_advantage_mode == "broadcast" or not config.siop_enable_two_pass:
+    if config.outcome_advantage:
         totals_B = np.cumsum(rewards_BT, axis=1)[:, -1]
         advantages_BT = returns_BT = np.where(
             reached_BT, _outcome_advantages(totals_B, group_B, scale, config.reward_noise)[:, None], 0.0
