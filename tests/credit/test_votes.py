@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,16 +43,26 @@ def test_the_share_of_a_coin_is_the_posterior() -> None:
 
 
 def test_votes_pass_on_along_a_chain_and_split_by_witnesses() -> None:
-    # 0 stops first, 1 one hop later, 2 at the end: half of a vote for 0 goes to 1 and 2 each, of 1 half to 2.
+    # 0 stops first, 1 one hop later, 2 at the end: half of a vote for 0 goes to 1 and 2 alike, half of one for 1 to 2.
     chain = [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
     assert informed_votes([1.0, 0.0, 0.0], chain) == pytest.approx([0.5, 0.125, 0.375])
     # Two witnesses for 1, one for 2: 3/4 pass, in proportion 2·(3/4) to 1·(1/2).
     assert informed_votes([1.0, 0.0, 0.0], [[0, 0, 0], [2, 0, 0], [1, 0, 0]]) == pytest.approx([0.25, 0.5625, 0.1875])
 
 
-def test_a_circle_of_preferences_ends() -> None:
-    circle = [[0, 3, 0], [0, 0, 3], [3, 0, 0]]
+def test_a_circle_of_preferences_ends_wherever_else_there_are_answers() -> None:
+    circle = [[0, 0, 9], [9, 0, 0], [0, 9, 0]]
     assert informed_votes([1 / 3] * 3, circle) == pytest.approx([1 / 3] * 3)
+    alone = informed_votes([0.9, 0.05, 0.05], circle)
+    for more in range(1, 4):
+        masses = [0.9 - 0.001 * more, 0.05, 0.05] + [0.001] * more
+        preferred = [[*row, *[0] * more] for row in circle] + [[0] * (3 + more)] * more
+        assert informed_votes(masses, preferred)[:3] == pytest.approx(alone, abs=0.005)
+
+
+def test_no_vote_is_lost_however_many_prefer_the_other() -> None:
+    votes = informed_votes([0.1, 0.9], [[0, 0], [400, 0]])
+    assert 0 < votes[0] < 1e-6 and sum(votes) == pytest.approx(1.0)
 
 
 @st.composite
@@ -70,10 +81,10 @@ def test_votes_stay_shares_whatever_the_order_of_the_answers(
 ) -> None:
     masses, preferred = case
     votes = informed_votes(masses, preferred)
-    assert math.fsum(votes) == pytest.approx(1.0) and all(-1e-12 <= share <= 1 + 1e-12 for share in votes)
+    assert math.fsum(votes) == pytest.approx(1.0) and all(0 < share <= 1 + 1e-9 for share in votes)
     order = random.sample(range(len(masses)), len(masses))
     shuffled = informed_votes([masses[c] for c in order], [[preferred[c][d] for d in order] for c in order])
-    assert shuffled == pytest.approx([votes[c] for c in order])
+    assert shuffled == pytest.approx([votes[c] for c in order], abs=1e-8)
     assert informed_votes(masses, [[0] * len(masses) for _ in masses]) == pytest.approx(masses)
 
 
@@ -114,7 +125,34 @@ def test_what_the_question_says_is_known_to_all() -> None:
     assert run(batch, siop_vote="informed", siop_eta=0.0).votes == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.2])
 
 
-def test_evidence_weighs_the_votes_and_every_reference_counts() -> None:
+def test_what_is_said_of_a_call_that_was_not_executed_is_no_knowledge() -> None:
+    batch = [search_rollout("a", "Peru", ["Lima is in Peru."]) for _ in range(3)]
+    batch.append(search_rollout("a", "query is missing", ["Lima is in Peru.", "invalid arguments: query is missing"]))
+    believed = run(batch, siop_vote="informed", siop_eta=0.0).votes
+    assert believed[3] == pytest.approx(1 / 4 + 3 / 8)
+    search = [("search", "{}")]
+    batch[3] = replace(batch[3], executed_calls=[search, [], []])
+    rewards = run(batch, siop_vote="informed")
+    assert rewards.votes == pytest.approx([3 / 4] * 3 + [1 / 4])
+    assert rewards.evidence[3] == Scorer.entails("Lima is in Peru.", "query is missing")
+
+
+def test_every_spelling_of_an_answer_counts_whatever_is_its_reference() -> None:
+    one_answer = ("Peru", "Perou", "Republic of Peru", "country Peru")
+
+    class Same(Scorer):
+        async def cluster(self, question: str, answers: list[str]) -> list[int]:
+            return [int(answer == "sol") for answer in answers]
+
+    votes = []
+    for names in (one_answer, one_answer[::-1]):
+        batch = [search_rollout("a", name, ["Lima is in Perou."]) for name in names]
+        batch.append(search_rollout("a", "sol", ["Lima is in Perou.", "They pay in sol."]))
+        votes.append(run(batch, Same(), siop_vote="informed", siop_num_refs=1).votes)
+    assert votes[0] == votes[1] == pytest.approx([0.4] * 4 + [0.6])
+
+
+def test_evidence_weighs_the_votes() -> None:
     batch = stopping_early()
     batch[6] = search_rollout("a", "SOL", ["Lima is in Peru.", "Peru pays in SOL."])
     scorer = Scorer()

@@ -11,6 +11,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from verl.utils.siop.errors import SiopConfigError
 
@@ -215,7 +216,14 @@ def mentions(text_words: str, answer: str) -> bool:
     >>> mentions(words("Paris (France) is large."), "the France"), mentions(words("3.5 m"), "5")
     (True, False)
     """
-    return normalize_answer(answer) != "" and words(answer) in text_words
+    sought = _sought(answer)
+    return sought != "" and sought in text_words
+
+
+@lru_cache(maxsize=4096)
+def _sought(answer: str) -> str:
+    form = words(answer)
+    return form if normalize_answer(answer) and not form.isspace() else ""
 
 
 def greedy_clusters(answers: Sequence[str], equivalent: Callable[[int, int], bool]) -> list[int]:

@@ -44,7 +44,7 @@ class ParsedRollout:
 class Cluster:
     """Answers of one question that mean the same; ``members`` index the batch, in rollout order.
 
-    ``mass`` is m(c), ``target`` q(c), ``evidence`` rho(c), ``votes`` v(c) where it is not m(c).
+    ``mass`` is m(c), ``target`` q(c), ``evidence`` rho(c), ``votes`` v(c), once votes have been passed on.
     """
 
     cluster_id: int
@@ -78,6 +78,7 @@ class CreditBatch:
         self.tokenizer, self.config, self.scorer = tokenizer, config, scorer
         self.parsed = [_parse(rollout, tokenizer) for rollout in rollouts]
         self.questions = _group_by_question(self.parsed)
+        self._observed: dict[int, list[str]] = {}
 
     async def clusters(self) -> list[list[Cluster]]:
         """Clusters of every question, in the order in which its rollouts open them; mass m(c) = |c| / K_valid.
@@ -137,23 +138,43 @@ class CreditBatch:
                 cluster.target = weight / total
 
     def _set_votes(self, clusters: Sequence[Cluster]) -> None:
-        known = [[self._known(index, clusters) for index in cluster.members] for cluster in clusters]
+        known = self._known(clusters) if len(clusters) > 1 else [[] for _ in clusters]
         votes = informed_votes([cluster.mass for cluster in clusters], preferences(known))
         for cluster, share in zip(clusters, votes, strict=True):
             cluster.votes = share
 
-    def _known(self, index: int, clusters: Sequence[Cluster]) -> set[int]:
-        """Places of the clusters of which a reference stands in the rollout's question or in what its tools said."""
-        texts = [words(text) for text in (self.parsed[index].rollout.question, *self._observations(index))]
-        return {
-            place
-            for place, cluster in enumerate(clusters)
-            if any(mentions(text, reference) for reference in cluster.references for text in texts)
-        }
+    def _known(self, clusters: Sequence[Cluster]) -> list[list[set[int]]]:
+        """For each member of each cluster the clusters of which it knows: some answer of theirs stands, word for word,
+        in its question or in what its tools said."""
+        answers = [{self.parsed[index].answer for index in cluster.members} for cluster in clusters]
+        in_text: dict[str, set[int]] = {}
+
+        def stand_in(text: str) -> set[int]:
+            if text not in in_text:
+                form = words(text)
+                in_text[text] = {place for place, own in enumerate(answers) if any(mentions(form, one) for one in own)}
+            return in_text[text]
+
+        return [
+            [
+                set().union(*map(stand_in, (self.parsed[index].rollout.question, *self._observations(index))))
+                for index in cluster.members
+            ]
+            for cluster in clusters
+        ]
 
     def _observations(self, index: int) -> list[str]:
-        item = self.parsed[index]
-        return extract_observations(item.rollout.response_ids, item.turns, self.tokenizer)
+        """What the tools said, where a call was executed: what is said of a malformed one is no result."""
+        if index not in self._observed:
+            item = self.parsed[index]
+            executed = item.rollout.executed_calls
+            self._observed[index] = [
+                text
+                for turn in range(len(item.turns) - 1)
+                if executed is None or executed[turn : turn + 1] != [[]]
+                for text in extract_observations(item.rollout.response_ids, item.turns[turn : turn + 2], self.tokenizer)
+            ]
+        return self._observed[index]
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         """Set rho(c): mean over members with observations of their mean or (``siop_evidence``) maximal evidence.

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
+# No vote passes for sure: where answers beat each other in a circle, it stays somewhere.
+_MOST = 1 - 1e-6
+
 
 def preferences(known: Sequence[Sequence[Collection[int]]]) -> list[list[int]]:
     """How many rollouts know of two answers and give the one.
 
     Args:
         known: ``known[c]`` has for each rollout that answers c the answers that it knows of: those that stand in its
-            question or in its tool results. An answer that its own rollout does not know of stands nowhere and beats
-            none.
+            question or in its tool results. One that does not know of its own answer prefers it to none.
 
     Returns:
         C x C: in row c, column d the rollouts that know of c and d and answer c; 0 on the diagonal.
@@ -36,8 +40,8 @@ def informed_votes(masses: Sequence[float], preferred: Sequence[Sequence[int]]) 
         b(d, c) = max(0, 2·P(share > 1/2) − 1)
 
     which is 1/2 for one witness, 3/4 for two, 7/8 for three that nobody contradicts, and 0 for as many on either side.
-    A vote for c passes with probability max_d b(d, c), to d in proportion to n(d, c)·b(d, c), and may pass on from
-    there, C times at most: answers may beat each other in a circle.
+    A vote for c passes with probability max_d b(d, c), to d in proportion to n(d, c)·b(d, c), and so on from there
+    until it stays: with P the C x C probabilities of passing, v = (1 − P·1)∘(I − Pᵀ)⁻¹·m.
 
     Source: this project.
 
@@ -46,20 +50,17 @@ def informed_votes(masses: Sequence[float], preferred: Sequence[Sequence[int]]) 
         preferred: C x C numbers n, see :func:`preferences`.
 
     Returns:
-        C shares v(c), which add up to 1; the masses where nobody knows of two answers.
+        C shares v(c) above 0, which add up to 1; the masses where nobody knows of two answers.
     """
     answers = range(len(masses))
-    passing = []
+    passing_CC = np.zeros((len(masses), len(masses)))
     for c in answers:
         beats = [_beats(preferred[d][c], preferred[c][d]) for d in answers]
-        weights = [preferred[d][c] * by for d, by in enumerate(beats)]
-        total = math.fsum(weights)
-        passing.append([max(beats) * weight / total if total else 0.0 for weight in weights])
-    staying, moving = [0.0 for _ in answers], list(masses)
-    for _ in answers:
-        staying = [staying[c] + moving[c] * (1 - math.fsum(passing[c])) for c in answers]
-        moving = [math.fsum(moving[c] * passing[c][d] for c in answers) for d in answers]
-    return [stays + moves for stays, moves in zip(staying, moving, strict=True)]
+        weights = np.array([preferred[d][c] * by for d, by in enumerate(beats)])
+        if weights.any():
+            passing_CC[c] = min(max(beats), _MOST) * weights / weights.sum()
+    visits_C = np.linalg.solve(np.eye(len(masses)) - passing_CC.T, np.array(masses))
+    return (visits_C * (1 - passing_CC.sum(axis=1))).tolist()
 
 
 def _beats(wins: int, losses: int) -> float:

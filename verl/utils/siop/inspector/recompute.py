@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _ELSEWHERE = (
     "siop_on_nothing_learnt",
 )  # fmt: skip
 _OPTIONS = ("gamma", "norm_adv_by_std_in_grpo")
+# Control tokens of most templates; a dump has no tokenizer that knows its own.
+_CONTROL = re.compile(r"<\|[^|<>]*\|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +186,22 @@ class DumpedBatch(CreditBatch):
         ]
 
     def _set_votes(self, clusters: Sequence[Cluster]) -> None:
-        super()._set_votes(clusters)
-        for cluster in clusters:  # of a training that passed them on
-            dumped = self._dumped[cluster.members[0]].votes
-            cluster.votes = cluster.votes if dumped is None else dumped
+        votes = [self._dumped[cluster.members[0]].votes for cluster in clusters]
+        if None in votes:  # of a training that counted
+            return super()._set_votes(clusters)
+        for cluster, share in zip(clusters, votes, strict=True):
+            cluster.votes = share
+        return None
 
     def _observations(self, index: int) -> list[str]:
-        rollout = self._dumped[index]
-        return [observation_text(rollout.text(span)) for span in rollout.spans or () if span.role == "tool"]
+        rollout, executed = self._dumped[index], self.parsed[index].rollout.executed_calls
+        found, turn = [], 0
+        for span in rollout.spans or ():
+            if span.role == "assistant":
+                turn += 1
+            elif 0 < turn < len(rollout.turns) and (executed is None or executed[turn - 1 : turn] != [[]]):
+                found.append(observation_text(_CONTROL.sub(" ", rollout.text(span))))
+        return found
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         for cluster in clusters:
