@@ -35,8 +35,8 @@ def alarms(curves: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
         if stops and outcome is not None and outcome < FALLEN * best_outcome:
             text = (
                 f"the turns have fallen to {turns:.2f} and the outcome to {outcome:.2f} from {best_outcome:.2f}: the "
-                "policy stops after one search. Seen with the release's formulas: use the default baseline and boundary; "
-                "and where most rollouts stop too early from the start: use ablation=informed"
+                "policy stops after one search. Seen with the release's formulas: use the default baseline and "
+                "boundary; and where most rollouts stop too early from the start: use ablation=informed"
             )
             found.setdefault("two_turns", _alarm("two_turns", window, "siop/turns/mean", text))
         if turns is not None and turns <= 1.2 and best_turns >= 1.5 and entropy is not None and entropy <= 0.05:
