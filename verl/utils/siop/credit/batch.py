@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from verl.utils.siop.credit.config import GAP_OFFSET, finite_number
 from verl.utils.siop.credit.probe import Prober
 from verl.utils.siop.credit.rollouts import GroupRewards, Rollout, SiopScorer, SupportRequest
-from verl.utils.siop.credit.votes import informed_votes, preferences
+from verl.utils.siop.credit.votes import informed_votes
 from verl.utils.siop.errors import RolloutError, ScorerError
 from verl.utils.siop.nli_clustering import mentions, words
 from verl.utils.siop.turn_utils import boundaries, extract_answer, extract_observations, get_assistant_turn_ranges
@@ -138,9 +138,8 @@ class CreditBatch:
                 cluster.target = weight / total
 
     def _set_votes(self, clusters: Sequence[Cluster]) -> None:
-        known = self._known(clusters) if len(clusters) > 1 else [[] for _ in clusters]
-        votes = informed_votes([cluster.mass for cluster in clusters], preferences(known))
-        for cluster, share in zip(clusters, votes, strict=True):
+        shares = informed_votes(self._known(clusters)) if len(clusters) > 1 else [1.0 for _ in clusters]
+        for cluster, share in zip(clusters, shares, strict=True):
             cluster.votes = share
 
     def _known(self, clusters: Sequence[Cluster]) -> list[list[set[int]]]:

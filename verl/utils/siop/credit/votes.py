@@ -1,7 +1,8 @@
-"""Votes that pass from an answer to what those say who knew of it and answered otherwise (``siop_vote=informed``).
+"""Votes that pass from an answer to what those say who know of it and answer otherwise (``siop_vote=informed``).
 
-The most frequent answer of a question may be the one at which most rollouts stop: the entity on the way. Who searched
-on knows of it too and gives another one, while who stopped never heard of that. Counting gives both the same vote.
+The most frequent answer of a question may be the one at which many rollouts stop: the entity on the way. Most of those
+who have read of it search on and say something else, but not all the same. Counting sees that they disagree with each
+other, not that they agree in rejecting it.
 """
 
 from __future__ import annotations
@@ -11,59 +12,45 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-# No vote passes for sure: where answers beat each other in a circle, it stays somewhere.
+# No vote passes for sure: where answers pass theirs in a circle, they stay somewhere.
 _MOST = 1 - 1e-6
 
 
-def preferences(known: Sequence[Sequence[Collection[int]]]) -> list[list[int]]:
-    """How many rollouts know of two answers and give the one.
+def informed_votes(known: Sequence[Sequence[Collection[int]]]) -> list[float]:
+    """The shares of the votes once they have been passed on.
 
-    Args:
-        known: ``known[c]`` has for each rollout that answers c the answers that it knows of: those that stand in its
-            question or in its tool results. One that does not know of its own answer prefers it to none.
+    Of the rollouts that know of answer c, k(c) give it and n(c) give another one. The share of such rollouts that would
+    give another one is unknown; a rollout reads of many answers and gives one, so its prior is Beta(2, 1), and with its
+    posterior Beta(n(c) + 2, k(c) + 1) those who know of c reject it by
 
-    Returns:
-        C x C: in row c, column d the rollouts that know of c and d and answer c; 0 on the diagonal.
-    """
-    answers = range(len(known))
-    return [
-        [sum(c in places and d in places for places in known[c]) if c != d else 0 for d in answers] for c in answers
-    ]
+        b(c) = max(0, 2·P(share > 1/2) − 1)
 
-
-def informed_votes(masses: Sequence[float], preferred: Sequence[Sequence[int]]) -> list[float]:
-    """The shares of the votes after they have been passed on.
-
-    n(c, d) rollouts know of both c and d and answer c. The share of such rollouts that would answer d is unknown: with
-    a uniform prior it has the posterior Beta(n(d, c) + 1, n(c, d) + 1), and d beats c by
-
-        b(d, c) = max(0, 2·P(share > 1/2) − 1)
-
-    which is 1/2 for one witness, 3/4 for two, 7/8 for three that nobody contradicts, and 0 for as many on either side.
-    A vote for c passes with probability max_d b(d, c), to d in proportion to n(d, c)·b(d, c), and so on from there
-    until it stays: with P the C x C probabilities of passing, v = (1 − P·1)∘(I − Pᵀ)⁻¹·m.
+    which is 3/8 for one against one, 5/8 for two against one, 0 for one against two. A vote for c passes with
+    probability b(c) to the answers of those who know of c and of their own answer d, in proportion to their number
+    n(d, c), and so on from there until it stays: with P(c, d) = b(c)·n(d, c) / Σ_d n(d, c), v = (1 − P·1)∘(I − Pᵀ)⁻¹·m.
 
     Source: this project.
 
     Args:
-        masses: C shares m(c), which add up to 1.
-        preferred: C x C numbers n, see :func:`preferences`.
+        known: ``known[c]`` has for each rollout that answers c the answers that it knows of.
 
     Returns:
-        C shares v(c) above 0, which add up to 1; the masses where nobody knows of two answers.
+        C shares v(c) above 0, which add up to 1; the masses where nobody knows of another answer.
     """
-    answers = range(len(masses))
-    passing_CC = np.zeros((len(masses), len(masses)))
+    answers = range(len(known))
+    masses_C = np.array([len(rollouts) for rollouts in known]) / sum(map(len, known))
+    passing_CC = np.zeros((len(known), len(known)))
     for c in answers:
-        beats = [_beats(preferred[d][c], preferred[c][d]) for d in answers]
-        weights = np.array([preferred[d][c] * by for d, by in enumerate(beats)])
-        if weights.any():
-            passing_CC[c] = min(max(beats), _MOST) * weights / weights.sum()
-    visits_C = np.linalg.solve(np.eye(len(masses)) - passing_CC.T, np.array(masses))
+        keep = sum(c in knows for knows in known[c])
+        reject = sum(c in knows for d in answers if d != c for knows in known[d])
+        to_C = np.array([sum(c in knows and d in knows for knows in known[d]) if d != c else 0 for d in answers])
+        if to_C.any():
+            passing_CC[c] = min(_rejected(reject, keep), _MOST) * to_C / to_C.sum()
+    visits_C = np.linalg.solve(np.eye(len(known)) - passing_CC.T, masses_C)
     return (visits_C * (1 - passing_CC.sum(axis=1))).tolist()
 
 
-def _beats(wins: int, losses: int) -> float:
-    """P(Beta(wins + 1, losses + 1) > 1/2) is that of at most ``wins`` heads in wins + losses + 1 throws of a coin."""
-    throws = wins + losses + 1
-    return max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(wins + 1)) / 2**throws - 1)
+def _rejected(reject: int, keep: int) -> float:
+    """P(Beta(a, b) > 1/2) is that of fewer than a heads in a + b − 1 throws of a coin."""
+    throws = reject + keep + 2
+    return max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(reject + 2)) / 2**throws - 1)
