@@ -96,7 +96,7 @@ WORLDS: Mapping[str, ToyWorld] = {
 }
 # Tried by training, see benchmarks/toy_variants.py; not in the plan of every world.
 _VARIANTS = "algorithm.siop_import=benchmarks.toy_variants"
-_VOTES = ("vote_path", "vote_path_mean", "vote_last_query", "vote_judge")
+_VOTES = ("vote_path", "vote_path_mean", "vote_last_query", "vote_judge", "vote_pairwise")
 _COMPLETE = ("complete",)
 _ALIGNED = ("aligned", "aligned_end2", "aligned_end4")
 _METHODS: Mapping[str, tuple[str, ...]] = {

@@ -9,6 +9,11 @@ Other votes, with the default's gains and end (``siop_reward_mode=``):
 
 Where all weights of a question are 0, clusters are counted.
 
+- ``vote_pairwise``: informed votes (``siop_vote=informed``), but answers are compared in pairs by those who know of
+  both: n(d, c) of them answer d, n(c, d) answer c, and a vote for c passes on with probability max over d of
+  b(d, c) = max(0, 2·P(Beta(n(d, c) + 1, n(c, d) + 1) > 1/2) − 1), to d in proportion to n(d, c)·b(d, c). Who never
+  heard of d is not asked, so a single rollout that goes too far outvotes all others.
+
 Aligned credit, for ``siop_boundary=observation``, in which the turn that made a search has what its result brought:
 
 - ``aligned``: r_t = q(c)·gain_t, the last turn + (1 − lambda)·q(c)·(P_T − p_0) with P_T = max p; nothing for support
@@ -25,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from verl.utils.siop.credit.batch import Cluster, CreditBatch
 from verl.utils.siop.credit.methods import pay_gains, process, query_agreement
 from verl.utils.siop.siop_process_reward import GroupRewards, register_credit
@@ -84,6 +90,37 @@ async def vote_judge(batch: CreditBatch) -> GroupRewards:
             brought[key] = math.fsum(max(0.0, after[-1] - after[0]) for after in values)
     set_by_weight(questions, lambda cluster: brought.get(cluster.members[0], 0.0))
     return await pay_gains(batch, questions)
+
+
+@register_credit("vote_pairwise")
+async def vote_pairwise(batch: CreditBatch) -> GroupRewards:
+    questions = await batch.clusters()
+    for clusters in questions:
+        for cluster, share in zip(clusters, pairwise_votes(batch.known(clusters)), strict=True):
+            cluster.mass = share
+    await batch.set_targets(questions)
+    return await pay_gains(batch, questions)
+
+
+def pairwise_votes(known: Sequence[Sequence[set[int]]]) -> list[float]:
+    """Shares of the votes; ``known`` as for :func:`~verl.utils.siop.credit.votes.informed_votes`."""
+    answers = range(len(known))
+    wins_CC = np.array(
+        [[sum({c, d} <= knows for knows in known[c]) if c != d else 0 for d in answers] for c in answers]
+    )
+    passing_CC = np.zeros((len(known), len(known)))
+    for c in answers:
+        beats_C = np.array([_beats(int(wins_CC[d, c]), int(wins_CC[c, d])) for d in answers])
+        if (weights_C := wins_CC[:, c] * beats_C).any():
+            passing_CC[c] = min(beats_C.max(), 1 - 1e-6) * weights_C / weights_C.sum()
+    masses_C = np.array([len(rollouts) for rollouts in known]) / max(sum(map(len, known)), 1)
+    visits_C = np.linalg.solve(np.eye(len(known)) - passing_CC.T, masses_C)
+    return (visits_C * (1 - passing_CC.sum(axis=1))).tolist()
+
+
+def _beats(wins: int, losses: int) -> float:
+    throws = wins + losses + 1
+    return max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(wins + 1)) / 2**throws - 1)
 
 
 @register_credit("aligned")

@@ -55,8 +55,8 @@ def test_under_other_keys_it_is_what_a_training_with_them_dumps(tmp_path: Path, 
 
 
 def test_votes_are_passed_on_by_what_the_tools_said(tmp_path: Path) -> None:
-    batch = [search_rollout("u-1-0", "Peru", ["Lima is in Peru."]) for _ in range(2)]
-    batch += [search_rollout("u-1-0", "sol", ["Lima is in Peru.", "Peru pays in <b>sol</b>, not sol."])]
+    batch = [search_rollout("u-1-0", "Peru", ["Lima is in Peru."])]
+    batch += [search_rollout("u-1-0", "sol", ["Lima is in Peru.", "Peru pays in sol."]) for _ in range(2)]
     informed = {"siop_vote": "informed"}
     dumps = {}
     for name, keys in (("counted", {}), ("informed", informed)):
@@ -65,7 +65,7 @@ def test_votes_are_passed_on_by_what_the_tools_said(tmp_path: Path) -> None:
         dumps[name] = rollouts, Dump(tmp_path / name).settings(rollouts[0].settings)
     (counted, settings), (there, own) = dumps.values()
     assert [rollout.votes for rollout in counted] == [None] * 3
-    assert [rollout.votes for rollout in there] == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert [rollout.votes for rollout in there] == pytest.approx([1 / 8, 7 / 8, 7 / 8])
     found = recompute(counted, settings, Recipe("informed", informed))
     assert found == recompute(there, own) != recompute(counted, settings)
     assert [found[rollout.uid]["advantages"] for rollout in there] == [rollout.turn_advantages for rollout in there]

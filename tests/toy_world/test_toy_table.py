@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from method_helpers import Scorer, byte_tokenizer, mixed_batch, query_batch
+from method_helpers import Scorer, byte_tokenizer, mixed_batch, query_batch, search_rollout
 from verl.utils.siop.credit.batch import CreditBatch
 from verl.utils.siop.siop_process_reward import Reference, SiopConfig, SupportRequest, compute_group_rewards
 from verl.utils.siop.turn_utils import get_assistant_turn_ranges
@@ -450,7 +450,7 @@ def test_plan() -> None:
         for method in ("siop", "informed", "release", "empo", "grpo"):
             assert {f"{world}/{method}-seed{seed}" for seed in (1, 2, 3)} <= set(names)
     tried = {name for name, overrides in toy_table.METHODS.items() if toy_table._VARIANTS in overrides}
-    assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 8
+    assert {run.method for run in runs} == set(toy_table.METHODS) - tried and len(tried) == 9
     assert [run.name for run in toy_table.plan(["stale"], ["aligned"], [1])] == ["stale/aligned-seed1"]
     for world in ("early", "mixed"):
         assert {run.name for run in runs if run.world == world} == {
@@ -473,6 +473,19 @@ def _credit(mode: str, batch: list[Any], **keys: Any) -> Any:
     return asyncio.run(
         compute_group_rewards(batch, byte_tokenizer(), SiopConfig(siop_reward_mode=mode, **keys), Scorer())
     )
+
+
+def test_votes_by_pairs() -> None:
+    from benchmarks.toy_variants import pairwise_votes
+
+    # One witness takes half of the votes of all who never heard of its answer; two that contradict each other none.
+    assert pairwise_votes([[{0}] * 7, [{0, 1}]]) == pytest.approx([7 / 16, 9 / 16])
+    assert pairwise_votes([[{0}] * 2 + [{0, 1}], [{0, 1}]]) == pytest.approx([3 / 4, 1 / 4])
+    # Along a chain: of 0 half goes to 1 and 2 alike, of 1 half to 2.
+    assert pairwise_votes([[{0}], [{0, 1}], [{0, 1, 2}]]) == pytest.approx([1 / 6, 5 / 24, 5 / 8])
+    batch = [search_rollout("a", "Peru", ["Lima is in Peru."]) for _ in range(3)]
+    batch.append(search_rollout("a", "sol", ["Lima is in Peru.", "Peru pays in sol."]))
+    assert _credit("vote_pairwise", batch, siop_eta=0.0).target_mass == pytest.approx([3 / 8] * 3 + [5 / 8])
 
 
 def test_votes_by_path() -> None:

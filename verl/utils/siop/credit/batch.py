@@ -116,7 +116,7 @@ class CreditBatch:
     async def set_targets(self, questions: Sequence[Sequence[Cluster]]) -> None:
         """Set q(c) ∝ v(c)·exp(eta·rho(c)), normalised over the question; q = v where evidence cannot matter.
 
-        v(c) is by ``siop_vote`` the mass m(c), or what it is once votes have passed to better informed answers
+        v(c) is by ``siop_vote`` the mass m(c), or what it is once votes have passed on
         (:func:`~verl.utils.siop.credit.votes.informed_votes`).
         """
         contested = [cluster for clusters in questions if len(clusters) > 1 for cluster in clusters]
@@ -138,13 +138,13 @@ class CreditBatch:
                 cluster.target = weight / total
 
     def _set_votes(self, clusters: Sequence[Cluster]) -> None:
-        shares = informed_votes(self._known(clusters)) if len(clusters) > 1 else [1.0 for _ in clusters]
+        shares = informed_votes(self.known(clusters)) if len(clusters) > 1 else [1.0 for _ in clusters]
         for cluster, share in zip(clusters, shares, strict=True):
             cluster.votes = share
 
-    def _known(self, clusters: Sequence[Cluster]) -> list[list[set[int]]]:
-        """For each member of each cluster the clusters of which it knows: some answer of theirs stands, word for word,
-        in its question or in what its tools said."""
+    def known(self, clusters: Sequence[Cluster]) -> list[list[set[int]]]:
+        """For each member of each cluster of a question the clusters of which it knows, by their place: some answer of
+        theirs stands, word for word, in the question or in what the rollout's tools said."""
         answers = [{self.parsed[index].answer for index in cluster.members} for cluster in clusters]
         in_text: dict[str, set[int]] = {}
 

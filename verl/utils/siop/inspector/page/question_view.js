@@ -8,7 +8,7 @@ import { source } from "inspector/source";
 import { testCase } from "inspector/test_case";
 
 const ABOUT_CLUSTERS = "q: target, the share of what this answer is paid; mass: share of the rollouts with an answer; " +
-  "votes: that share once votes have passed to who knows more (siop_vote); evidence: how well the passages that they found support it";
+  "votes: that share once votes have passed on (siop_vote); evidence: how well the passages that they found support it";
 
 function clusterList(clusters) {
   return el("ul", { class: "clusters", "aria-label": "Clusters of answers" }, clusters.map((cluster, place) =>
