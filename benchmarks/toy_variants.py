@@ -33,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from verl.utils.siop.credit.batch import Cluster, CreditBatch
 from verl.utils.siop.credit.methods import pay_gains, process, query_agreement
+from verl.utils.siop.credit.votes import certainty, passed_on
 from verl.utils.siop.siop_process_reward import GroupRewards, register_credit
 
 
@@ -110,17 +111,10 @@ def pairwise_votes(known: Sequence[Sequence[set[int]]]) -> list[float]:
     )
     passing_CC = np.zeros((len(known), len(known)))
     for c in answers:
-        beats_C = np.array([_beats(int(wins_CC[d, c]), int(wins_CC[c, d])) for d in answers])
+        beats_C = np.array([certainty(int(wins_CC[d, c]) + 1, int(wins_CC[c, d]) + 1) for d in answers])
         if (weights_C := wins_CC[:, c] * beats_C).any():
-            passing_CC[c] = min(beats_C.max(), 1 - 1e-6) * weights_C / weights_C.sum()
-    masses_C = np.array([len(rollouts) for rollouts in known]) / max(sum(map(len, known)), 1)
-    visits_C = np.linalg.solve(np.eye(len(known)) - passing_CC.T, masses_C)
-    return (visits_C * (1 - passing_CC.sum(axis=1))).tolist()
-
-
-def _beats(wins: int, losses: int) -> float:
-    throws = wins + losses + 1
-    return max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(wins + 1)) / 2**throws - 1)
+            passing_CC[c] = beats_C.max() * weights_C / weights_C.sum()
+    return passed_on([len(rollouts) for rollouts in known], passing_CC)
 
 
 @register_credit("aligned")

@@ -75,8 +75,7 @@ def _adapts(config: DictConfig) -> bool:
 
 
 def _by_outcome(config: DictConfig) -> bool:
-    keys = config.algorithm
-    return _siop(config) and (keys.siop_advantage_mode == "broadcast" or not keys.siop_enable_two_pass)
+    return _siop(config) and SiopConfig.from_algorithm(config.algorithm).outcome_advantage
 
 
 def _on_cpu(config: DictConfig) -> bool:

@@ -171,9 +171,14 @@ class CreditBatch:
                 text
                 for turn in range(len(item.turns) - 1)
                 if executed is None or executed[turn : turn + 1] != [[]]
-                for text in extract_observations(item.rollout.response_ids, item.turns[turn : turn + 2], self.tokenizer)
+                for text in self._observation(index, turn)
             ]
         return self._observed[index]
+
+    def _observation(self, index: int, turn: int) -> list[str]:
+        """What stands between a turn, from 0, and the next one: a text, or none."""
+        item = self.parsed[index]
+        return extract_observations(item.rollout.response_ids, item.turns[turn : turn + 2], self.tokenizer)
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         """Set rho(c): mean over members with observations of their mean or (``siop_evidence``) maximal evidence.

@@ -38,19 +38,30 @@ def informed_votes(known: Sequence[Sequence[Collection[int]]]) -> list[float]:
         C shares v(c) above 0, which add up to 1; the masses where nobody knows of another answer.
     """
     answers = range(len(known))
-    masses_C = np.array([len(rollouts) for rollouts in known]) / sum(map(len, known))
     passing_CC = np.zeros((len(known), len(known)))
     for c in answers:
         keep = sum(c in knows for knows in known[c])
         reject = sum(c in knows for d in answers if d != c for knows in known[d])
         to_C = np.array([sum(c in knows and d in knows for knows in known[d]) if d != c else 0 for d in answers])
         if to_C.any():
-            passing_CC[c] = min(_rejected(reject, keep), _MOST) * to_C / to_C.sum()
-    visits_C = np.linalg.solve(np.eye(len(known)) - passing_CC.T, masses_C)
+            passing_CC[c] = certainty(reject + 2, keep + 1) * to_C / to_C.sum()
+    return passed_on([len(rollouts) for rollouts in known], passing_CC)
+
+
+def passed_on(sizes: Sequence[int], passing_CC: np.ndarray) -> list[float]:
+    """The shares v = (1 − P·1)∘(I − Pᵀ)⁻¹·m of C answers.
+
+    Args:
+        sizes: rollouts that give each answer; m is their share.
+        passing_CC: P, with which probability a vote for the row's answer passes to the column's; rows add up to less
+            than 1.
+    """
+    visits_C = np.linalg.solve(np.eye(len(sizes)) - passing_CC.T, np.array(sizes) / max(sum(sizes), 1))
     return (visits_C * (1 - passing_CC.sum(axis=1))).tolist()
 
 
-def _rejected(reject: int, keep: int) -> float:
-    """P(Beta(a, b) > 1/2) is that of fewer than a heads in a + b − 1 throws of a coin."""
-    throws = reject + keep + 2
-    return max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(reject + 2)) / 2**throws - 1)
+def certainty(a: int, b: int) -> float:
+    """max(0, 2·P(Beta(a, b) > 1/2) − 1), below 1; that P is the one of fewer than a heads in a + b − 1 throws of a
+    coin."""
+    throws = a + b - 1
+    return min(max(0.0, 2 * sum(math.comb(throws, heads) for heads in range(a)) / 2**throws - 1), _MOST)

@@ -157,7 +157,7 @@ class DumpedBatch(CreditBatch):
     """
 
     def __init__(self, rollouts: Sequence[DumpedRollout], config: SiopConfig) -> None:
-        self.config, self._dumped = config, list(rollouts)
+        self.config, self._dumped, self._observed = config, list(rollouts), {}
         self.parsed = [_parsed(rollout) for rollout in rollouts]
         numbered = list(enumerate(rollouts))
         self.questions = [[index for index, _ in group] for group in by_question(numbered, lambda item: item[1].group)]
@@ -188,20 +188,16 @@ class DumpedBatch(CreditBatch):
     def _set_votes(self, clusters: Sequence[Cluster]) -> None:
         votes = [self._dumped[cluster.members[0]].votes for cluster in clusters]
         if None in votes:  # of a training that counted
-            return super()._set_votes(clusters)
-        for cluster, share in zip(clusters, votes, strict=True):
-            cluster.votes = share
-        return None
+            super()._set_votes(clusters)
+        else:
+            for cluster, share in zip(clusters, votes, strict=True):
+                cluster.votes = share
 
-    def _observations(self, index: int) -> list[str]:
-        rollout, executed = self._dumped[index], self.parsed[index].rollout.executed_calls
-        found, turn = [], 0
-        for span in rollout.spans or ():
-            if span.role == "assistant":
-                turn += 1
-            elif 0 < turn < len(rollout.turns) and (executed is None or executed[turn - 1 : turn] != [[]]):
-                found.append(observation_text(_CONTROL.sub(" ", rollout.text(span))))
-        return found
+    def _observation(self, index: int, turn: int) -> list[str]:
+        rollout = self._dumped[index]
+        before, after = rollout.turns[turn : turn + 2]
+        text = observation_text(_CONTROL.sub(" ", rollout.output[before.chars[1] : after.chars[0]]))
+        return [text] if text else []
 
     async def _set_evidence(self, clusters: Sequence[Cluster]) -> None:
         for cluster in clusters:
